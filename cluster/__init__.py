@@ -1,0 +1,1 @@
+"""Deployments: YAML, backends, controller, the biphase command."""

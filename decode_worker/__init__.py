@@ -1,0 +1,1 @@
+"""The decode phase: scheduler with local prefill, worker, service."""

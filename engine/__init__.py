@@ -1,0 +1,1 @@
+"""What both phases share: model, weights, paged KV cache, block pool, sampler, step runner."""

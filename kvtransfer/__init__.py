@@ -1,0 +1,1 @@
+"""Moving KV between instances: tickets, pieces, digests, the pull."""

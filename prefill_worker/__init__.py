@@ -1,0 +1,1 @@
+"""The prefill phase: scheduler, worker, service."""

@@ -1,0 +1,92 @@
+"""The exception tree, and how each error travels over gRPC.
+
+    BiphaseError
+    ├── InvalidRequest        INVALID_ARGUMENT     the user's mistake: value and limit in the message
+    │   └── UnknownModel      NOT_FOUND
+    ├── RequestNotFound       NOT_FOUND
+    ├── RequestExists         ALREADY_EXISTS
+    ├── Overloaded            RESOURCE_EXHAUSTED   a queue or pool is full; try again later
+    ├── Unavailable           UNAVAILABLE          an instance that the request needs is gone
+    │   └── HandoffFailed     UNAVAILABLE          its KV could not be had
+    ├── DeadlinePassed        DEADLINE_EXCEEDED
+    ├── Cancelled             CANCELLED
+    ├── Internal              INTERNAL
+    └── SetupError            (no RPC)             a bad file, flag or port: one line, exit code 2
+
+Messages are one line, name the value and the limit, and carry no prompt text.
+"""
+
+import grpc
+
+
+class BiphaseError(Exception):
+    """Root of every error that biphase raises on purpose."""
+
+    code: grpc.StatusCode = grpc.StatusCode.INTERNAL
+
+
+class InvalidRequest(BiphaseError):
+    """A request that can never work as it is."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class UnknownModel(InvalidRequest):
+    """A model name that this deployment does not serve."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class RequestNotFound(BiphaseError):
+    """No live request has this id."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class RequestExists(BiphaseError):
+    """A live request already has this client id."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class Overloaded(BiphaseError):
+    """A bounded queue is full."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Unavailable(BiphaseError):
+    """An instance that the request needs is away."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class HandoffFailed(Unavailable):
+    """A decode instance could not get a request's KV."""
+
+
+class DeadlinePassed(BiphaseError):
+    """The client's deadline came first."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Cancelled(BiphaseError):
+    """The client, or an Abort, ended the request."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
+class Internal(BiphaseError):
+    """Our fault; the log says more."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+class SetupError(BiphaseError):
+    """A bad file, flag, port or machine at start-up. Printed as one line; exit code 2."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line, its type's name when it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,1 @@
+"""The front door: tokenizer, queue, dispatch, request lifecycle. Never imports torch."""
