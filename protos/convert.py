@@ -4,7 +4,7 @@ import numpy as np
 
 from biphase.protos import common_pb2, worker_pb2
 from biphase.protos.ids import Incarnation, InstanceName, TicketId
-from biphase.protos.values import FinishReason, KvTicket, LegStats, Load, ModelInfo, Role, Sampling
+from biphase.protos.values import FinishReason, KvTicket, LegOutcome, LegStats, Load, ModelInfo, Role, Sampling
 
 _FINISH_TO_PROTO = {
     None: common_pb2.FINISH_NONE,
@@ -14,6 +14,15 @@ _FINISH_TO_PROTO = {
 _FINISH_FROM_PROTO = {value: key for key, value in _FINISH_TO_PROTO.items()}
 _ROLE_TO_PROTO: dict[Role, common_pb2.Role] = {"prefill": common_pb2.ROLE_PREFILL, "decode": common_pb2.ROLE_DECODE}
 _ROLE_FROM_PROTO: dict[int, Role] = {int(value): key for key, value in _ROLE_TO_PROTO.items()}
+
+_OUTCOME_TO_PROTO: dict[LegOutcome, worker_pb2.LegOutcome] = {
+    "done": worker_pb2.LEG_DONE,
+    "cancelled": worker_pb2.LEG_CANCELLED,
+    "handoff_failed": worker_pb2.LEG_HANDOFF_FAILED,
+    "lease_expired": worker_pb2.LEG_LEASE_EXPIRED,
+    "failed": worker_pb2.LEG_FAILED,
+}
+_OUTCOME_FROM_PROTO: dict[int, LegOutcome] = {int(value): key for key, value in _OUTCOME_TO_PROTO.items()}
 
 
 def pack_tokens(token_ids: list[int] | tuple[int, ...]) -> bytes:
@@ -41,6 +50,15 @@ def role_to_proto(role: Role) -> common_pb2.Role:
 def role_from_proto(role: int) -> Role:
     """Raises KeyError for ROLE_UNSPECIFIED."""
     return _ROLE_FROM_PROTO[int(role)]
+
+
+def outcome_to_proto(outcome: LegOutcome) -> worker_pb2.LegOutcome:
+    return _OUTCOME_TO_PROTO[outcome]
+
+
+def outcome_from_proto(outcome: int) -> LegOutcome:
+    """Raises KeyError for LEG_UNSPECIFIED."""
+    return _OUTCOME_FROM_PROTO[int(outcome)]
 
 
 def sampling_to_proto(value: Sampling) -> common_pb2.Sampling:

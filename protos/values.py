@@ -8,6 +8,8 @@ from biphase.protos.ids import Incarnation, InstanceName, TicketId
 
 Role = Literal["prefill", "decode"]
 Mode = Literal["auto", "strict"]
+LegOutcome = Literal["done", "cancelled", "handoff_failed", "lease_expired", "failed"]
+"""How one request's work on one instance ended."""
 
 
 class FinishReason(Enum):
