@@ -23,6 +23,8 @@ class BiphaseError(Exception):
     """Root of every error that biphase raises on purpose."""
 
     code: grpc.StatusCode = grpc.StatusCode.INTERNAL
+    retryable: bool = False
+    """Whether the same request may work when it is sent again a little later."""
 
 
 class InvalidRequest(BiphaseError):
@@ -53,12 +55,14 @@ class Overloaded(BiphaseError):
     """A bounded queue is full."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retryable = True
 
 
 class Unavailable(BiphaseError):
     """An instance that the request needs is away."""
 
     code = grpc.StatusCode.UNAVAILABLE
+    retryable = True
 
 
 class HandoffFailed(Unavailable):
@@ -90,3 +94,26 @@ class SetupError(BiphaseError):
 def one_line(error: BaseException) -> str:
     """An exception's message on one line, its type's name when it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+ERROR_OF_STATUS: dict[grpc.StatusCode, type[BiphaseError]] = {
+    error.code: error
+    for error in (
+        InvalidRequest,
+        RequestNotFound,
+        RequestExists,
+        Overloaded,
+        Unavailable,
+        DeadlinePassed,
+        Cancelled,
+        Internal,
+    )
+}
+"""What a caller raises for a status it received. A code that several errors share gives the general one."""
+
+
+def error_of_status(code: grpc.StatusCode, message: str) -> BiphaseError:
+    """The error that a received status stands for; Internal, naming the code, for one that biphase never sends."""
+    if code in ERROR_OF_STATUS:
+        return ERROR_OF_STATUS[code](message)
+    return Internal(f"{code.name}: {message}")
