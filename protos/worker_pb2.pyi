@@ -390,10 +390,13 @@ class HandedOff(google.protobuf.message.Message):
     BYTES_FIELD_NUMBER: builtins.int
     MS_FIELD_NUMBER: builtins.int
     EXPOSED_MS_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: builtins.int
     leg_id: builtins.int
     bytes: builtins.int
     ms: builtins.float
     exposed_ms: builtins.float
+    first_token: builtins.int
+    """as the KV brought it: a prefill instance may die before its own word of it arrives"""
     def __init__(
         self,
         *,
@@ -401,8 +404,11 @@ class HandedOff(google.protobuf.message.Message):
         bytes: builtins.int = ...,
         ms: builtins.float = ...,
         exposed_ms: builtins.float = ...,
+        first_token: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "exposed_ms", b"exposed_ms", "leg_id", b"leg_id", "ms", b"ms"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_first_token", b"_first_token", "first_token", b"first_token"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_first_token", b"_first_token", "bytes", b"bytes", "exposed_ms", b"exposed_ms", "first_token", b"first_token", "leg_id", b"leg_id", "ms", b"ms"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_first_token", b"_first_token"]) -> typing.Literal["first_token"] | None: ...
 
 Global___HandedOff: typing_extensions.TypeAlias = HandedOff
 
