@@ -1,0 +1,115 @@
+"""What the dispatch policy sees: an immutable snapshot of the instances. Pure values."""
+
+from dataclasses import dataclass
+from typing import Literal, NewType
+
+from biphase.protos.ids import RequestId
+from biphase.protos.values import Mode, Role
+
+InstanceKey = NewType("InstanceKey", str)
+"""Names a member within one router: its name, or its address when that is all we were told."""
+
+LinkState = Literal["connecting", "ready", "lost"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceView:
+    """One instance as this router knows it: its last Load, plus what we sent there that no Load has shown yet."""
+
+    key: InstanceKey
+    role: Role
+    state: LinkState = "ready"
+    since_s: float = 0.0
+    """When it came into ``state``."""
+    draining: bool = False
+    full: bool = False
+    """It answered BUSY, and nothing it said since shows room."""
+    queued_tokens: int = 0
+    requests: int = 0
+    """Queued, running and promised."""
+    room_blocks: int = 0
+    """Free and promised to nobody; below zero when more was promised than there is."""
+    num_blocks: int = 0
+    block_size: int = 1
+    max_num_seqs: int = 0
+    """0: unknown."""
+    max_queued_tokens: int = 0
+    """0: unknown."""
+
+    @property
+    def takes_work(self) -> bool:
+        return self.state == "ready" and not self.draining
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """All instances at one moment. The ``*_since_s`` say since when none of that role is ready; None: one is."""
+
+    instances: tuple[InstanceView, ...]
+    now_s: float
+    no_prefill_since_s: float | None = None
+    no_decode_since_s: float | None = None
+
+    def of_role(self, role: Role) -> tuple[InstanceView, ...]:
+        return tuple(instance for instance in self.instances if instance.role == role)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceRequest:
+    """What of a request matters for its placement."""
+
+    request_id: RequestId
+    prompt_tokens: int
+    max_tokens: int
+    arrived_s: float
+    has_deadline: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """The part of the configuration that the policy obeys; see RouterConfig and Waits for the meanings."""
+
+    mode: Mode = "auto"
+    colocated: bool = False
+    local_prefill_max_tokens: int = 0
+    no_prefill_s: float = 3.0
+    no_decode_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disaggregated:
+    """Prefill on one instance, decode on another. ``decode`` is None when there is nothing to decode."""
+
+    prefill: InstanceKey
+    decode: InstanceKey | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Local:
+    """A decode instance does both."""
+
+    decode: InstanceKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """Nothing takes it now. ``until_s``: when to look again even if no instance has said anything; None: never."""
+
+    reason: str
+    until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refuse:
+    """Nothing will take it; ends UNAVAILABLE with ``detail``."""
+
+    reason: str
+    detail: str
+
+
+Placement = Disaggregated | Local | Wait | Refuse
