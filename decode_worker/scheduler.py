@@ -1,0 +1,325 @@
+"""Continuous batching on a decode instance. Pure: no clock, no gRPC, no torch, no threads.
+
+Every step takes one token of each running sequence, oldest first, and beside them a bounded budget of local prefill
+(the whole budget when nothing decodes). A waiting sequence gets all blocks of its known tokens at once or none, then
+either pulls its KV (it has a ticket) or computes it here; it joins the batch at the step after.
+
+Out of blocks, the youngest running sequence is preempted: its blocks are freed, it goes back to its place at the
+front of the queue, and its known tokens, emitted ones included, are computed again here, so its output goes on where
+it stood. A sequence under a pull is never preempted; the one that needs the block gives way itself when no younger
+one runs. The oldest therefore always advances, and a request alone gets the whole pool.
+"""
+
+from bisect import insort
+from collections import deque
+
+from biphase.decode_worker.requests import (
+    CancelPull,
+    DecodeEffect,
+    DecodeRequest,
+    DecodeSequence,
+    Phase,
+    StartPull,
+)
+from biphase.engine.block_pool import BlockPool
+from biphase.engine.limits import Limits
+from biphase.engine.sequence import Refusal, SeqEnded, TokenOut
+from biphase.engine.step import SeqStep, StepPlan, StepResult
+from biphase.protos.ids import SeqId
+from biphase.protos.values import FinishReason, LegOutcome, Load
+
+PREFILL_LOST = "prefill instance lost"
+
+
+class DecodeScheduler:
+    """Owns the queue, the batch and the pulls' blocks. ``watermark_blocks`` stay free while anything is active."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: Limits,
+        *,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        local_prefill_tokens: int = 128,
+        watermark_blocks: int | None = None,
+    ) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.local_prefill_tokens = local_prefill_tokens
+        self.watermark_blocks = max(1, pool.num_blocks // 100) if watermark_blocks is None else watermark_blocks
+        self.draining = False
+        self.preemptions = 0
+        self.preemptions_handed_off = 0
+        self._waiting: deque[DecodeSequence] = deque()
+        self._pulling: dict[SeqId, DecodeSequence] = {}
+        self._running: list[DecodeSequence] = []
+        self._by_id: dict[SeqId, DecodeSequence] = {}
+        self._next_order = 0
+
+    def __len__(self) -> int:
+        """Sequences that it knows."""
+        return len(self._by_id)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_pulling(self) -> int:
+        return len(self._pulling)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait for blocks or for local prefill."""
+        waiting = sum(len(sequence.token_ids) for sequence in self._waiting)
+        return waiting + sum(sequence.remaining for sequence in self._running if sequence.remaining > 1)
+
+    def load(self) -> Load:
+        promised = sum(self._blocks_of(sequence) for sequence in self._waiting)
+        kept = self.watermark_blocks if self._by_id else 0
+        return Load(
+            queued_tokens=self.queued_tokens,
+            queued=len(self._waiting),
+            running=len(self._running) + len(self._pulling),
+            free_blocks=self.pool.num_free,
+            room_blocks=max(0, self.pool.num_free - promised - kept),
+            draining=self.draining,
+        )
+
+    def offer(self, request: DecodeRequest, now_s: float) -> Refusal | None:
+        """Queue the request (None), or say why not. Never blocks, changes nothing when it refuses."""
+        invalid = self.limits.reason_against(request.token_ids, request.num_prompt_tokens, request.sampling)
+        tokens = len(request.token_ids)
+        if invalid is None and request.ticket is not None and request.ticket.num_tokens != tokens:
+            invalid = f"the ticket is for {request.ticket.num_tokens} tokens, {tokens} were sent"
+        if invalid is not None:
+            return Refusal(reason="invalid", detail=invalid)
+        if self.draining:
+            return Refusal(reason="draining", detail="the instance takes no new work", queued_tokens=self.queued_tokens)
+        if len(self._waiting) >= self.max_num_seqs:
+            detail = f"{len(self._waiting)} requests wait already, the limit is {self.max_num_seqs}"
+            return Refusal(reason="busy", detail=detail, queued_tokens=self.queued_tokens)
+        sequence = DecodeSequence(
+            seq_id=request.seq_id,
+            token_ids=list(request.token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            sampling=request.sampling,
+            arrived_s=now_s,
+            order=self._next_order,
+            ticket=request.ticket,
+            pull_epoch=request.pull_epoch,
+        )
+        self._next_order += 1
+        self._waiting.append(sequence)
+        self._by_id[sequence.seq_id] = sequence
+        return None
+
+    def schedule(self, now_s: float) -> tuple[StepPlan | None, list[DecodeEffect]]:
+        """The next step (None when nothing can be computed) and the pulls to start. No step may be under way."""
+        steps = self._decode_steps(now_s)
+        effects = self._admit(now_s)
+        budget = self.local_prefill_tokens if steps else self.max_num_batched_tokens
+        for sequence in self._running:
+            if budget == 0:
+                break
+            if sequence.in_step:
+                continue
+            chunk = min(budget, sequence.remaining)
+            steps.append(sequence.step(chunk, self.limits))
+            budget -= chunk
+        return (StepPlan(seqs=tuple(steps)) if steps else None), effects
+
+    def _decode_steps(self, now_s: float) -> list[SeqStep]:
+        """One token of each sequence that decodes, each with a block to write to; may preempt from the young end."""
+        steps: list[SeqStep] = []
+        position = 0
+        while position < len(self._running):
+            sequence = self._running[position]
+            if sequence.remaining > 1:
+                position += 1
+            elif self._grow(sequence):
+                if sequence.joined_s is None:
+                    sequence.joined_s = now_s
+                    if sequence.handed_off_s is not None:
+                        sequence.exposed_ms += sequence.elapsed_ms(sequence.handed_off_s, now_s)
+                steps.append(sequence.step(1, self.limits))
+                position += 1
+            else:
+                self._preempt(self._running[-1])
+        return steps
+
+    def _grow(self, sequence: DecodeSequence) -> bool:
+        """Make its blocks cover all its tokens; False when none is free."""
+        missing = self._blocks_of(sequence) - len(sequence.blocks)
+        if missing > 0:
+            blocks = self.pool.allocate(missing)
+            if blocks is None:
+                return False
+            sequence.blocks += blocks
+        return True
+
+    def _preempt(self, sequence: DecodeSequence) -> None:
+        self._running.remove(sequence)
+        sequence.free(self.pool)
+        sequence.phase = Phase.WAITING
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.preemptions_handed_off += sequence.handed_off
+        self._waiting.appendleft(sequence)
+
+    def _admit(self, now_s: float) -> list[DecodeEffect]:
+        """Give blocks to the queue's head as long as there are enough; nobody overtakes it."""
+        effects: list[DecodeEffect] = []
+        while self._waiting:
+            active = len(self._running) + len(self._pulling)
+            sequence = self._waiting[0]
+            needed = self._blocks_of(sequence)
+            kept = self.watermark_blocks if active else 0
+            if active >= self.max_num_seqs or needed + kept > self.pool.num_free:
+                break
+            blocks = self.pool.allocate(needed)
+            assert blocks is not None
+            self._waiting.popleft()
+            sequence.blocks = blocks
+            if sequence.started_s is None:
+                sequence.started_s = now_s
+            if sequence.ticket is None or sequence.handed_off:
+                self._join(sequence)
+                continue
+            sequence.phase = Phase.PULLING
+            self._pulling[sequence.seq_id] = sequence
+            effects.append(
+                StartPull(
+                    seq_id=sequence.seq_id,
+                    ticket=sequence.ticket,
+                    epoch=sequence.pull_epoch,
+                    blocks=tuple(blocks),
+                    num_tokens=len(sequence.token_ids),
+                )
+            )
+        return effects
+
+    def _join(self, sequence: DecodeSequence) -> None:
+        sequence.phase = Phase.RUNNING
+        insort(self._running, sequence, key=lambda other: other.order)
+
+    def handed_off(
+        self, seq_id: SeqId, first_token: int, now_s: float, *, num_bytes: int, transfer_ms: float, exposed_ms: float
+    ) -> list[DecodeEffect]:
+        """The pull is complete, checked and released; ``first_token`` is what the prefill instance drew.
+
+        A sequence cancelled meanwhile ends here, unless it was to be left alone once handed off.
+        """
+        sequence = self._pulling.pop(seq_id)
+        sequence.computed = len(sequence.token_ids)
+        sequence.transfer_bytes, sequence.transfer_ms, sequence.exposed_ms = num_bytes, transfer_ms, exposed_ms
+        if sequence.ending is not None and sequence.ending[0] != "handoff_failed":
+            return [self._end(sequence, *sequence.ending, now_s)]
+        sequence.ending = None
+        sequence.handed_off = True
+        sequence.handed_off_s = now_s
+        sequence.record_hashes(self.pool)
+        index = sequence.next_index
+        sequence.token_ids.append(first_token)
+        self._join(sequence)
+        if self._finish_of(sequence, first_token, index) is not None:
+            return [self._end(sequence, "done", "", now_s)]
+        return []
+
+    def pull_failed(self, seq_id: SeqId, detail: str, now_s: float) -> list[DecodeEffect]:
+        """The pull has ended without success and nothing writes into its blocks any more."""
+        sequence = self._pulling.pop(seq_id)
+        outcome, why = sequence.ending or ("handoff_failed", detail)
+        return [self._end(sequence, outcome, why, now_s)]
+
+    def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> list[DecodeEffect]:
+        """Book a finished step. Sequences cancelled meanwhile end here, their tokens unsaid."""
+        effects: list[DecodeEffect] = []
+        for step, token in zip(plan.seqs, result.tokens, strict=True):
+            sequence = self._by_id[step.seq_id]
+            sequence.in_step = False
+            sequence.computed += len(step.token_ids)
+            if sequence.ending is not None:
+                effects.append(self._end(sequence, *sequence.ending, now_s))
+                continue
+            sequence.record_hashes(self.pool)
+            if step.sampling is None:
+                continue
+            if token is None:
+                effects.append(self._end(sequence, "failed", "the engine drew no token", now_s))
+                continue
+            if sequence.first_token_s is None:
+                sequence.first_token_s = now_s
+            finish = self._finish_of(sequence, token, step.output_index)
+            sequence.token_ids.append(token)
+            effects.append(TokenOut(seq_id=sequence.seq_id, index=step.output_index, token_id=token, finish=finish))
+            if finish is not None:
+                effects.append(self._end(sequence, "done", "", now_s))
+        return effects
+
+    def fail(self, plan: StepPlan, detail: str, now_s: float) -> list[DecodeEffect]:
+        """The step raised: every sequence in it ends, the cancelled ones as cancelled."""
+        effects: list[DecodeEffect] = []
+        for step in plan.seqs:
+            sequence = self._by_id[step.seq_id]
+            sequence.in_step = False
+            outcome, why = sequence.ending or ("failed", detail)
+            effects.append(self._end(sequence, outcome, why, now_s))
+        return effects
+
+    def cancel(
+        self,
+        seq_id: SeqId,
+        now_s: float,
+        *,
+        outcome: LegOutcome = "cancelled",
+        detail: str = "",
+        unless_handed_off: bool = False,
+    ) -> list[DecodeEffect]:
+        """End a sequence: now, or when its step or its pull is over. Unknown ones are left alone.
+
+        ``unless_handed_off``: its prefill instance is lost; one that has its KV, or computes it here, goes on.
+        """
+        sequence = self._by_id.get(seq_id)
+        if sequence is None or (unless_handed_off and sequence.local):
+            return []
+        ending: tuple[LegOutcome, str] = ("handoff_failed", PREFILL_LOST) if unless_handed_off else (outcome, detail)
+        if sequence.ending is not None:
+            if sequence.ending[0] == "handoff_failed":
+                sequence.ending = ending
+            return []
+        if sequence.phase is Phase.PULLING:
+            sequence.ending = ending
+            return [CancelPull(seq_id=seq_id)]
+        if sequence.in_step:
+            sequence.ending = ending
+            return []
+        return [self._end(sequence, *ending, now_s)]
+
+    def _finish_of(self, sequence: DecodeSequence, token: int, index: int) -> FinishReason | None:
+        return self.limits.finish_of(
+            token, num_prompt=sequence.num_prompt_tokens, num_output=index + 1, sampling=sequence.sampling
+        )
+
+    def _end(self, sequence: DecodeSequence, outcome: LegOutcome, detail: str, now_s: float) -> SeqEnded:
+        del self._by_id[sequence.seq_id]
+        if sequence.phase is Phase.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.phase is Phase.RUNNING:
+            self._running.remove(sequence)
+        sequence.free(self.pool)
+        return SeqEnded(seq_id=sequence.seq_id, outcome=outcome, detail=detail, stats=sequence.stats(now_s))
+
+    def _blocks_of(self, sequence: DecodeSequence) -> int:
+        return self.pool.blocks_for(len(sequence.token_ids))
+
+    def __repr__(self) -> str:
+        counts = f"{len(self._waiting)} waiting, {len(self._pulling)} pulling, {len(self._running)} running"
+        return f"<DecodeScheduler [{counts}]>"
