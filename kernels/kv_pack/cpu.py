@@ -1,0 +1,89 @@
+"""A KV pool in host memory, read and written by boxes. numpy only; the pool is a view, its owner is the engine."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from biphase.kernels.kv_layout import KvBox, KvLayout
+
+
+class CpuKvMemory:
+    """Boxes of requests in a pool ``[layers, blocks, 2, kv_heads, block_size, dim]``, C-contiguous.
+
+    ``pack`` and ``unpack`` may run in any thread (the copies release the GIL) as long as the blocks are held for
+    them. They copy straight between pool and buffer: consecutive blocks move in one strided copy, whose innermost
+    contiguous run is one head of one block.
+    """
+
+    def __init__(self, pool: np.ndarray[Any, Any], layout: KvLayout) -> None:
+        if pool.ndim != 6 or pool.shape != layout.pool_shape(pool.shape[1]):
+            raise ValueError(f"a pool of shape {pool.shape} does not fit {layout}")
+        if not pool.flags.c_contiguous:
+            raise ValueError("the pool is not C-contiguous")
+        if pool.dtype.itemsize != layout.itemsize:
+            raise ValueError(f"the pool's items have {pool.dtype.itemsize} bytes, the layout's {layout.itemsize}")
+        self.layout = layout
+        self.num_blocks = pool.shape[1]
+        self._pool = pool
+
+    def pack(self, blocks: Sequence[int], box: KvBox, out: Any) -> None:
+        """Write the box's canonical bytes ``[layer][K,V][head][token][dim]`` to ``out``, a writable buffer of that size.
+
+        ``blocks`` is the request's block table from token 0 on. Raises ValueError where box, blocks and size disagree.
+        """
+        target = self._canonical(blocks, box, out)
+        for theirs, ours in self._moves(blocks, box, target):
+            theirs[...] = ours
+
+    def unpack(self, blocks: Sequence[int], box: KvBox, data: Any) -> None:
+        """The inverse of pack: write canonical bytes into the request's blocks."""
+        source = self._canonical(blocks, box, data)
+        for theirs, ours in self._moves(blocks, box, source):
+            ours[...] = theirs
+
+    def _canonical(self, blocks: Sequence[int], box: KvBox, buffer: Any) -> np.ndarray[Any, Any]:
+        layout = self.layout
+        if not (
+            0 <= box.layer_start <= box.layer_end <= layout.num_layers
+            and 0 <= box.head_start <= box.head_end <= layout.num_kv_heads
+            and 0 <= box.token_start <= box.token_end <= len(blocks) * layout.block_size
+        ):
+            raise ValueError(f"{box} lies outside {len(blocks)} blocks of {layout}")
+        flat = np.frombuffer(buffer, dtype=self._pool.dtype) if box.num_bytes(layout) else np.empty(0, self._pool.dtype)
+        if flat.nbytes != box.num_bytes(layout):
+            raise ValueError(f"a buffer of {flat.nbytes} bytes for a box of {box.num_bytes(layout)} bytes")
+        return flat.reshape(box.num_layers, 2, box.num_heads, box.num_tokens, layout.head_dim)
+
+    def _moves(
+        self, blocks: Sequence[int], box: KvBox, canonical: np.ndarray[Any, Any]
+    ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """Pairs of equally shaped views: a part of the canonical array, and where it lies in the pool."""
+        size = self.layout.block_size
+        pool = self._pool[box.layer_start : box.layer_end, :, :, box.head_start : box.head_end]
+        token = box.token_start
+        while token < box.token_end:
+            index, offset = divmod(token, size)
+            block = self._block(blocks[index])
+            at = token - box.token_start
+            whole = (box.token_end - token) // size if offset == 0 else 0
+            if whole:
+                count = 1
+                while count < whole and blocks[index + count] == block + count:
+                    count += 1
+                self._block(block + count - 1)
+                run = canonical[:, :, :, at : at + count * size]
+                layers, two, heads, _, dim = run.shape
+                run = run.reshape(layers, two, heads, count, size, dim).transpose(0, 3, 1, 2, 4, 5)
+                yield run, pool[:, block : block + count]
+                token += count * size
+            else:
+                stop = min(size, offset + box.token_end - token)
+                length = stop - offset
+                yield canonical[:, :, :, at : at + length], pool[:, block, :, :, offset:stop]
+                token += length
+
+    def _block(self, block: int) -> int:
+        if not 0 <= block < self.num_blocks:
+            raise ValueError(f"block {block} is none of the pool's {self.num_blocks}")
+        return block

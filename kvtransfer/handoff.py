@@ -1,0 +1,177 @@
+"""The decode side of one handoff as a sans-I/O machine. Pure: no clock, no gRPC, no torch, no threads.
+
+The driver (the puller) feeds it what happens and does what the state says:
+
+    state       event            next        the driver
+    CONNECTING  Connected        PULLING     opens the pull of everything
+    PULLING     PieceArrived     PULLING     writes the piece where ``take`` said so
+    PULLING     TrailerArrived   PULLING
+    PULLING     AllArrived       RELEASING   sends Release
+    PULLING     SomeMissing      REPAIRING   asks for ``wanted`` again, in the same epoch
+    REPAIRING   PieceArrived     REPAIRING   as above
+    REPAIRING   TrailerArrived   REPAIRING
+    REPAIRING   AllArrived       RELEASING   sends Release
+    REPAIRING   SomeMissing      FAILED      twice bad
+    RELEASING   Acknowledged     DONE
+    any live    Lost             FAILED      the source is gone, silent or refuses
+    any live    CancelAsked      CANCELLED
+
+Nothing is believed before it is checked: a piece counts when its header fits the layout and the request, its digest
+is right and none of it has arrived before.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from biphase.kernels.kv_layout import KvBox, KvLayout
+from biphase.kvtransfer.frames import Frame, FrameError, FrameKind, Trailer, check_piece, read_trailer, where
+from biphase.kvtransfer.pieces import Coverage
+
+
+class LocalHandoffError(Exception):
+    """The driver did what the state does not allow: a bug of ours."""
+
+
+class State(Enum):
+    CONNECTING = "connecting"
+    PULLING = "pulling"
+    REPAIRING = "repairing"
+    RELEASING = "releasing"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """Both signatures agree."""
+
+
+@dataclass(frozen=True, slots=True)
+class PieceArrived:
+    """A piece that passed every check."""
+
+    box: KvBox
+
+
+@dataclass(frozen=True, slots=True)
+class TrailerArrived:
+    """Token 0 is known."""
+
+    trailer: Trailer
+
+
+@dataclass(frozen=True, slots=True)
+class AllArrived:
+    """The stream is at its end and nothing is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class SomeMissing:
+    """The stream is at its end and pieces, or the trailer, are missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """Release is on its way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """It cannot go on; one line why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAsked:
+    """Whoever wanted the KV no longer does."""
+
+
+Event = Connected | PieceArrived | TrailerArrived | AllArrived | SomeMissing | Acknowledged | Lost | CancelAsked
+
+_LIVE = (State.CONNECTING, State.PULLING, State.REPAIRING, State.RELEASING)
+TABLE: dict[tuple[State, type[Event]], State] = {
+    (State.CONNECTING, Connected): State.PULLING,
+    (State.PULLING, PieceArrived): State.PULLING,
+    (State.PULLING, TrailerArrived): State.PULLING,
+    (State.PULLING, AllArrived): State.RELEASING,
+    (State.PULLING, SomeMissing): State.REPAIRING,
+    (State.REPAIRING, PieceArrived): State.REPAIRING,
+    (State.REPAIRING, TrailerArrived): State.REPAIRING,
+    (State.REPAIRING, AllArrived): State.RELEASING,
+    (State.REPAIRING, SomeMissing): State.FAILED,
+    (State.RELEASING, Acknowledged): State.DONE,
+    **{(state, Lost): State.FAILED for state in _LIVE},
+    **{(state, CancelAsked): State.CANCELLED for state in _LIVE},
+}
+
+
+class Handoff:
+    """One try to get one request's KV. Owned by the pull that drives it."""
+
+    def __init__(self, *, layout: KvLayout, epoch: int, whole: KvBox) -> None:
+        self.state = State.CONNECTING
+        self.trailer: Trailer | None = None
+        self.reason = ""
+        self.num_bad = 0
+        self.num_bytes = 0
+        self.computed_tokens = 0
+        self.last_bad = ""
+        self._layout = layout
+        self._epoch = epoch
+        self._coverage = Coverage(whole)
+
+    def on(self, event: Event) -> State:
+        """Step by the table. Raises LocalHandoffError where the table has no such step."""
+        step = (self.state, type(event))
+        if step not in TABLE:
+            raise LocalHandoffError(f"{type(event).__name__} cannot happen in state {self.state.value}")
+        self.state = TABLE[step]
+        match event:
+            case PieceArrived(box):
+                self._coverage.add(box)
+                self.num_bytes += box.num_bytes(self._layout)
+            case TrailerArrived(trailer):
+                self.trailer = trailer
+            case Lost(reason):
+                self.reason = reason
+            case SomeMissing() if self.state is State.FAILED:
+                self.reason = f"a piece was bad twice ({self.last_bad})" if self.last_bad else "pieces never came"
+            case _:
+                pass
+        return self.state
+
+    def take(self, frame: Frame, wanted: KvBox) -> bool:
+        """Judge a received frame of a pull of ``wanted``. True: a good piece, to be written into the blocks now."""
+        try:
+            if not frame.digest_ok:
+                raise FrameError(f"the digest of a {frame.kind.name.lower()} at {where(frame.box)} is wrong")
+            if frame.epoch != self._epoch:
+                raise FrameError(f"a frame of epoch {frame.epoch} in a pull of epoch {self._epoch}")
+            self.computed_tokens = max(self.computed_tokens, frame.computed_tokens)
+            if frame.kind is FrameKind.TRAILER:
+                self.on(TrailerArrived(read_trailer(frame)))
+            elif frame.kind is FrameKind.PIECE:
+                check_piece(frame, self._layout, wanted)
+                if self._coverage.overlaps(frame.box):
+                    raise FrameError(f"a piece at {where(frame.box)} came twice")
+                self.on(PieceArrived(frame.box))
+                return True
+        except FrameError as error:
+            self.reject(str(error))
+        return False
+
+    def reject(self, reason: str) -> None:
+        """A frame that is of no use; what it should have brought is missing at the stream's end."""
+        self.num_bad += 1
+        self.last_bad = reason
+
+    def stream_ended(self) -> State:
+        """The stream, or the last of the second tries, has come to its end in good order."""
+        complete = self._coverage.complete and self.trailer is not None
+        return self.on(AllArrived() if complete else SomeMissing())
+
+    def wanted(self) -> list[KvBox]:
+        """What to ask for again in state REPAIRING."""
+        return self._coverage.missing()
