@@ -12,10 +12,13 @@ _FINISH_TO_PROTO = {
     FinishReason.LENGTH: common_pb2.FINISH_LENGTH,
 }
 _FINISH_FROM_PROTO = {value: key for key, value in _FINISH_TO_PROTO.items()}
-_ROLE_TO_PROTO: dict[Role, common_pb2.Role] = {"prefill": common_pb2.ROLE_PREFILL, "decode": common_pb2.ROLE_DECODE}
+_ROLE_TO_PROTO: dict[Role, common_pb2.Role.ValueType] = {
+    "prefill": common_pb2.ROLE_PREFILL,
+    "decode": common_pb2.ROLE_DECODE,
+}
 _ROLE_FROM_PROTO: dict[int, Role] = {int(value): key for key, value in _ROLE_TO_PROTO.items()}
 
-_OUTCOME_TO_PROTO: dict[LegOutcome, worker_pb2.LegOutcome] = {
+_OUTCOME_TO_PROTO: dict[LegOutcome, worker_pb2.LegOutcome.ValueType] = {
     "done": worker_pb2.LEG_DONE,
     "cancelled": worker_pb2.LEG_CANCELLED,
     "handoff_failed": worker_pb2.LEG_HANDOFF_FAILED,
@@ -35,7 +38,7 @@ def unpack_tokens(data: bytes) -> list[int]:
     return [int(token) for token in np.frombuffer(data, dtype="<u4").tolist()]
 
 
-def finish_to_proto(finish: FinishReason | None) -> common_pb2.FinishReason:
+def finish_to_proto(finish: FinishReason | None) -> common_pb2.FinishReason.ValueType:
     return _FINISH_TO_PROTO[finish]
 
 
@@ -43,7 +46,7 @@ def finish_from_proto(finish: int) -> FinishReason | None:
     return _FINISH_FROM_PROTO[common_pb2.FinishReason.ValueType(finish)]
 
 
-def role_to_proto(role: Role) -> common_pb2.Role:
+def role_to_proto(role: Role) -> common_pb2.Role.ValueType:
     return _ROLE_TO_PROTO[role]
 
 
@@ -52,7 +55,7 @@ def role_from_proto(role: int) -> Role:
     return _ROLE_FROM_PROTO[int(role)]
 
 
-def outcome_to_proto(outcome: LegOutcome) -> worker_pb2.LegOutcome:
+def outcome_to_proto(outcome: LegOutcome) -> worker_pb2.LegOutcome.ValueType:
     return _OUTCOME_TO_PROTO[outcome]
 
 

@@ -60,7 +60,7 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     """Listen on host:port (0: any free one) and return the port. Raises SetupError naming the address when taken."""
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(address)
+        bound: int = server.add_insecure_port(address)
     except RuntimeError as error:
         raise SetupError(f"cannot listen on {address}: the port is in use or the address is not this host's") from error
     if bound == 0:

@@ -78,8 +78,12 @@ def set_up_logging(log_file: Path | None, level: str = "INFO") -> None:
     else:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(log_file)
-    handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    )
     root = logging.getLogger("biphase")
+    for former in root.handlers:
+        former.close()
     root.handlers[:] = [handler]
     root.setLevel(level)
     root.propagate = False

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from support.scripted_router import ScriptedRouter
 
 from biphase.client import AsyncClient, Cancelled, DeadlinePassed, Internal, Overloaded, RequestNotFound, Unavailable
 
@@ -16,7 +17,7 @@ async def client(address: str) -> AsyncIterator[AsyncClient]:
         yield client
 
 
-async def ended(router) -> bool:  # type: ignore[no-untyped-def]
+async def ended(router: ScriptedRouter) -> bool:
     return await asyncio.to_thread(router.call_ended.wait, ENDED_WITHIN_S)
 
 
@@ -32,14 +33,14 @@ async def test_requests_run_at_the_same_time(client: AsyncClient) -> None:
     assert answers == ["Hello, world"] * 8
 
 
-async def test_break_cancels_on_the_server(client: AsyncClient, router) -> None:  # type: ignore[no-untyped-def]
+async def test_break_cancels_on_the_server(client: AsyncClient, router: ScriptedRouter) -> None:
     async for piece in client.generate("hang"):
         assert piece.text == "first"
         break
     assert await ended(router)
 
 
-async def test_leaving_the_with_block_cancels_on_the_server(client: AsyncClient, router) -> None:  # type: ignore[no-untyped-def]
+async def test_leaving_the_with_block_cancels_on_the_server(client: AsyncClient, router: ScriptedRouter) -> None:
     async with client.generate("hang") as generation:
         pieces = aiter(generation)
         assert (await anext(pieces)).text == "first"
@@ -48,7 +49,7 @@ async def test_leaving_the_with_block_cancels_on_the_server(client: AsyncClient,
         await anext(pieces)
 
 
-async def test_cancelling_the_task_cancels_on_the_server(client: AsyncClient, router) -> None:  # type: ignore[no-untyped-def]
+async def test_cancelling_the_task_cancels_on_the_server(client: AsyncClient, router: ScriptedRouter) -> None:
     begun = asyncio.Event()
 
     async def read() -> None:
@@ -63,7 +64,7 @@ async def test_cancelling_the_task_cancels_on_the_server(client: AsyncClient, ro
     assert await ended(router)
 
 
-async def test_close_by_another_task_ends_the_iteration(client: AsyncClient, router) -> None:  # type: ignore[no-untyped-def]
+async def test_close_by_another_task_ends_the_iteration(client: AsyncClient, router: ScriptedRouter) -> None:
     generation = client.generate("hang")
     pieces = aiter(generation)
     await anext(pieces)
@@ -73,7 +74,7 @@ async def test_close_by_another_task_ends_the_iteration(client: AsyncClient, rou
     assert await ended(router)
 
 
-async def test_deadline(client: AsyncClient, router) -> None:  # type: ignore[no-untyped-def]
+async def test_deadline(client: AsyncClient, router: ScriptedRouter) -> None:
     with pytest.raises(DeadlinePassed, match="no end within the deadline of 0.2 s"):
         await client.generate("hang", timeout_s=0.2).text()
     assert await ended(router)
@@ -96,7 +97,7 @@ async def test_an_unreachable_router_is_named() -> None:
             await client.generate("hello").text()
 
 
-async def test_the_other_calls(client: AsyncClient, router) -> None:  # type: ignore[no-untyped-def]
+async def test_the_other_calls(client: AsyncClient, router: ScriptedRouter) -> None:
     await client.abort("live")
     assert router.aborted == ["live"]
     with pytest.raises(RequestNotFound):

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from support.scripted_router import ScriptedRouter
 
 from biphase.client import (
     Cancelled,
@@ -56,7 +57,7 @@ def test_result_before_the_end_is_an_error(client: Client) -> None:
         _ = generation.result
 
 
-def test_break_cancels_on_the_server(client: Client, router) -> None:  # type: ignore[no-untyped-def]
+def test_break_cancels_on_the_server(client: Client, router: ScriptedRouter) -> None:
     generation = client.generate("hang")
     for piece in generation:
         assert piece.text == "first"
@@ -64,7 +65,7 @@ def test_break_cancels_on_the_server(client: Client, router) -> None:  # type: i
     assert router.call_ended.wait(ENDED_WITHIN_S)
 
 
-def test_leaving_the_with_block_cancels_on_the_server(client: Client, router) -> None:  # type: ignore[no-untyped-def]
+def test_leaving_the_with_block_cancels_on_the_server(client: Client, router: ScriptedRouter) -> None:
     with client.generate("hang") as generation:
         pieces = iter(generation)
         assert next(pieces).text == "first"
@@ -73,14 +74,14 @@ def test_leaving_the_with_block_cancels_on_the_server(client: Client, router) ->
         next(pieces)
 
 
-def test_an_exception_in_the_loop_cancels_on_the_server(client: Client, router) -> None:  # type: ignore[no-untyped-def]
+def test_an_exception_in_the_loop_cancels_on_the_server(client: Client, router: ScriptedRouter) -> None:
     with pytest.raises(KeyError):
         for piece in client.generate("hang"):
             raise KeyError(piece.text)
     assert router.call_ended.wait(ENDED_WITHIN_S)
 
 
-def test_close_from_another_thread_ends_the_iteration(client: Client, router) -> None:  # type: ignore[no-untyped-def]
+def test_close_from_another_thread_ends_the_iteration(client: Client, router: ScriptedRouter) -> None:
     generation = client.generate("hang")
     pieces = iter(generation)
     next(pieces)
@@ -92,7 +93,7 @@ def test_close_from_another_thread_ends_the_iteration(client: Client, router) ->
     assert router.call_ended.wait(ENDED_WITHIN_S)
 
 
-def test_closing_the_client_cancels_what_runs(address: str, router) -> None:  # type: ignore[no-untyped-def]
+def test_closing_the_client_cancels_what_runs(address: str, router: ScriptedRouter) -> None:
     client = Client(address)
     pieces = iter(client.generate("hang"))
     next(pieces)
@@ -102,7 +103,7 @@ def test_closing_the_client_cancels_what_runs(address: str, router) -> None:  # 
         next(pieces)
 
 
-def test_deadline(client: Client, router) -> None:  # type: ignore[no-untyped-def]
+def test_deadline(client: Client, router: ScriptedRouter) -> None:
     with pytest.raises(DeadlinePassed, match="no end within the deadline of 0.2 s"):
         client.generate("hang", timeout_s=0.2).text()
     assert router.call_ended.wait(ENDED_WITHIN_S)
@@ -149,7 +150,7 @@ def test_an_unreachable_router_is_named() -> None:
         client.generate("hello").text()
 
 
-def test_abort(client: Client, router) -> None:  # type: ignore[no-untyped-def]
+def test_abort(client: Client, router: ScriptedRouter) -> None:
     client.abort("live")
     assert router.aborted == ["live"]
     with pytest.raises(RequestNotFound, match="no live request has the id 'gone'"):

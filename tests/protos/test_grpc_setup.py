@@ -1,0 +1,122 @@
+"""Servers and channels as every process makes them, on real loopback sockets."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import pytest
+from google.protobuf.message_factory import GetMessageClass
+
+from biphase.protos import router_pb2
+from biphase.protos.errors import SetupError
+from biphase.protos.grpc_setup import (
+    MAX_CONTROL_MESSAGE_BYTES,
+    bind,
+    channel_options,
+    server_options,
+    service_handler,
+)
+
+NOT_UTF8 = b"\x0a\x02\xff\xfe"  # field 1, a string of two bytes that are no UTF-8
+CUT_SHORT = b"\x0a\x7f"  # field 1 announces 127 bytes and brings none
+
+
+class Echo:
+    """A Router that answers with what it understood."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def Generate(
+        self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[router_pb2.GenerateReply]:
+        self.calls += 1
+        yield router_pb2.GenerateReply(delta=router_pb2.Delta(text=request.text))
+
+    async def Abort(self, request: router_pb2.AbortRequest, context: grpc.aio.ServicerContext) -> router_pb2.AbortReply:
+        self.calls += 1
+        return router_pb2.AbortReply()
+
+    async def GetModelInfo(
+        self, request: router_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.ModelInfoReply:
+        return router_pb2.ModelInfoReply()
+
+    async def GetServerInfo(
+        self, request: router_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.ServerInfoReply:
+        return router_pb2.ServerInfoReply()
+
+
+@pytest.fixture
+def echo() -> Echo:
+    return Echo()
+
+
+@pytest.fixture
+async def channel(echo: Echo) -> AsyncIterator[grpc.aio.Channel]:
+    server = grpc.aio.server(options=server_options())
+    handler = service_handler(router_pb2.DESCRIPTOR, "Router", echo, GetMessageClass)
+    server.add_generic_rpc_handlers((handler,))
+    port = bind(server, "127.0.0.1", 0)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=channel_options()) as channel:
+        yield channel
+    await server.stop(grace=None)
+
+
+@pytest.mark.parametrize("data", [NOT_UTF8, CUT_SHORT], ids=["not utf-8", "cut short"])
+async def test_undecodable_bytes_are_the_callers_mistake(channel: grpc.aio.Channel, echo: Echo, data: bytes) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await channel.unary_unary("/biphase.v1.Router/Abort")(data)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == (
+        f"the {len(data)} bytes received are no AbortRequest (malformed, or text that is not UTF-8)"
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in channel.unary_stream("/biphase.v1.Router/Generate")(data):
+            raise AssertionError("a reply to bytes that are no request")
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert echo.calls == 0
+
+
+async def test_the_server_goes_on_after_undecodable_bytes(channel: grpc.aio.Channel) -> None:
+    with pytest.raises(grpc.aio.AioRpcError):
+        await channel.unary_unary("/biphase.v1.Router/Abort")(CUT_SHORT)
+    call = channel.unary_stream(
+        "/biphase.v1.Router/Generate",
+        request_serializer=router_pb2.GenerateRequest.SerializeToString,
+        response_deserializer=router_pb2.GenerateReply.FromString,
+    )
+    assert [reply.delta.text async for reply in call(router_pb2.GenerateRequest(text="hi"))] == ["hi"]
+
+
+async def test_a_message_above_the_limit_is_refused_with_both_numbers(channel: grpc.aio.Channel, echo: Echo) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await channel.unary_unary("/biphase.v1.Router/Abort")(b"\0" * (MAX_CONTROL_MESSAGE_BYTES + 1))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert str(MAX_CONTROL_MESSAGE_BYTES) in caught.value.details()
+    assert str(MAX_CONTROL_MESSAGE_BYTES + 1) in caught.value.details()
+    assert echo.calls == 0
+
+
+async def test_a_taken_port_is_an_error_that_names_it() -> None:
+    first, second = grpc.aio.server(options=server_options()), grpc.aio.server(options=server_options())
+    port = bind(first, "127.0.0.1", 0)
+    await first.start()
+    with pytest.raises(SetupError, match=f"cannot listen on 127.0.0.1:{port}: the port is in use"):
+        bind(second, "127.0.0.1", port)
+    await first.stop(grace=None)
+    await second.stop(grace=None)
+
+
+async def test_an_address_of_another_host_is_an_error() -> None:
+    server = grpc.aio.server(options=server_options())
+    with pytest.raises(SetupError, match="cannot listen on 192.0.2.1:0"):
+        bind(server, "192.0.2.1", 0)
+    await server.stop(grace=None)
+
+
+def test_bulk_channels_have_a_connection_of_their_own() -> None:
+    assert ("grpc.use_local_subchannel_pool", 1) in channel_options(bulk=True)
+    assert ("grpc.use_local_subchannel_pool", 1) not in channel_options()
