@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# One prefill and one decode instance under Ray, two questions, and who did what:  scripts/demo.sh [biphase serve FLAGS]
+# Stops everything that it started, after Ctrl-C or a failure too.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+set_up
+
+name=demo-$$
+export BIPHASE_RUN_DIR
+BIPHASE_RUN_DIR=$(mktemp -d "${TMPDIR:-/tmp}/biphase-demo.XXXXXX")
+
+clean_up() {
+  local status=$?
+  trap - EXIT
+  trap '' INT TERM
+  "$bin/biphase" stop --name "$name" >/dev/null 2>&1 || true
+  if [ $status -eq 0 ] || [ $status -eq 130 ]; then
+    rm -rf "$BIPHASE_RUN_DIR"
+    say "stopped; nothing of the demo is left running"
+  else
+    say "failed; the logs are below $BIPHASE_RUN_DIR"
+  fi
+  exit $status
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# An instance asks Ray for one CPU; on a machine with a single one the two share it.
+cpus=()
+if [ "$(nproc)" -lt 2 ]; then cpus=(--cpus 0); fi
+
+"$bin/biphase" serve --model smollm2 --prefill 1 --decode 1 --port 0 --detach --name "$name" "${cpus[@]}" "$@"
+address=$("$bin/biphase" status --name "$name" --json | "$bin/python" -c '
+import json, sys
+print(json.load(sys.stdin)["router_addresses"][0])')
+"$bin/python" "$root/scripts/demo_ask.py" "$address"
