@@ -1,0 +1,232 @@
+"""Both sides of a handoff in one loop, and a proxy between them that tampers with frames."""
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from biphase.kernels.kv_layout import KvBox, KvLayout
+from biphase.kernels.kv_pack import CpuKvMemory
+from biphase.kvtransfer.exports import ExportEnded, ExportTable
+from biphase.kvtransfer.grpc_transport import SERVICE
+from biphase.kvtransfer.puller import KvPuller
+from biphase.kvtransfer.server import KvServer
+from biphase.kvtransfer.signature import KvSignatureValue
+from biphase.protos.grpc_setup import bind, channel_options, server_options
+from biphase.protos.ids import BlockId, Incarnation, InstanceName, TicketId
+from biphase.protos.values import KvTicket
+
+LAYOUT = KvLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16)
+NUM_BLOCKS = 64
+FIRST_TOKEN = 77
+LEASE_S = 60.0
+
+
+class CountingPool:
+    """References per block, as a block pool counts them."""
+
+    def __init__(self) -> None:
+        self.references: Counter[BlockId] = Counter()
+
+    def hold(self, blocks: Sequence[BlockId]) -> None:
+        self.references.update(blocks)
+
+    def release(self, blocks: Sequence[BlockId]) -> None:
+        self.references.subtract(blocks)
+        assert min(self.references.values()) >= 0
+        self.references = +self.references
+
+
+class WatchedMemory(CpuKvMemory):
+    """Tells when a number of pieces has been written."""
+
+    def __init__(self, pool: np.ndarray[Any, Any], layout: KvLayout) -> None:
+        super().__init__(pool, layout)
+        self.boxes: list[KvBox] = []
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+
+    def unpack(self, blocks: Sequence[int], box: KvBox, data: Any) -> None:
+        super().unpack(blocks, box, data)
+        self.boxes.append(box)
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    async def wrote(self, num_pieces: int) -> None:
+        while len(self.boxes) < num_pieces:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+def random_pool(layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(7).standard_normal(layout.pool_shape(num_blocks), dtype=np.float32)
+
+
+def make_signature(name: str, *, incarnation: int = 1, layout: KvLayout = LAYOUT) -> KvSignatureValue:
+    return KvSignatureValue.of(layout, instance=name, incarnation=incarnation, model_hash=b"m" * 16, rope="theta=1e5")
+
+
+@dataclass
+class PrefillSide:
+    """A served export table. ``blocks`` of a ticket are the first ones of the pool, in a scrambled order."""
+
+    pool: np.ndarray[Any, Any]
+    blocks_pool: CountingPool
+    exports: ExportTable
+    server: KvServer
+    signature: KvSignatureValue
+    address: str
+    ended: list[ExportEnded]
+    ended_event: asyncio.Event
+
+    def open(self, num_tokens: int = 100, computed: int | None = None) -> KvTicket:
+        """A ticket; wholly computed and token 0 sampled unless ``computed`` says how far it is."""
+        ticket = TicketId(os.urandom(16))
+        self.exports.open(ticket, self.blocks_of(num_tokens), num_tokens, time.monotonic())
+        if computed is None:
+            self.exports.finish(ticket, FIRST_TOKEN, time.monotonic())
+        else:
+            self.exports.advance(ticket, computed)
+        return KvTicket(
+            id=ticket,
+            kv_address=self.address,
+            instance=InstanceName(self.signature.instance),
+            incarnation=Incarnation(self.signature.incarnation),
+            num_tokens=num_tokens,
+        )
+
+    def blocks_of(self, num_tokens: int) -> list[BlockId]:
+        order = np.random.default_rng(1).permutation(LAYOUT.blocks_for(num_tokens))
+        return [BlockId(int(block)) for block in order]
+
+    def content(self, num_tokens: int) -> np.ndarray[Any, Any]:
+        """``[layers, 2, heads, tokens, dim]`` of a ticket."""
+        return tokens_of(self.pool, self.blocks_of(num_tokens), num_tokens)
+
+    async def next_end(self) -> ExportEnded:
+        while not self.ended:
+            self.ended_event.clear()
+            await self.ended_event.wait()
+        return self.ended.pop(0)
+
+
+@dataclass
+class DecodeSide:
+    """A puller over a pool of NaN."""
+
+    pool: np.ndarray[Any, Any]
+    memory: WatchedMemory
+    puller: KvPuller
+
+    def content(self, blocks: Sequence[int], num_tokens: int) -> np.ndarray[Any, Any]:
+        return tokens_of(self.pool, blocks, num_tokens)
+
+
+def tokens_of(pool: np.ndarray[Any, Any], blocks: Sequence[int], num_tokens: int) -> np.ndarray[Any, Any]:
+    chosen = pool[:, list(blocks)].transpose(0, 2, 3, 1, 4, 5)
+    layers, two, heads, count, size, dim = chosen.shape
+    return chosen.reshape(layers, two, heads, count * size, dim)[:, :, :, :num_tokens]
+
+
+@asynccontextmanager
+async def prefill_side(
+    *,
+    memory: type[CpuKvMemory] = CpuKvMemory,
+    signature: KvSignatureValue | None = None,
+    lease_s: float = LEASE_S,
+    max_message_bytes: int = 64 * 1024,
+    num_blocks: int = NUM_BLOCKS,
+) -> AsyncIterator[PrefillSide]:
+    pool = random_pool(num_blocks=num_blocks)
+    blocks_pool = CountingPool()
+    exports = ExportTable(blocks_pool, lease_s)
+    signature = replace(signature or make_signature("prefill-0"), max_message_bytes=max_message_bytes)
+    ended: list[ExportEnded] = []
+    ended_event = asyncio.Event()
+
+    def on_ended(end: ExportEnded) -> None:
+        ended.append(end)
+        ended_event.set()
+
+    server = KvServer(exports=exports, memory=memory(pool, LAYOUT), signature=signature, on_ended=on_ended)
+    port = await server.start("127.0.0.1", 0)
+    try:
+        yield PrefillSide(pool, blocks_pool, exports, server, signature, f"127.0.0.1:{port}", ended, ended_event)
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def decode_side(
+    *, signature: KvSignatureValue | None = None, num_blocks: int = NUM_BLOCKS
+) -> AsyncIterator[DecodeSide]:
+    pool = np.full(LAYOUT.pool_shape(num_blocks), np.nan, dtype=np.float32)
+    memory = WatchedMemory(pool, LAYOUT)
+    puller = KvPuller(memory=memory, signature=signature or make_signature("decode-0"))
+    try:
+        yield DecodeSide(pool, memory, puller)
+    finally:
+        await puller.close()
+
+
+Tamper = Callable[[int, list[bytes]], list[bytes]]
+"""From the number of a Pull call (from 0) and its frames to the frames that the reader gets."""
+
+
+@dataclass
+class Proxy:
+    """Stands between reader and source, passes Handshake and Release on, and tampers with the frames of Pull."""
+
+    address: str
+    tamper: Tamper
+    num_pulls: int = 0
+    releases: list[bytes] = field(default_factory=list)
+    fail_releases: int = 0
+
+
+@asynccontextmanager
+async def tampering_proxy(target: str, tamper: Tamper) -> AsyncIterator[Proxy]:
+    server = grpc.aio.server(options=server_options())
+    channel = grpc.aio.insecure_channel(target, options=channel_options(bulk=True))
+    proxy = Proxy("", tamper)
+
+    async def pull(request: bytes, context: grpc.aio.ServicerContext) -> None:
+        number = proxy.num_pulls
+        proxy.num_pulls += 1
+        frames = [frame async for frame in channel.unary_stream(f"/{SERVICE}/Pull")(request)]
+        for frame in proxy.tamper(number, frames):
+            await context.write(frame)
+
+    async def handshake(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return bytes(await channel.unary_unary(f"/{SERVICE}/Handshake")(request))
+
+    async def release(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        proxy.releases.append(request)
+        if len(proxy.releases) <= proxy.fail_releases:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no answer")
+        try:
+            return bytes(await channel.unary_unary(f"/{SERVICE}/Release")(request))
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details() or "")
+            raise
+
+    handlers = {
+        "Pull": grpc.unary_stream_rpc_method_handler(pull),
+        "Handshake": grpc.unary_unary_rpc_method_handler(handshake),
+        "Release": grpc.unary_unary_rpc_method_handler(release),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    proxy.address = f"127.0.0.1:{bind(server, '127.0.0.1', 0)}"
+    await server.start()
+    try:
+        yield proxy
+    finally:
+        await server.stop(None)
+        await channel.close()
