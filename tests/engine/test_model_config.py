@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+
 from biphase.engine.model_config import FrequencyFactors, LinearScaling, Llama3Scaling, ModelConfig, RopeConfig
 
 
