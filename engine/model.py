@@ -1,0 +1,164 @@
+"""The forward pass of the Llama family over one packed step: RMS norm, rotary attention, gated SiLU, residuals.
+
+Shapes: F hidden features, H query heads, K kv heads, G = H / K, D head_dim, I intermediate features, N tokens of the
+step (padded), R sampled tokens, V vocabulary. Activations are feature-major, ``[features, N]`` (kernels/ops.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from biphase.engine.batch import StepBatch
+from biphase.engine.model_config import ModelConfig
+from biphase.kernels.ops import Kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One layer's weights, views of the mapped file; vectors as columns ``[features, 1]``."""
+
+    attn_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: torch.Tensor
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffers:
+    """Activations of a step with N tokens; views of buffers that every step shares, valid until the next step."""
+
+    normed_FN: torch.Tensor
+    qkv_FN: torch.Tensor
+    q_HDN: torch.Tensor
+    k_KDN: torch.Tensor
+    q_KGDN: torch.Tensor
+    kv_KDN: torch.Tensor
+    """k and v: [2 * K, D, N]."""
+    rotated_H2RN: torch.Tensor
+    """The rotated part of q and k: [H + K, 2, rotary_dim / 2, N]."""
+    attended_FN: torch.Tensor
+    attended_KGDN: torch.Tensor
+    gate_up_IN: torch.Tensor
+    gate_IN: torch.Tensor
+    up_IN: torch.Tensor
+
+
+class LlamaModel:
+    """Weights, KV pool and activation buffers. Runs in one thread; changes the pool and its buffers only."""
+
+    def __init__(
+        self, config: ModelConfig, tensors: dict[str, torch.Tensor], pool: torch.Tensor, kernels: Kernels
+    ) -> None:
+        """``pool`` [layers, blocks, 2, K, block_size, D]; ``tensors`` as engine.checkpoint names them."""
+        self.config = config
+        self._kernels = kernels
+        self._embed = tensors["embed"]
+        self._head = tensors.get("lm_head", self._embed)
+        self._norm = tensors["norm"].unsqueeze(1)
+        self._layers = [_layer(tensors, i) for i in range(config.num_layers)]
+        self._block_rows = [layer.view(-1, pool.shape[-2] * pool.shape[-1]) for layer in pool]
+        self._token_rows = [layer.view(-1, pool.shape[-1]) for layer in pool]
+        self._frequencies = torch.tensor(config.rope.inverse_frequencies(), dtype=torch.float32).unsqueeze(1)
+        self._scale = config.head_dim**-0.5
+        self._flat: dict[str, torch.Tensor] = {}
+        self._buffers: dict[int, Buffers] = {}
+
+    def forward(self, batch: StepBatch) -> torch.Tensor | None:
+        """Writes the step's k and v into the pool; returns logits ``[R, V]`` of the sampled columns, None without."""
+        ops = self._kernels
+        eps = self.config.rms_norm_eps
+        buffers = self._buffers_for(batch.num_padded)
+        angles_RN = self._frequencies * batch.positions
+        cos_RN, sin_RN = angles_RN.cos(), angles_RN.sin()
+        h_FN = self._embed.index_select(0, batch.token_ids).t().contiguous()
+        for i, layer in enumerate(self._layers):
+            ops.rms_norm.rms_norm(h_FN, layer.attn_norm, eps, buffers.normed_FN)
+            ops.linear.linear(layer.qkv, buffers.normed_FN, buffers.qkv_FN)
+            if layer.qkv_bias is not None:
+                buffers.qkv_FN.add_(layer.qkv_bias)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                ops.rms_norm.rms_norm(buffers.q_HDN, layer.q_norm, eps, buffers.q_HDN)
+                ops.rms_norm.rms_norm(buffers.k_KDN, layer.k_norm, eps, buffers.k_KDN)
+            kv_XMD = ops.rope_and_cache.rope_and_cache(
+                buffers.rotated_H2RN, buffers.kv_KDN, cos_RN, sin_RN, self._token_rows[i], batch.cache_rows
+            )
+            if batch.decode is not None:
+                ops.decode_attention.decode_attention(
+                    buffers.q_KGDN, self._block_rows[i], batch.decode, self._scale, buffers.attended_KGDN
+                )
+            for chunk in batch.chunks:
+                ops.prefill_attention.prefill_attention(
+                    buffers.q_KGDN, kv_XMD, self._block_rows[i], chunk, self._scale, buffers.attended_KGDN
+                )
+            ops.linear.linear_add(layer.o, buffers.attended_FN, h_FN)
+            ops.rms_norm.rms_norm(h_FN, layer.mlp_norm, eps, buffers.normed_FN)
+            ops.linear.linear(layer.gate_up, buffers.normed_FN, buffers.gate_up_IN)
+            ops.linear.linear_add(layer.down, ops.silu_mul.silu_mul(buffers.gate_IN, buffers.up_IN), h_FN)
+        if batch.sampled_columns is None:
+            return None
+        last_FR = h_FN.index_select(1, batch.sampled_columns)
+        ops.rms_norm.rms_norm(last_FR, self._norm, eps, last_FR)
+        logits_RV: torch.Tensor = ops.linear.linear_logits(self._head, last_FR)
+        return logits_RV
+
+    def _buffers_for(self, num_tokens: int) -> Buffers:
+        found = self._buffers.get(num_tokens)
+        if found is None:
+            found = self._buffers[num_tokens] = self._make_buffers(num_tokens)
+        return found
+
+    def _make_buffers(self, num_tokens: int) -> Buffers:
+        config = self.config
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        qkv = self._rows("qkv", (heads + 2 * kv_heads) * dim, num_tokens)
+        attended = self._rows("attended", heads * dim, num_tokens)
+        gate_up = self._rows("gate_up", 2 * config.intermediate_size, num_tokens)
+        per_head = qkv.view(heads + 2 * kv_heads, dim, num_tokens)
+        rotary = config.rope.rotary_dim
+        return Buffers(
+            normed_FN=self._rows("normed", config.hidden_size, num_tokens),
+            qkv_FN=qkv,
+            q_HDN=per_head[:heads],
+            k_KDN=per_head[heads : heads + kv_heads],
+            q_KGDN=per_head[:heads].view(kv_heads, heads // kv_heads, dim, num_tokens),
+            kv_KDN=per_head[heads:],
+            rotated_H2RN=per_head[: heads + kv_heads, :rotary].unflatten(1, (2, rotary // 2)),
+            attended_FN=attended,
+            attended_KGDN=attended.view(kv_heads, heads // kv_heads, dim, num_tokens),
+            gate_up_IN=gate_up,
+            gate_IN=gate_up[: config.intermediate_size],
+            up_IN=gate_up[config.intermediate_size :],
+        )
+
+    def _rows(self, name: str, num_features: int, num_tokens: int) -> torch.Tensor:
+        """``[features, tokens]``, contiguous, at the start of the named buffer, which grows when it must."""
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < num_features * num_tokens:
+            self._buffers.clear()  # they would keep the smaller buffer alive
+            flat = self._flat[name] = torch.zeros(num_features * num_tokens)
+        return flat[: num_features * num_tokens].view(num_features, num_tokens)
+
+
+def _layer(tensors: dict[str, torch.Tensor], i: int) -> Layer:
+    def column(name: str) -> torch.Tensor:
+        return tensors[f"layers.{i}.{name}"].unsqueeze(1)
+
+    def column_or_none(name: str) -> torch.Tensor | None:
+        return column(name) if f"layers.{i}.{name}" in tensors else None
+
+    return Layer(
+        attn_norm=column("attn_norm"),
+        qkv=tensors[f"layers.{i}.qkv"],
+        qkv_bias=column_or_none("qkv_bias"),
+        q_norm=column_or_none("q_norm"),
+        k_norm=column_or_none("k_norm"),
+        o=tensors[f"layers.{i}.o"],
+        mlp_norm=column("mlp_norm"),
+        gate_up=tensors[f"layers.{i}.gate_up"],
+        down=tensors[f"layers.{i}.down"],
+    )

@@ -1,0 +1,64 @@
+"""Sampling on the CPU: one argmax for the greedy rows, one Gumbel-max draw per sampled row.
+
+The draw needs no random state: its noise is a function of (seed, branch, output position, token id), so a token does
+not depend on what shares the batch, and a replay draws the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from biphase.kernels.sample.filters import keep_candidates
+from biphase.kernels.sample.noise import MAX_NOISE, GumbelBits, gumbel, least_word
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawRow:
+    """How one row's token is chosen. ``temperature`` 0 is greedy; top_k 0, top_p 1, min_p 0 are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    branch: int = 0
+    position: int = 0
+    forbid_ids: tuple[int, ...] = ()
+
+
+def sample(logits_RV: torch.Tensor, rows: Sequence[DrawRow]) -> list[int]:
+    """One token id per row; ``logits`` [rows, vocab] float32 contiguous, forbidden entries are overwritten.
+
+    Order: forbidden ids, temperature, top-k, top-p over what is left, min-p, then argmax of
+    (logit - max) / temperature + noise. Ties go to the lowest id.
+    """
+    for row, draw in enumerate(rows):
+        if draw.forbid_ids:
+            logits_RV[row, list(draw.forbid_ids)] = -torch.inf
+    best: list[int] = logits_RV.argmax(dim=-1).tolist()
+    logits = logits_RV.numpy()
+    return [
+        token if draw.temperature == 0 else _draw(logits[row], token, draw)
+        for row, (token, draw) in enumerate(zip(best, rows, strict=True))
+    ]
+
+
+def _draw(logits_V: np.ndarray, best: int, draw: DrawRow) -> int:
+    z = (logits_V - logits_V[best]) / np.float32(draw.temperature)
+    bits = GumbelBits(seed=draw.seed, branch=draw.branch, position=draw.position)
+    if (draw.top_k == 0 or draw.top_k >= len(z)) and draw.top_p >= 1 and draw.min_p <= 0:
+        return _draw_from_all(z, bits)
+    ids = keep_candidates(z, top_k=draw.top_k, top_p=draw.top_p, min_p=draw.min_p)
+    return int(ids[np.argmax(z[ids] + gumbel(bits.of(ids)))])
+
+
+def _draw_from_all(z: np.ndarray, bits: GumbelBits) -> int:
+    """Every token is a candidate, but few can win: those whose noise makes up for their distance to the best."""
+    words = bits.first(len(z))
+    near = np.flatnonzero(z >= -1)
+    reached = float((z[near] + gumbel(words[near])).max())
+    ids = np.flatnonzero(words >= np.uint64(least_word(reached)))
+    ids = ids[z[ids] >= reached - MAX_NOISE]
+    return int(ids[np.argmax(z[ids] + gumbel(words[ids]))])
