@@ -10,7 +10,7 @@ describe() {
 usage: scripts/long.sh [PART...]     (no part: all, one after the other)
 
   tokens    the tests marked slow: tokens against the reference and between modes, leaks after cancelled requests
-  engine    bench/engine.py --check: the engine's speed against ceilings measured in the same run
+  engine    bench/engine.py: the engine's speed against ceilings measured in the same run
   handoff   bench/handoff.py: KV payload rate beside a bare gRPC stream and a bare socket; decode gaps during a pull
   start     bench/start.py: from `biphase serve` to the first token, first and later starts; idle processor use
   faults    bench/faults.py: workers killed and stopped, idle and busy; what the client sees and how soon
@@ -23,9 +23,9 @@ run() {
   case $1 in
     tokens) "$bin/pytest" -m slow ;;
     engine) "$bin/python" bench/engine.py --check ;;
-    handoff) "$bin/python" bench/handoff.py ;;
-    start) "$bin/python" bench/start.py ;;
-    faults) "$bin/python" bench/faults.py ;;
+    handoff) "$bin/python" bench/handoff.py --check ;;
+    start) "$bin/python" bench/start.py --check ;;
+    faults) "$bin/python" bench/faults.py --check ;;
   esac
 }
 
