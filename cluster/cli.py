@@ -1,0 +1,136 @@
+"""The `biphase` command: arguments in, one function per subcommand out. Imports neither torch nor Ray."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from biphase.cluster.version import version
+from biphase.protos.errors import BiphaseError, SetupError, one_line
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="biphase",
+        description="Serve large language models with prefill and decode on separate instances.",
+    )
+    parser.add_argument("--version", action="version", version=f"biphase {version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_status(commands)
+    _add_stop(commands)
+    _add_generate(commands)
+    return parser
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="start a deployment and keep it running",
+        description="Start a deployment from a deploy file, from flags, or from both (flags win). Stays in the foreground; "
+        "Ctrl-C drains, a second one stops at once.",
+        epilog="example: biphase serve --model smollm2 --prefill 1 --decode 1",
+    )
+    serve.add_argument("deploy_file", nargs="?", metavar="deploy.yaml", help="what to run; see examples/")
+    serve.add_argument("--model", help="GGUF file, Hugging Face directory, hub name, or smollm2 (the packaged model)")
+    serve.add_argument("--served-model-name", help="what clients call it")
+    serve.add_argument("--name", help="the deployment's name, for status and stop (default: biphase)")
+    serve.add_argument("--prefill", type=int, metavar="N", help="prefill instances (default 1; 0: colocated)")
+    serve.add_argument("--decode", type=int, metavar="N", help="decode instances (default 1)")
+    serve.add_argument("--backend", choices=("ray", "process"), help="what runs the processes (default ray)")
+    serve.add_argument(
+        "--mode", choices=("auto", "strict"), help="strict: decode instances never prefill (default auto)"
+    )
+    serve.add_argument("--host", help="where the router listens (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, help="the router's port (default 8700; 0: any free one)")
+    serve.add_argument("--threads", type=int, metavar="N", help="CPU threads per instance (default cores / instances)")
+    serve.add_argument("--cpus", type=float, metavar="N", help="CPUs per instance asked of Ray (default 1; 0 allowed)")
+    serve.add_argument(
+        "--kv-memory", metavar="SIZE", help="KV memory per instance, as in 2GiB (default 20%% of free RAM)"
+    )
+    serve.add_argument("--block-size", type=int, metavar="TOKENS", help="tokens per KV block")
+    serve.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output together")
+    serve.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run at once per instance")
+    serve.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens per engine step")
+    serve.add_argument("--weights-cache", metavar="DIR", help="where converted weights are kept")
+    serve.add_argument("--drain-s", type=float, metavar="S", help="how long a stop waits for running requests")
+    serve.add_argument("--detach", action="store_true", help="return when ready; `biphase stop` ends it")
+    serve.set_defaults(run="serve")
+
+
+def _add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    status = commands.add_parser("status", help="show a running deployment and its processes")
+    status.add_argument("--name", help="which deployment (default: the one that runs)")
+    status.add_argument("--json", action="store_true", help="everything, counters too, as JSON")
+    status.set_defaults(run="status")
+
+
+def _add_stop(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    stop = commands.add_parser("stop", help="drain and end a running deployment")
+    stop.add_argument("--name", help="which deployment (default: the one that runs)")
+    stop.add_argument("--now", action="store_true", help="do not wait for running requests")
+    stop.set_defaults(run="stop")
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="send a prompt and stream the answer",
+        description="Send a prompt and stream the answer to the terminal. Ctrl-C cancels it on the server.",
+    )
+    generate.add_argument("prompt", help="the prompt; - reads it from standard input")
+    generate.add_argument("--address", help="HOST:PORT of a router (default: the deployment that runs)")
+    generate.add_argument("--name", help="which deployment, where several run")
+    kind = generate.add_mutually_exclusive_group()
+    kind.add_argument("--chat", action="store_true", help="as a chat message (default where the model has a template)")
+    kind.add_argument("--raw", action="store_true", help="as plain text to go on with")
+    generate.add_argument("--system", metavar="TEXT", help="a system message, with --chat")
+    generate.add_argument("--max-tokens", type=int, metavar="N")
+    generate.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
+    generate.add_argument("--top-p", type=float, metavar="P")
+    generate.add_argument("--top-k", type=int, metavar="K")
+    generate.add_argument("--min-p", type=float, metavar="P")
+    generate.add_argument("--seed", type=int)
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+    generate.add_argument("--timeout", type=float, metavar="S", help="give up after this long")
+    generate.add_argument("--stats", action="store_true", help="print where the time went, afterwards")
+    generate.set_defaults(run="generate")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; a user's mistake is one line on stderr and exit code 2."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        match arguments.run:
+            case "serve":
+                from biphase.cluster.serve_command import serve
+
+                return serve(arguments)
+            case "status":
+                from biphase.cluster.status_command import status
+
+                return status(arguments)
+            case "stop":
+                from biphase.cluster.status_command import stop
+
+                return stop(arguments)
+            case _:
+                from biphase.cluster.generate_command import generate
+
+                return generate(arguments)
+    except SetupError as error:
+        print(f"biphase: {one_line(error)}", file=sys.stderr)
+        return EXIT_USAGE
+    except BiphaseError as error:
+        print(f"biphase: {one_line(error)}", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The deploy file's strict schema. Pydantic ends here: ``load_deployment`` returns frozen dataclasses.
+
+Every mistake is one SetupError line that names the file, the line, the key, the value and the limit.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+
+from biphase.cluster.deployment import Deployment, RolePlan
+from biphase.protos.errors import SetupError, one_line
+from biphase.router.config import RequestLimits
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+MIN_KV_MEMORY_BYTES = 2**20
+NAME_PATTERN = r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$"
+MAX_LIMIT = 2**40
+_PLAN, _DEPLOYMENT = RolePlan(), Deployment(model="")
+
+
+def parse_bytes(value: str | int) -> int:
+    """ "2GiB", "512 MiB", "1.5gb" or a number of bytes. Raises ValueError."""
+    text = "" if isinstance(value, bool) else str(value)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError("give bytes as a number or with a unit, as in 2GiB")
+    num_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
+    if num_bytes < MIN_KV_MEMORY_BYTES:
+        raise ValueError(f"{num_bytes} bytes is less than the least, {MIN_KV_MEMORY_BYTES} (1MiB)")
+    return num_bytes
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _RolePlanSchema(_Strict):
+    replicas: int = Field(_PLAN.replicas, ge=0, le=256)
+    threads: int | None = Field(_PLAN.threads, ge=1, le=1024)
+    cpus: float = Field(_PLAN.cpus, ge=0, le=1024)
+    kv_memory: Bytes | None = _PLAN.kv_memory_bytes
+    block_size: int = Field(_PLAN.block_size, ge=1, le=1024)
+    max_num_seqs: int = Field(_PLAN.max_num_seqs, ge=1, le=4096)
+    max_num_batched_tokens: int = Field(_PLAN.max_num_batched_tokens, ge=1, le=1_000_000)
+    max_queued_tokens: int | None = Field(_PLAN.max_queued_tokens, ge=1, le=100_000_000)
+
+    def to_plan(self) -> RolePlan:
+        values = self.model_dump()
+        return RolePlan(kv_memory_bytes=values.pop("kv_memory"), **values)
+
+
+_LimitsSchema: type[BaseModel] = create_model(
+    "_LimitsSchema",
+    __base__=_Strict,
+    **{item.name: (item.type, Field(item.default, gt=0, le=MAX_LIMIT)) for item in dataclasses.fields(RequestLimits)},  # type: ignore[call-overload]
+)
+
+
+class _DeploymentSchema(_Strict):
+    model: str = Field(min_length=1)
+    name: str = Field(_DEPLOYMENT.name, pattern=NAME_PATTERN)
+    served_model_name: str = _DEPLOYMENT.served_model_name
+    mode: Literal["auto", "strict"] = _DEPLOYMENT.mode
+    backend: Literal["ray", "process"] = _DEPLOYMENT.backend
+    host: str = Field(_DEPLOYMENT.host, min_length=1)
+    port: int = Field(_DEPLOYMENT.port, ge=0, le=65535)
+    prefill: _RolePlanSchema = Field(default_factory=lambda: _RolePlanSchema.model_validate({}))
+    decode: _RolePlanSchema = Field(default_factory=lambda: _RolePlanSchema.model_validate({}))
+    max_model_len: int | None = Field(_DEPLOYMENT.max_model_len, ge=2, le=10_000_000)
+    weights_cache: str | None = _DEPLOYMENT.weights_cache
+    limits: _LimitsSchema = Field(default_factory=lambda: _LimitsSchema.model_validate({}))
+    drain_s: float = Field(_DEPLOYMENT.drain_s, ge=0, le=86_400)
+    start_timeout_s: float = Field(_DEPLOYMENT.start_timeout_s, gt=0, le=86_400)
+
+    def to_deployment(self) -> Deployment:
+        values = self.model_dump(exclude={"prefill", "decode", "limits"})
+        return Deployment(
+            **values,
+            prefill=self.prefill.to_plan(),
+            decode=self.decode.to_plan(),
+            limits=RequestLimits(**self.limits.model_dump()),
+        )
+
+
+def load_deployment(path: Path, overrides: Mapping[str, Any] | None = None) -> Deployment:
+    """Read a deploy file; ``overrides`` (flags) win over its keys, within prefill and decode key by key.
+
+    Raises SetupError, one line, for a missing file, bad YAML or a bad key or value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise SetupError(f"cannot read deploy file {path}: {reason}") from error
+    try:
+        values, lines = yaml.safe_load(text), _lines_of(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        raise SetupError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise SetupError(f"{path}: a deploy file is a mapping of keys such as model, prefill and decode")
+    deployment = deployment_from(values, source=str(path), lines=lines)  # the file's own mistakes first
+    if overrides:
+        deployment = deployment_from(merge(values, overrides), source=f"{path} with the flags given")
+    return deployment
+
+
+def merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``overrides`` over ``values``; mappings are merged key by key."""
+    merged = dict(values)
+    for key, value in overrides.items():
+        inner = merged.get(key)
+        merged[key] = merge(inner if isinstance(inner, dict) else {}, value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def deployment_from(
+    values: Mapping[str, Any], *, source: str, lines: Mapping[tuple[str, ...], int] | None = None
+) -> Deployment:
+    """Check ``values`` as a deploy file's content. ``lines`` maps a key's path to its line, for the message."""
+    try:
+        deployment = _DeploymentSchema.model_validate(dict(values)).to_deployment()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = tuple(str(part) for part in first["loc"])
+        line = _line(path, lines or {})
+        raise SetupError(f"{source}{f':{line}' if line else ''}: {_explain(path, dict(first))}") from error
+    problem = _contradiction(deployment)
+    if problem is not None:
+        raise SetupError(f"{source}: {problem}")
+    return deployment
+
+
+def _contradiction(deployment: Deployment) -> str | None:
+    """What each value alone cannot show."""
+    if deployment.decode.replicas == 0:
+        return "decode.replicas is 0: at least 1 decode instance is needed, prefill alone ends no request"
+    if deployment.mode == "strict" and deployment.prefill.replicas == 0:
+        return "mode is strict with prefill.replicas 0: strict needs at least 1 prefill instance"
+    if deployment.prefill.replicas and deployment.prefill.block_size != deployment.decode.block_size:
+        sizes = f"{deployment.prefill.block_size} and {deployment.decode.block_size}"
+        return f"prefill.block_size and decode.block_size are {sizes}: they must be equal"
+    return None
+
+
+def _explain(path: tuple[str, ...], error: dict[str, Any]) -> str:
+    key, value, context = ".".join(path), error.get("input"), error.get("ctx", {})
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    match error["type"]:
+        case "extra_forbidden":
+            known = list(_schema_at(path[:-1]).model_fields)
+            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+            return f"unknown key {key}: {hint}"
+        case "missing":
+            return f"key {key} is missing"
+        case "greater_than_equal":
+            return f"{key} is {shown}: the least is {context['ge']:g}"
+        case "greater_than":
+            return f"{key} is {shown}: it must be above {context['gt']:g}"
+        case "less_than_equal":
+            return f"{key} is {shown}: the most is {context['le']:g}"
+        case "literal_error":
+            return f"{key} is {shown}: it must be {context['expected']}"
+        case "string_pattern_mismatch":
+            return f"{key} is {shown}: 1 to 63 characters of a-z, 0-9, '.', '_', '-', letters or digits at the ends"
+        case "string_too_short":
+            return f"{key} is empty"
+        case "value_error":
+            return f"{key} is {shown}: {context.get('error', error['msg'])}"
+        case "model_type" | "model_attributes_type":
+            return f"{key} is {shown}: it must be a mapping of {', '.join(_schema_at(path).model_fields)}"
+        case _:
+            return f"{key} is {shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _schema_at(path: tuple[str, ...]) -> type[BaseModel]:
+    schema: type[BaseModel] = _DeploymentSchema
+    for part in path:
+        annotation = schema.model_fields[part].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        schema = annotation
+    return schema
+
+
+def _line(path: tuple[str, ...], lines: Mapping[tuple[str, ...], int]) -> int | None:
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path)
+
+
+def _lines_of(text: str) -> dict[tuple[str, ...], int]:
+    """The line of every key, by its path."""
+    lines: dict[tuple[str, ...], int] = {}
+
+    def walk(node: yaml.Node | None, path: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if (*path, key.value) in lines:
+                        raise yaml.MarkedYAMLError(
+                            problem=f"key {key.value} is given twice", problem_mark=key.start_mark
+                        )
+                    lines[(*path, key.value)] = key.start_mark.line + 1
+                    walk(value, (*path, key.value))
+
+    walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
+    return lines

@@ -1,0 +1,82 @@
+"""What a deployment is: frozen values that the deploy file and the command line are turned into at once.
+
+Defaults live here, once; the schema and the command line read them from here.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from biphase.protos.values import Mode, Role
+from biphase.router.config import RequestLimits
+
+BackendName = Literal["ray", "process"]
+
+DEFAULT_PORT = 8700
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolePlan:
+    """The instances of one role. None leaves the choice to the instance, which logs and reports it."""
+
+    replicas: int = 1
+    threads: int | None = None
+    """CPU threads of an instance; None: cores / instances on the host, at least 1."""
+    cpus: float = 1.0
+    """CPUs an instance asks Ray for; 0 is allowed. The process backend places nothing and ignores it."""
+    kv_memory_bytes: int | None = None
+    """None: 20 % of free memory / instances on the host, at most 4 GiB."""
+    block_size: int = 32
+    """Tokens per KV block; equal in both roles for now."""
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    """Token budget of one engine step."""
+    max_queued_tokens: int | None = None
+    """Prompt tokens an instance queues before it answers BUSY; None: twice the step budget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """Everything `biphase serve` needs to know."""
+
+    model: str
+    name: str = "biphase"
+    served_model_name: str = ""
+    mode: Mode = "auto"
+    backend: BackendName = "ray"
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    prefill: RolePlan = field(default_factory=RolePlan)
+    decode: RolePlan = field(default_factory=RolePlan)
+    max_model_len: int | None = None
+    """Prompt and output together, in tokens; None: the model's own limit."""
+    weights_cache: str | None = None
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    """What a client may ask for and how much may wait."""
+    drain_s: float = 30.0
+    """How long a stop waits for running requests."""
+    start_timeout_s: float = 600.0
+    """An instance that is not ready by then is started again."""
+
+    def plan(self, role: Role) -> RolePlan:
+        return self.prefill if role == "prefill" else self.decode
+
+    @property
+    def num_instances(self) -> int:
+        return self.prefill.replicas + self.decode.replicas
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Deployment":
+        """The inverse of to_json; raises ValueError, KeyError or TypeError for anything else."""
+        values: dict[str, Any] = json.loads(text)
+        return Deployment(
+            **{
+                **values,
+                "prefill": RolePlan(**values["prefill"]),
+                "decode": RolePlan(**values["decode"]),
+                "limits": RequestLimits(**values["limits"]),
+            }
+        )

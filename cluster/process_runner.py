@@ -1,0 +1,114 @@
+"""Runs one process's part: picks the service for its kind, keeps its announcements, turns errors into them.
+
+The same code runs under every backend; what differs is who hands in ``publish`` and ``stop``.
+"""
+
+import asyncio
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from biphase.cluster.backend import ProcessSpec
+from biphase.protos.errors import SetupError, one_line
+from biphase.protos.process import Announce, Announcement, Announcer
+
+if TYPE_CHECKING:
+    from biphase.engine.worker_config import WorkerConfig
+    from biphase.router.config import RouterConfig
+
+EXIT_OK, EXIT_CRASH, EXIT_SETUP = 0, 1, 2
+logger = logging.getLogger("biphase.cluster.process")
+
+
+async def run_process(spec: ProcessSpec, publish: Announce, stop: asyncio.Event) -> int:
+    """Serve until ``stop`` is set; returns the exit code. A SetupError is announced as ``failed`` with its line."""
+    first = Announcement(
+        name=spec.name,
+        kind=spec.kind,
+        incarnation=spec.incarnation,
+        pid=os.getpid(),
+        log_file=str(spec.log_file),
+    )
+    announcer = Announcer(first, publish)
+    try:
+        await _serve(spec, announcer, stop)
+    except SetupError as error:
+        logger.error("%s: %s", spec.name, one_line(error))
+        announcer.update(state="failed", detail=one_line(error))
+        return EXIT_SETUP
+    except Exception:
+        logger.exception("%s has crashed", spec.name)
+        return EXIT_CRASH
+    announcer.update(state="stopped", detail="")
+    return EXIT_OK
+
+
+async def _serve(spec: ProcessSpec, announcer: Announcer, stop: asyncio.Event) -> None:
+    # imported here: a router needs no torch, a worker no controller
+    match spec.kind:
+        case "prefill":
+            from biphase.prefill_worker.serve import serve as serve_prefill
+
+            await serve_prefill(_worker_config(spec), announcer, stop)
+        case "decode":
+            from biphase.decode_worker.serve import serve as serve_decode
+
+            await serve_decode(_worker_config(spec), announcer, stop)
+        case "router":
+            from biphase.router.serve import serve as serve_router
+
+            await serve_router(_router_config(spec), announcer, stop)
+        case "controller":
+            from biphase.cluster.controller import serve as serve_controller
+
+            await serve_controller(spec, announcer, stop)
+
+
+def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
+    from biphase.engine.config import EngineConfig
+    from biphase.engine.worker_config import WorkerConfig
+
+    deployment = spec.deployment
+    assert spec.kind == "prefill" or spec.kind == "decode"
+    plan = deployment.plan(spec.kind)
+    return WorkerConfig(
+        name=spec.name,
+        role=spec.kind,
+        incarnation=spec.incarnation,
+        host=spec.host,
+        engine=EngineConfig(
+            model=deployment.model,
+            served_name=deployment.served_model_name,
+            block_size=plan.block_size,
+            max_model_len=deployment.max_model_len,
+            kv_memory_bytes=plan.kv_memory_bytes,
+            threads=plan.threads,
+            instances_on_host=deployment.num_instances,
+            weights_cache=deployment.weights_cache,
+        ),
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_queued_tokens=plan.max_queued_tokens,
+        log_file=str(spec.log_file),
+    )
+
+
+def _router_config(spec: ProcessSpec) -> "RouterConfig":
+    from biphase.router.config import RouterConfig, Waits
+
+    deployment = spec.deployment
+    return RouterConfig(
+        name=spec.name,
+        incarnation=spec.incarnation,
+        host=deployment.host,
+        advertise_host=spec.host if deployment.host in ("0.0.0.0", "::") else "",
+        port=deployment.port,
+        model=deployment.model,
+        served_model_name=deployment.served_model_name,
+        mode=deployment.mode,
+        controller=spec.controller_address,
+        colocated=deployment.prefill.replicas == 0,
+        limits=deployment.limits,
+        waits=Waits(drain_s=max(deployment.drain_s, 0.001)),
+        log_file=str(spec.log_file),
+    )

@@ -1,0 +1,169 @@
+"""`biphase serve`: checks what a user can get wrong, starts the supervisor, shows its progress, passes Ctrl-C on."""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from biphase.cluster.deploy_schema import deployment_from, load_deployment
+from biphase.cluster.deployment import Deployment
+from biphase.cluster.progress import Progress
+from biphase.cluster.run_dir import RunDir, ServeRecord
+from biphase.protos import model_source
+from biphase.protos.errors import SetupError
+
+POLL_S = 0.05
+READY_POLL_S = 0.25
+PATIENCE_S = 15.0
+"""After the second Ctrl-C; a supervisor that still lives then is killed."""
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Returns 0 after a clean stop (or, with --detach, once ready), 2 when the deployment could not start."""
+    began_s = time.monotonic()
+    deployment = _checked(deployment_of(arguments))
+    run_dir = RunDir.of(deployment.name)
+    lock = run_dir.lock()
+    run_dir.prepare(deployment)
+    with _passing_signals_on() as stops:
+        supervisor = _spawn_supervisor(run_dir, lock, began_s, detach=arguments.detach)
+        os.close(lock)
+        try:
+            return _accompany(run_dir, supervisor, stops, detach=arguments.detach)
+        except BaseException:  # an error of ours leaves nothing running
+            supervisor.terminate()
+            supervisor.wait()
+            raise
+
+
+def deployment_of(arguments: argparse.Namespace) -> Deployment:
+    """The deployment that file and flags describe. Raises SetupError."""
+    flags = _flags(arguments)
+    if arguments.deploy_file is not None:
+        return load_deployment(Path(arguments.deploy_file), flags)
+    if not arguments.model:
+        raise SetupError("give a deploy file or --model, as in: biphase serve --model smollm2")
+    return deployment_from(flags, source="biphase serve")
+
+
+def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The given flags as a deploy file would say them."""
+    given = {key: value for key, value in vars(arguments).items() if value is not None}
+    top = ("model", "served_model_name", "name", "backend", "mode", "host", "port", "max_model_len", "weights_cache")
+    values: dict[str, Any] = {key: given[key] for key in (*top, "drain_s") if key in given}
+    per_role = ("threads", "cpus", "kv_memory", "block_size", "max_num_seqs", "max_num_batched_tokens")
+    shared = {key: given[key] for key in per_role if key in given}
+    for role in ("prefill", "decode"):
+        plan = {**shared, **({"replicas": given[role]} if role in given else {})}
+        if plan:
+            values[role] = plan
+    return values
+
+
+def _checked(deployment: Deployment) -> Deployment:
+    """Refuse early what would fail late: the model's files, the port. Paths become absolute."""
+    source = model_source.resolve(deployment.model, weights=False)
+    deployment = replace(deployment, served_model_name=deployment.served_model_name or source.name)
+    with contextlib.suppress(OSError):
+        if Path(deployment.model).exists():
+            deployment = replace(deployment, model=str(Path(deployment.model).absolute()))
+    if deployment.weights_cache is not None:
+        deployment = replace(deployment, weights_cache=str(Path(deployment.weights_cache).expanduser().absolute()))
+    family = socket.AF_INET6 if ":" in deployment.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((deployment.host, deployment.port))
+        except OSError as error:
+            where = f"{deployment.host}:{deployment.port}"
+            raise SetupError(f"cannot listen on {where}: {error.strerror or error}; give another --port") from error
+    return deployment
+
+
+def _spawn_supervisor(run_dir: RunDir, lock: int, began_s: float, *, detach: bool) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "biphase.cluster.supervisor", str(run_dir.path)]
+    command += ["--lock-fd", str(lock), "--began", str(began_s), *([] if detach else ["--foreground"])]
+    with open(run_dir.supervisor_log, "ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL if detach else subprocess.PIPE,  # our end closes however we die
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock,),
+            start_new_session=True,  # the terminal's Ctrl-C reaches us alone
+        )
+
+
+class _Stops:
+    """How often the user asked for the end."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked += 1
+
+
+@contextlib.contextmanager
+def _passing_signals_on() -> Iterator[_Stops]:
+    stops = _Stops()
+    before = {number: signal.signal(number, stops.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _accompany(run_dir: RunDir, supervisor: "subprocess.Popen[bytes]", stops: _Stops, *, detach: bool) -> int:
+    """Show the supervisor's word until it ends, or, with ``detach``, until it is ready."""
+    passed, ready, patience_s = 0, False, float("inf")
+    with Progress() as progress:
+        while supervisor.poll() is None:
+            record = run_dir.record()
+            if record is not None:
+                progress.show(record)
+                if not ready and record.state == "ready":
+                    ready = True
+                    progress.end_loading()
+                    print(ready_line(run_dir.deployment(), record), flush=True)
+                    if detach:
+                        return 0
+            if passed < stops.asked:
+                passed += 1
+                supervisor.terminate()
+                progress.say("stopping at once" if passed > 1 else _stop_line(run_dir, ready))
+                patience_s = time.monotonic() + PATIENCE_S if passed > 1 else patience_s
+            if time.monotonic() > patience_s:
+                supervisor.kill()
+            time.sleep(READY_POLL_S if ready and not passed else POLL_S)
+        record = run_dir.record()
+        progress.end_loading()
+    if supervisor.returncode == 0 and record is not None and record.state == "stopped":
+        print("stopped", flush=True)
+        return 0
+    if record is not None and record.state == "failed" and record.detail:
+        raise SetupError(record.detail)
+    raise SetupError(f"the supervisor has ended ({supervisor.returncode}); see {run_dir.supervisor_log}")
+
+
+def _stop_line(run_dir: RunDir, ready: bool) -> str:
+    if not ready:
+        return "stopping"
+    return f"draining for at most {run_dir.deployment().drain_s:g} s; Ctrl-C again stops at once"
+
+
+def ready_line(deployment: Deployment, record: ServeRecord) -> str:
+    """The one line that scripts wait for."""
+    counts = f"{deployment.prefill.replicas} prefill, {deployment.decode.replicas} decode"
+    took_s = dict(record.stages).get("ready", 0.0)
+    return f"ready: {deployment.served_model_name} at {record.router_address} ({counts}, {deployment.backend}, {took_s:.1f} s)"

@@ -1,0 +1,269 @@
+"""The supervisor: one small process per deployment that outlives the terminal with `--detach`.
+
+It opens the backend, starts instances, router and controller at once (the controller adopts what it finds), restarts the
+controller, writes serve.json, and ends everything on SIGTERM (drain; the second one: at once) or when the `biphase serve`
+it belongs to is gone. Run as `python -m biphase.cluster.supervisor RUN_DIR --lock-fd N --began SECONDS [--foreground]`.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from biphase.cluster.backend import CONTROLLER, Backend, ProcessSpec
+from biphase.cluster.make_backend import make_backend
+from biphase.cluster.process_main import SUPERVISOR_VARIABLE
+from biphase.cluster.run_dir import ProcessLine, RunDir, ServeRecord, started_ticks
+from biphase.cluster.wanted import spec_of, wanted_of
+from biphase.protos import controller_pb2, controller_pb2_grpc
+from biphase.protos.errors import SetupError, one_line
+from biphase.protos.grpc_setup import channel_options
+from biphase.protos.process import set_up_logging
+
+CONTROLLER_BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0)
+CONTROLLER_END_S = 5.0
+EXIT_OK, EXIT_CRASH, EXIT_SETUP = 0, 1, 2
+_PR_SET_CHILD_SUBREAPER = 36
+logger = logging.getLogger("biphase.cluster.supervisor")
+
+
+class StopRequests:
+    """Counts what asks for the end: SIGTERM, SIGINT, the end of the owner's pipe. The first drains, the second cuts."""
+
+    def __init__(self, *, foreground: bool) -> None:
+        self.drain = asyncio.Event()
+        self.cut = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.ask)
+        if foreground:
+            loop.add_reader(sys.stdin.fileno(), self._owner_gone)
+
+    def ask(self) -> None:
+        (self.cut if self.drain.is_set() else self.drain).set()
+
+    def _owner_gone(self) -> None:
+        if not os.read(sys.stdin.fileno(), 1024):
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            if not self.drain.is_set():
+                self.ask()
+
+
+class Supervisor:
+    """Owns the backend and the record of one deployment."""
+
+    def __init__(self, run_dir: RunDir, began_s: float, stops: StopRequests) -> None:
+        self._run_dir, self._began_s, self._stops = run_dir, began_s, stops
+        self._deployment = run_dir.deployment()
+        self._backend: Backend = make_backend(self._deployment, str(run_dir.path), owner=True)
+        pid = os.getpid()
+        self._record = ServeRecord(
+            name=self._deployment.name,
+            pid=pid,
+            started_ticks=started_ticks(pid) or 0,
+            backend=self._deployment.backend,
+            controller_address=f"127.0.0.1:{_free_port()}",
+        )
+        env = {name: value for name, value in os.environ.items() if name.startswith("BIPHASE_")}
+        if self._deployment.backend == "process":
+            env[SUPERVISOR_VARIABLE] = str(pid)
+        self._base = ProcessSpec(
+            name=CONTROLLER,
+            kind=CONTROLLER,
+            incarnation=1,
+            deployment=self._deployment,
+            run_dir=str(run_dir.path),
+            controller_address=self._record.controller_address,
+            env=tuple(env.items()),
+        )
+        self._failure = ""
+
+    async def run(self) -> int:
+        """Serve until asked to stop. Returns the exit code; the record says why when it is not 0."""
+        self._stage("supervisor")
+        code = EXIT_OK
+        work = asyncio.create_task(self._serve())
+        asked = asyncio.create_task(self._stops.drain.wait())
+        try:
+            await asyncio.wait([work, asked], return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+            self._say(state="stopping")
+            await self._shut_down(work)
+        except SetupError as error:
+            self._failure, code = one_line(error), EXIT_SETUP
+            logger.error("%s", self._failure)
+        except Exception as error:
+            self._failure, code = f"the supervisor has crashed: {one_line(error)}", EXIT_CRASH
+            logger.exception("crashed")
+        finally:
+            asked.cancel()
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            await self._backend.close()
+            self._say(state="failed" if self._failure else "stopped", detail=self._failure)
+        return code
+
+    async def _serve(self) -> None:
+        """Bring everything up and keep the controller alive; returns only by an error."""
+        await self._backend.open()
+        self._stage("ray up" if self._deployment.backend == "ray" else "backend up")
+        for stale in await self._backend.adopt():
+            logger.warning("killing %s#%d of an earlier life", stale.name, stale.incarnation)
+            await self._backend.kill(stale)
+            await stale.ended()
+        specs = [spec_of(self._base, wanted.name, 1) for wanted in wanted_of(self._deployment)]
+        await self._backend.check(specs)
+        for spec in specs:
+            await self._backend.start(spec)
+        self._stage("processes started")
+        incarnation, failures = 1, 0
+        while True:
+            began_s = time.monotonic()
+            controller = await self._backend.start(spec_of(self._base, CONTROLLER, incarnation))
+            follow = asyncio.create_task(self._follow_status())
+            try:
+                async for announcement in self._backend.watch(controller):
+                    if announcement.state == "failed":
+                        await controller.ended()
+                        raise SetupError(announcement.detail)
+                    if announcement.state == "ready":
+                        self._stage("controller")
+                        self._say(controller_address=announcement.address)
+            finally:
+                follow.cancel()
+            failures = failures + 1 if time.monotonic() - began_s < 10.0 else 0
+            delay_s = CONTROLLER_BACKOFF_S[min(failures, len(CONTROLLER_BACKOFF_S) - 1)]
+            logger.warning("controller#%d %s, starting it again in %.1f s", incarnation, controller.end, delay_s)
+            await asyncio.sleep(delay_s)
+            incarnation += 1
+
+    async def _follow_status(self) -> None:
+        """Copy the controller's view to the record, and note when each process became ready for the first time."""
+        while True:
+            async with grpc.aio.insecure_channel(self._record.controller_address, options=channel_options()) as channel:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    call = controller_pb2_grpc.ControllerStub(channel).WatchStatus(
+                        controller_pb2.WatchStatusRequest(), wait_for_ready=True
+                    )
+                    async for status in call:
+                        for process in status.processes:
+                            if process.kind != CONTROLLER and process.state in ("loading", "ready"):
+                                self._stage(f"{process.name} {process.state}")
+                        if status.state == "ready":
+                            self._stage("ready")
+                        address = status.router_addresses[0] if status.router_addresses else self._record.router_address
+                        if not self._stops.drain.is_set():
+                            self._say(
+                                state=status.state,
+                                detail=status.detail,
+                                router_address=address,
+                                processes=tuple(_line(process) for process in status.processes),
+                            )
+            await asyncio.sleep(0.1)
+
+    async def _shut_down(self, work: "asyncio.Task[None]") -> None:
+        """Drain through the controller; without one, or when asked twice, end what runs at once."""
+        drain = asyncio.create_task(self._call_shutdown(now=False))
+        cut = asyncio.create_task(self._stops.cut.wait())
+        await asyncio.wait([drain, cut], return_when=asyncio.FIRST_COMPLETED)
+        drained = drain.done() and drain.result()
+        if not drained and not cut.done():
+            logger.warning("the controller does not answer, ending everything")
+        for task in (drain, cut):
+            task.cancel()
+        # what is left, all of it or nothing, ends with the backend
+
+    async def _call_shutdown(self, *, now: bool) -> bool:
+        if not any(name == "controller" for name, _ in self._record.stages):
+            return False
+        drain_s = self._deployment.drain_s
+        async with grpc.aio.insecure_channel(self._record.controller_address, options=channel_options()) as channel:
+            try:
+                request = controller_pb2.ShutdownRequest(now=now, drain_s=drain_s)
+                await controller_pb2_grpc.ControllerStub(channel).Shutdown(request, timeout=drain_s + 60.0)
+                return True
+            except grpc.aio.AioRpcError as error:
+                logger.warning("shutdown: %s", one_line(Exception(error.details())))
+                return False
+
+    def _stage(self, name: str) -> None:
+        """Note when ``name`` was first reached."""
+        if all(name != known for known, _ in self._record.stages):
+            at_s = time.monotonic() - self._began_s
+            logger.info("stage %s at %.2f s", name, at_s)
+            self._say(stages=(*self._record.stages, (name, round(at_s, 3))))
+
+    def _say(self, **changes: object) -> None:
+        record = replace(self._record, **changes)  # type: ignore[arg-type]
+        if record != self._record or not self._record.stages:
+            self._record = record
+            self._run_dir.write_record(record)
+
+
+def _line(process: controller_pb2.ProcessStatus) -> ProcessLine:
+    return ProcessLine(
+        name=process.name,
+        kind=process.kind,
+        incarnation=process.incarnation,
+        state=process.state,
+        detail=process.detail,
+        progress=process.progress,
+        pid=process.pid,
+    )
+
+
+def _free_port() -> int:
+    """A port for the controller, the same in all its lives, so that routers find it again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of what a dying controller leaves behind, and collect those when they end."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        logger.warning("cannot become a subreaper; ended orphans stay as zombies until this process ends")
+
+
+def reap_orphans() -> None:
+    """Collect every ended child. Only at the very end, when nobody waits for one in particular."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+async def _main(arguments: argparse.Namespace) -> int:
+    stops = StopRequests(foreground=arguments.foreground)
+    supervisor = Supervisor(RunDir(arguments.run_dir), arguments.began, stops)
+    return await supervisor.run()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="biphase-supervisor")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--lock-fd", type=int, required=True, help="the descriptor that holds the deployment's lock")
+    parser.add_argument("--began", type=float, required=True, help="time.monotonic() when `biphase serve` began")
+    parser.add_argument("--foreground", action="store_true", help="end when standard input ends")
+    arguments = parser.parse_args()
+    os.set_inheritable(arguments.lock_fd, False)
+    set_up_logging(RunDir(arguments.run_dir).supervisor_log)
+    _adopt_orphans()
+    code = asyncio.run(_main(arguments))
+    reap_orphans()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
