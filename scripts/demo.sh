@@ -13,12 +13,11 @@ clean_up() {
   local status=$?
   trap - EXIT
   trap '' INT TERM
-  "$bin/biphase" stop --name "$name" >/dev/null 2>&1 || true
-  if [ $status -eq 0 ] || [ $status -eq 130 ]; then
-    rm -rf "$BIPHASE_RUN_DIR"
-    say "stopped; nothing of the demo is left running"
+  "$bin/biphase" stop --name "$name" 2>/dev/null || true
+  if [ $status -ne 0 ] && [ $status -ne 130 ] && [ -n "$(find "$BIPHASE_RUN_DIR" -name '*.log' -size +0)" ]; then
+    say "demo.sh: failed; the logs are below $BIPHASE_RUN_DIR"
   else
-    say "failed; the logs are below $BIPHASE_RUN_DIR"
+    rm -rf "$BIPHASE_RUN_DIR"
   fi
   exit $status
 }
