@@ -41,9 +41,13 @@ class StartPull:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelPull:
-    """Effect: stop that pull and report once nothing writes into its blocks any more."""
+    """Effect: stop that pull and report once nothing writes into its blocks any more.
+
+    ``source_lost``: its source is said to be dead; a pull that has all it needs may yet end well, and then counts.
+    """
 
     seq_id: SeqId
+    source_lost: bool = False
 
 
 DecodeEffect = StartPull | CancelPull | TokenOut | SeqEnded

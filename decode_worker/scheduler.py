@@ -292,12 +292,13 @@ class DecodeScheduler:
             return []
         ending: tuple[LegOutcome, str] = ("handoff_failed", PREFILL_LOST) if unless_handed_off else (outcome, detail)
         if sequence.ending is not None:
-            if sequence.ending[0] == "handoff_failed":
-                sequence.ending = ending
-            return []
-        if sequence.phase is Phase.PULLING:
+            if unless_handed_off or sequence.ending[0] != "handoff_failed":
+                return []
             sequence.ending = ending
             return [CancelPull(seq_id=seq_id)]
+        if sequence.phase is Phase.PULLING:
+            sequence.ending = ending
+            return [CancelPull(seq_id=seq_id, source_lost=unless_handed_off)]
         if sequence.in_step:
             sequence.ending = ending
             return []

@@ -1,5 +1,6 @@
 """What an instance can hold, which requests can never fit it, and when an output is finished. Pure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class Limits:
         needed_blocks = -(-needed // self.block_size)
         if needed_blocks > self.num_blocks:
             return f"prompt + max_tokens - 1 is {needed_blocks} blocks, the empty instance has {self.num_blocks}"
-        return None
+        return _reason_against_sampling(sampling)
 
     def finish_of(self, token_id: int, *, num_prompt: int, num_output: int, sampling: Sampling) -> FinishReason | None:
         """Whether ``token_id``, drawn as output token number ``num_output`` (counted from 1), ends the output."""
@@ -56,3 +57,14 @@ class Limits:
         if output_index >= sampling.min_tokens:
             return ()
         return tuple(dict.fromkeys((*self.eos_token_ids, *sampling.stop_token_ids)))
+
+
+def _reason_against_sampling(sampling: Sampling) -> str | None:
+    """Numbers that no draw can be made with."""
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        return f"temperature is {sampling.temperature}, it must be a number from 0 up"
+    for name in ("top_p", "min_p"):
+        value = getattr(sampling, name)
+        if not 0 <= value <= 1:
+            return f"{name} is {value}, it must be from 0 to 1"
+    return None

@@ -232,8 +232,8 @@ def test_a_lost_prefill_instance_ends_what_is_not_handed_off_yet() -> None:
     assert (waiting.outcome, waiting.detail) == ("handoff_failed", "prefill instance lost")
     assert scheduler.cancel(SeqId(4), 0.0, unless_handed_off=True) == []
     assert [scheduler.cancel(SeqId(n), 0.0, unless_handed_off=True) for n in (1, 2)] == [
-        [CancelPull(seq_id=SeqId(1))],
-        [CancelPull(seq_id=SeqId(2))],
+        [CancelPull(seq_id=SeqId(1), source_lost=True)],
+        [CancelPull(seq_id=SeqId(2), source_lost=True)],
     ]
     # 1 was complete when the word came, 2 was not
     assert hand_off(scheduler, 1) == []
@@ -247,6 +247,7 @@ def test_a_plain_cancel_wins_over_a_lost_prefill_instance() -> None:
     scheduler.offer(make_request(1, 4, pull=True), 0.0)
     scheduler.schedule(0.0)
     scheduler.cancel(SeqId(1), 0.0, unless_handed_off=True)
+    assert scheduler.cancel(SeqId(1), 0.0) == [CancelPull(seq_id=SeqId(1))]
     assert scheduler.cancel(SeqId(1), 0.0) == []
     (ended,) = hand_off(scheduler, 1)
     assert isinstance(ended, SeqEnded) and ended.outcome == "cancelled"

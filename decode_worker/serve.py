@@ -1,0 +1,52 @@
+"""Serving a decode instance: scheduler and puller put together."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from biphase.decode_worker.scheduler import DecodeScheduler
+from biphase.decode_worker.worker import DecodeWorker
+from biphase.engine.block_pool import BlockPool
+from biphase.engine.engine import Engine
+from biphase.engine.limits import Limits
+from biphase.engine.serving import serve_worker
+from biphase.engine.worker import RunStep
+from biphase.engine.worker_config import WorkerConfig
+from biphase.kvtransfer.puller import KvPuller
+from biphase.kvtransfer.signature import KvSignatureValue
+from biphase.protos.process import Announcer
+
+
+async def serve(config: WorkerConfig, announcer: Announcer, stop: asyncio.Event) -> None:
+    """Load, listen, announce ``ready`` with the address; returns after ``stop`` when all is closed. SetupError."""
+    await serve_worker(config, announcer, stop, decode_phase)
+
+
+@asynccontextmanager
+async def decode_phase(
+    config: WorkerConfig, engine: Engine, limits: Limits, run_step: RunStep
+) -> AsyncIterator[tuple[DecodeWorker, str]]:
+    """The decode worker with its puller. Nobody pulls from it: its KV address is empty."""
+    pool = BlockPool(engine.num_blocks, engine.layout.block_size, hash_key=secrets.token_bytes(16))
+    scheduler = DecodeScheduler(
+        pool,
+        limits,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        local_prefill_tokens=config.local_prefill_tokens,
+    )
+    signature = KvSignatureValue.of(
+        engine.layout,
+        instance=config.name,
+        incarnation=config.incarnation,
+        model_hash=engine.model_info.model_hash,
+        rope=engine.rope_signature,
+    )
+    puller = KvPuller(memory=engine.kv_memory, signature=signature)
+    worker = DecodeWorker(scheduler, run_step, puller, pull_timeout_s=config.pull_timeout_s)
+    try:
+        yield worker, ""
+    finally:
+        await worker.close()
+        await puller.close()

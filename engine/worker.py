@@ -1,0 +1,267 @@
+"""The shell around a phase's scheduler: legs in, engine steps, effects out. One asyncio loop owns all of it.
+
+Nothing here polls: the step loop runs while the scheduler has a plan and sleeps until something changes otherwise. A
+step's tokens leave in one message per link. What an engine error costs is the legs of that step.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Generic, Protocol, TypeVar
+
+import psutil
+
+from biphase.engine.block_pool import BlockPool
+from biphase.engine.legs import Leg, LegTable
+from biphase.engine.link import Link, OpenLeg
+from biphase.engine.sequence import Refusal, SeqEnded, TokenOut
+from biphase.engine.step import StepPlan, StepResult
+from biphase.protos.errors import one_line
+from biphase.protos.ids import LegId, SeqId
+from biphase.protos.values import LegOutcome, LegStats, Load
+
+_log = logging.getLogger(__name__)
+
+CHECK_EVERY_S = 10.0
+"""The block pool's books are checked when the last leg has ended, no more often than this."""
+
+RunStep = Callable[[StepPlan], Awaitable[StepResult]]
+"""Gives a plan to the engine thread and waits for its result; what the engine raises is raised."""
+
+
+class Scheduler(Protocol):
+    """What the shell needs of either phase's scheduler."""
+
+    pool: BlockPool
+    draining: bool
+
+    def schedule(self, now_s: float) -> tuple[StepPlan | None, list[Any]]: ...
+
+    def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Any]: ...
+
+    def fail(self, plan: StepPlan, detail: str, now_s: float) -> list[Any]: ...
+
+    def load(self) -> Load: ...
+
+    def __len__(self) -> int: ...
+
+
+L = TypeVar("L", bound=Leg)
+S = TypeVar("S", bound=Scheduler)
+
+
+class Worker(ABC, Generic[S, L]):
+    """One instance's loop. A phase adds how a leg is offered and cancelled, and what its own effects mean."""
+
+    def __init__(self, scheduler: S, run_step: RunStep, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.scheduler = scheduler
+        self.clock = clock
+        self.legs: LegTable[L] = LegTable()
+        self.on_drain: Callable[[], None] = lambda: None
+        self._run_step = run_step
+        self._links: list[Link] = []
+        self._next_seq = 0
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._last_load: Load | None = None
+        self._load_due = False
+        self._checked_s = clock()
+        self._no_legs = asyncio.Event()
+        self._process = psutil.Process()
+        self._totals = {"steps": 0, "failed_steps": 0, "tokens": 0, "prefill_tokens": 0, "legs_opened": 0, "refused": 0}
+
+    # What a phase adds.
+
+    @abstractmethod
+    def offer(self, leg: OpenLeg, seq_id: SeqId) -> Refusal | None:
+        """Offer it to the scheduler."""
+
+    @abstractmethod
+    def new_leg(self, link: Link, leg: OpenLeg, seq_id: SeqId) -> L:
+        """The book entry of an accepted leg."""
+
+    @abstractmethod
+    def cancel(self, leg: L, outcome: LegOutcome, reason: str, *, unless_handed_off: bool = False) -> None:
+        """End a leg, whatever state it is in."""
+
+    @abstractmethod
+    def perform_own(self, effect: Any, leg: L) -> None:
+        """An effect that only this phase has, or its part in a TokenOut."""
+
+    @abstractmethod
+    def seq_ended(self, effect: SeqEnded, leg: L) -> None:
+        """The scheduler is done with a leg's sequence; the leg may live on."""
+
+    @abstractmethod
+    def own_counters(self) -> dict[str, int]:
+        """Counters of this phase."""
+
+    # The step loop.
+
+    async def run(self) -> None:
+        """Step until stopped. Ends when a step is over, never in one."""
+        while not self._stopping:
+            plan, effects = self.scheduler.schedule(self.clock())
+            self.perform(effects)
+            if plan is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            try:
+                result = await self._run_step(plan)
+            except Exception as error:
+                _log.exception("a step of %d sequences failed", len(plan.seqs))
+                self._totals["failed_steps"] += 1
+                self.perform(self.scheduler.fail(plan, f"the engine failed: {one_line(error)}", self.clock()))
+                continue
+            self._totals["steps"] += 1
+            self._totals["prefill_tokens"] += sum(len(seq.token_ids) for seq in plan.seqs if len(seq.token_ids) > 1)
+            self.perform(self.scheduler.complete(plan, result, self.clock()))
+
+    def stop(self) -> None:
+        """End every leg and, after the running step, the loop."""
+        self._stopping = True
+        self.scheduler.draining = True
+        for leg in self.legs:
+            self.cancel(leg, "failed", "the instance stops")
+        if not self.legs:
+            self._no_legs.set()
+        self.wake()
+
+    async def legs_ended(self, within_s: float) -> None:
+        """After stop(): wait until every leg has ended, those under a running transfer too, or the time is up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._no_legs.wait()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def perform(self, effects: Iterable[Any]) -> None:
+        """Carry effects out: what the phase does of its own, then one message of tokens per link, then the ends."""
+        tokens: dict[Link, list[tuple[LegId, TokenOut]]] = {}
+        ends: list[SeqEnded] = []
+        for effect in effects:
+            if isinstance(effect, SeqEnded):
+                ends.append(effect)
+                continue
+            leg = self.legs.of_seq(effect.seq_id)
+            if isinstance(effect, TokenOut):
+                tokens.setdefault(leg.link, []).append((leg.leg_id, effect))
+            self.perform_own(effect, leg)
+        for link, of_link in tokens.items():
+            link.tokens(of_link)
+            self._totals["tokens"] += len(of_link)
+        for end in ends:
+            self.seq_ended(end, self.legs.of_seq(end.seq_id))
+        self.announce_load()
+
+    def end_leg(self, leg: L, outcome: LegOutcome, detail: str, stats: LegStats) -> None:
+        """The leg's last word; everything it had here is free."""
+        self.legs.remove(leg)
+        if self._stopping and not self.legs:
+            self._no_legs.set()
+        leg.link.ended(leg.leg_id, outcome, detail, stats)
+        _log.info(
+            "request %s: leg %d %s%s (queue %.1f ms, prefill %.1f ms, transfer %d bytes in %.1f ms, decode %.1f ms)",
+            leg.request_id,
+            leg.leg_id,
+            outcome,
+            f": {detail}" if detail else "",
+            stats.queue_ms,
+            stats.prefill_ms,
+            stats.transfer_bytes,
+            stats.transfer_ms,
+            stats.decode_ms,
+        )
+
+    # What the links say.
+
+    def link_opened(self, link: Link) -> None:
+        self._links.append(link)
+        link.load(self.scheduler.load())
+
+    def link_closed(self, link: Link) -> None:
+        self._links.remove(link)
+        for leg in self.legs.of_link(link):
+            self.cancel(leg, "cancelled", f"the link of {link.peer_name} broke")
+        self.wake()
+
+    def open_leg(self, link: Link, leg: OpenLeg) -> None:
+        refusal = self._reason_against(link, leg)
+        if refusal is None:
+            seq_id = SeqId(self._next_seq)
+            refusal = self.offer(leg, seq_id)
+        if refusal is not None:
+            self._totals["refused"] += 1
+            _log.info("request %s: leg %d refused, %s: %s", leg.request_id, leg.leg_id, refusal.reason, refusal.detail)
+            link.refused(leg.leg_id, refusal)
+            return
+        self._next_seq += 1
+        self._totals["legs_opened"] += 1
+        self.legs.add(self.new_leg(link, leg, seq_id))
+        _log.info("request %s: leg %d of %d tokens opened", leg.request_id, leg.leg_id, len(leg.token_ids))
+        self.announce_load()
+        self.wake()
+
+    def _reason_against(self, link: Link, leg: OpenLeg) -> Refusal | None:
+        if self.legs.find(link, leg.leg_id) is not None:
+            return Refusal(reason="invalid", detail=f"leg {leg.leg_id} is open already")
+        return None
+
+    def cancel_leg(self, link: Link, leg_id: LegId, reason: str, *, unless_handed_off: bool) -> None:
+        leg = self.legs.find(link, leg_id)
+        if leg is not None:
+            self.cancel(leg, "cancelled", reason, unless_handed_off=unless_handed_off)
+            self.wake()
+
+    def drain(self) -> None:
+        if not self.scheduler.draining:
+            self.scheduler.draining = True
+            self.on_drain()
+            self.announce_load()
+
+    # What the worker says of itself.
+
+    def announce_load(self) -> None:
+        """Tell every link the load if it has changed, once per turn of the event loop."""
+        if not self._load_due:
+            self._load_due = True
+            asyncio.get_running_loop().call_soon(self._announce_load)
+
+    def _announce_load(self) -> None:
+        self._load_due = False
+        load = self.scheduler.load()
+        if load == self._last_load:
+            return
+        self._last_load = load
+        for link in self._links:
+            link.load(load)
+        if not self.legs and self.clock() - self._checked_s >= CHECK_EVERY_S:
+            self._checked_s = self.clock()
+            self.scheduler.pool.check()
+
+    def counters(self) -> dict[str, int]:
+        """Live counts and totals, by name."""
+        pool, load = self.scheduler.pool, self.scheduler.load()
+        return {
+            "blocks_used": pool.num_used,
+            "blocks_free": pool.num_free,
+            "blocks_total": pool.num_blocks,
+            "legs": len(self.legs),
+            "sequences": len(self.scheduler),
+            "queued": load.queued,
+            "queued_tokens": load.queued_tokens,
+            "running": load.running,
+            "tasks": len(asyncio.all_tasks()),
+            "threads": self._process.num_threads(),
+            "python_threads": threading.active_count(),
+            "open_fds": self._process.num_fds(),
+            "rss_bytes": self._process.memory_info().rss,
+            **self._totals,
+            **self.own_counters(),
+        }

@@ -1,0 +1,68 @@
+"""Everything one worker process is started with. Plain values; defaults live here and nowhere else."""
+
+import math
+from dataclasses import dataclass
+
+from biphase.engine.config import EngineConfig
+from biphase.protos.errors import SetupError
+from biphase.protos.values import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """One instance of one role. Raises SetupError, one line with value and bound, for what cannot be.
+
+    ``host`` is listened on, ``advertise_host`` (default: host) is what others connect to; port 0 takes any free one.
+    ``max_num_batched_tokens``: tokens per step, the prefill chunk's budget. ``max_queued_tokens`` (prefill; default
+    two steps): what may wait here; a single longer prompt is taken when nothing waits. ``local_prefill_tokens``
+    (decode): prompt tokens per step while others decode. ``lease_s``: how long an abandoned ticket lives.
+    ``pull_timeout_s``: how long a pull may go without progress.
+    """
+
+    name: str
+    role: Role
+    incarnation: int
+    host: str = "127.0.0.1"
+    advertise_host: str = ""
+    port: int = 0
+    kv_port: int = 0
+    engine: EngineConfig
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_queued_tokens: int | None = None
+    local_prefill_tokens: int = 128
+    lease_s: float = 30.0
+    pull_timeout_s: float = 60.0
+    log_file: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise SetupError("name is empty, an instance needs one")
+        if self.host in ("", "0.0.0.0", "::") and not self.advertise_host:
+            raise SetupError(f"host is {self.host or 'empty'}: others cannot connect to that, give an advertise_host")
+        _in_range("incarnation", self.incarnation, 1, 2**64 - 1)
+        _in_range("port", self.port, 0, 65535)
+        _in_range("kv_port", self.kv_port, 0, 65535)
+        _in_range("max_num_seqs", self.max_num_seqs, 1, 65536)
+        _in_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        _in_range("local_prefill_tokens", self.local_prefill_tokens, 1, 2**20)
+        if self.max_queued_tokens is not None:
+            _in_range("max_queued_tokens", self.max_queued_tokens, 1, 2**31 - 1)
+        for name in ("lease_s", "pull_timeout_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise SetupError(f"{name} is {value}, it must be above 0")
+
+    @property
+    def queue_tokens(self) -> int:
+        return 2 * self.max_num_batched_tokens if self.max_queued_tokens is None else self.max_queued_tokens
+
+    def address(self, port: int) -> str:
+        """How others reach a port of this instance."""
+        host = self.advertise_host or self.host
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _in_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise SetupError(f"{name} is {value}, it must be from {low} to {high}")

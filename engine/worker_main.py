@@ -1,0 +1,136 @@
+"""The command line of a worker process: flags to a WorkerConfig, signals to a graceful stop, errors to one line."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from biphase.engine.config import EngineConfig
+from biphase.engine.worker_config import WorkerConfig
+from biphase.protos.errors import SetupError, one_line
+from biphase.protos.process import Announcement, Announcer, announce_to_file, set_up_logging
+from biphase.protos.values import Role
+
+Serve = Callable[[WorkerConfig, Announcer, asyncio.Event], Awaitable[None]]
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_log = logging.getLogger("biphase.worker")
+
+
+def num_bytes(text: str) -> int:
+    """``268435456``, ``256M`` or ``1.5GiB`` in bytes."""
+    digits = text.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = digits[-1:] if digits[-1:] in _UNITS else ""
+    try:
+        value = int(float(digits.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes (examples: 268435456, 256M, 1.5G)") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return value
+
+
+def make_parser(role: Role) -> argparse.ArgumentParser:
+    """All flags of a worker. Those left out take the defaults of WorkerConfig and EngineConfig."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m biphase.{role}_worker",
+        description=f"One {role} instance of biphase.",
+        argument_default=argparse.SUPPRESS,
+    )
+    process = parser.add_argument_group("process")
+    process.add_argument("--name", help=f"the instance's name (default {role}-0)")
+    process.add_argument("--incarnation", type=int, help="which life of the instance (default: from the clock)")
+    process.add_argument("--host", help="address to listen on")
+    process.add_argument("--advertise-host", help="address that others connect to (default: --host)")
+    process.add_argument("--port", type=int, help="port of links (0: any free one)")
+    if role == "prefill":
+        process.add_argument("--kv-port", type=int, help="port that KV is pulled from (0: any free one)")
+    process.add_argument("--announce", metavar="FILE", help="keep this process's state in FILE, as JSON")
+    process.add_argument("--log-file", help="log here instead of to stderr")
+    process.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--model", required=True, help="GGUF file, Hugging Face directory, or hub name")
+    engine.add_argument("--served-name", help="what requests call the model")
+    engine.add_argument("--device")
+    engine.add_argument("--dtype")
+    engine.add_argument("--threads", type=int, help="compute threads (default: cores / instances on the host)")
+    engine.add_argument("--kv-memory", type=num_bytes, dest="kv_memory_bytes", metavar="BYTES", help="e.g. 256M")
+    engine.add_argument("--num-kv-blocks", type=int, help="instead of --kv-memory")
+    engine.add_argument("--block-size", type=int, help="tokens per KV block")
+    engine.add_argument("--max-model-len", type=int, help="tokens, prompt and output together")
+    engine.add_argument("--instances-on-host", type=int, help="how many share this host's cores and memory")
+    engine.add_argument("--weights-cache", metavar="DIR", help="where converted weights are kept")
+
+    scheduling = parser.add_argument_group("scheduling")
+    scheduling.add_argument("--max-num-seqs", type=int, help="sequences in one step")
+    scheduling.add_argument("--max-num-batched-tokens", type=int, help="tokens in one step")
+    if role == "prefill":
+        scheduling.add_argument(
+            "--max-queued-tokens", type=int, help="prompt tokens that may wait (default: two steps)"
+        )
+        scheduling.add_argument("--lease-s", type=float, help="seconds that an abandoned ticket lives")
+    else:
+        scheduling.add_argument("--local-prefill-tokens", type=int, help="prompt tokens per step while others decode")
+        scheduling.add_argument("--pull-timeout-s", type=float, help="seconds that a pull may go without progress")
+    return parser
+
+
+def parse(role: Role, arguments: Sequence[str]) -> tuple[WorkerConfig, argparse.Namespace]:
+    """Flags as a config. Raises SetupError for values out of range; argparse exits for what it does not know."""
+    flags = make_parser(role).parse_args(arguments)
+    given = vars(flags)
+    engine = {name: given[name] for name in EngineConfig.__dataclass_fields__ if name in given}
+    names = WorkerConfig.__dataclass_fields__.keys() - {"role", "engine"}
+    values = {"name": f"{role}-0", "incarnation": time.time_ns() // 1_000_000}
+    values |= {name: given[name] for name in names if name in given}
+    try:
+        engine_config = EngineConfig(**engine)
+    except ValueError as error:
+        raise SetupError(one_line(error)) from None
+    return WorkerConfig(role=role, engine=engine_config, **values), flags
+
+
+def run_worker(role: Role, serve: Serve, arguments: Sequence[str] | None = None) -> int:
+    """A worker process from flags to exit code: 0 stopped, 1 broken, 2 a set-up that cannot work (one line told)."""
+    try:
+        config, flags = parse(role, sys.argv[1:] if arguments is None else arguments)
+        log_file = Path(config.log_file) if config.log_file else None
+        set_up_logging(log_file, getattr(flags, "log_level", "INFO"))
+        first = Announcement(
+            name=config.name,
+            kind=role,
+            incarnation=config.incarnation,
+            pid=os.getpid(),
+            log_file=config.log_file,
+        )
+        file = getattr(flags, "announce", None)
+        announcer = Announcer(first, announce_to_file(Path(file)) if file else lambda announcement: None)
+    except (SetupError, OSError) as error:
+        print(f"biphase: {one_line(error)}", file=sys.stderr)
+        return 2
+    try:
+        asyncio.run(_serve_until_signal(config, announcer, serve))
+    except SetupError as error:
+        print(f"biphase: {one_line(error)}", file=sys.stderr)
+        _log.error("%s", one_line(error))
+        announcer.update(state="failed", detail=one_line(error))
+        return 2
+    except Exception as error:
+        _log.exception("%s broke", config.name)
+        announcer.update(state="failed", detail=one_line(error))
+        return 1
+    return 0
+
+
+async def _serve_until_signal(config: WorkerConfig, announcer: Announcer, serve: Serve) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await serve(config, announcer, stop)
