@@ -27,6 +27,9 @@ class Sources:
         parts = list(path.relative_to(ROOT).with_suffix("").parts)
         return ".".join(["biphase", *(parts[:-1] if parts[-1] == "__init__" else parts)])
 
+    def docstring(self, path: Path) -> str:
+        return ast.get_docstring(ast.parse(path.read_text(), str(path))) or ""
+
     def imports(self, path: Path) -> Iterator[tuple[int, str]]:
         """(line, dotted name) of everything that a module imports, wherever in it; ``from a import b`` gives a.b."""
         for node in ast.walk(ast.parse(path.read_text(), str(path))):
