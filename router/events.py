@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from biphase.protos.values import FinishReason, KvTicket, LegStats, Role
+from biphase.protos.values import FinishReason, KvTicket, LegOutcome, LegStats, Role
 
 RefusalReason = Literal["busy", "draining", "invalid"]
-LegOutcome = Literal["done", "cancelled", "handoff_failed", "lease_expired", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

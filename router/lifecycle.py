@@ -268,7 +268,9 @@ class Lifecycle:
                     return self._check_first_token()
                 return self._fail(Fail(kind="internal", detail="the decode leg is done, but its output has no end"))
             case "handoff_failed":
-                return self._fail(self._gone or Fail(kind="handoff_failed", detail=event.detail or "the handoff failed"))
+                return self._fail(
+                    self._gone or Fail(kind="handoff_failed", detail=event.detail or "the handoff failed")
+                )
             case "cancelled":
                 detail = event.detail or "the decode instance ended the request"
                 return self._fail(self._gone or Fail(kind="unavailable", detail=detail))

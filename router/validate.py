@@ -31,8 +31,6 @@ class AskedSampling:
     stop: tuple[str, ...] = ()
 
 
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """A request as the client sent it."""
@@ -54,6 +52,13 @@ class Capacity:
     num_blocks: int | None = None
     """Of the largest decode instance; None while none is known."""
     block_size: int = 1
+
+    @property
+    def max_output_tokens(self) -> int:
+        """The longest output there can be, after a prompt of one token."""
+        if self.num_blocks is None:
+            return self.max_model_len
+        return min(self.max_model_len, self.num_blocks * self.block_size)
 
 
 def check_asked(asked: Asked, *, served_name: str, limits: RequestLimits, has_chat_template: bool) -> None:
@@ -100,7 +105,11 @@ def _check_sampling(sampling: AskedSampling) -> None:
         raise InvalidRequest(f"min_tokens is {sampling.min_tokens}, at least 0 is needed")
     if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
         raise InvalidRequest(f"seed is {sampling.seed}, it is within 0..{MAX_SEED}")
-    if sampling.min_tokens is not None and sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+    if (
+        sampling.min_tokens is not None
+        and sampling.max_tokens is not None
+        and sampling.min_tokens > sampling.max_tokens
+    ):
         raise InvalidRequest(f"min_tokens is {sampling.min_tokens}, above max_tokens, which is {sampling.max_tokens}")
 
 
@@ -111,7 +120,11 @@ def _check_range(
         return
     inside = math.isfinite(value) and low <= value <= high and not (above_low and value == low)
     if not inside:
-        bounds = f"at least {low:g} and finite" if high == math.inf else f"within {'(' if above_low else '['}{low:g}, {high:g}]"
+        bounds = (
+            f"at least {low:g} and finite"
+            if high == math.inf
+            else f"within {'(' if above_low else '['}{low:g}, {high:g}]"
+        )
         raise InvalidRequest(f"{name} is {value:g}, it has to be {bounds}")
 
 

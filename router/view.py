@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, NewType
 
-from biphase.protos.ids import RequestId
+from biphase.protos.ids import Incarnation, RequestId
 from biphase.protos.values import Mode, Role
 
 InstanceKey = NewType("InstanceKey", str)
@@ -113,3 +113,14 @@ class Refuse:
 
 
 Placement = Disaggregated | Local | Wait | Refuse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """An instance as the controller, or the command line, names it. ``incarnation`` 0: whichever answers."""
+
+    key: InstanceKey
+    role: Role
+    address: str
+    incarnation: Incarnation
+    draining: bool = False
