@@ -2,7 +2,7 @@
 
 import grpc
 
-from biphase.protos.errors import BiphaseError, UnknownModel, error_of_status
+from biphase.protos.errors import BiphaseError, InvalidRequest, UnknownModel, error_of_status
 
 
 def failure(

@@ -128,6 +128,12 @@ def test_status_codes_come_back_as_errors(client: Client, code: str, error: type
     assert str(caught.value) == "the value is 9, the limit 8"
 
 
+def test_a_message_above_the_limit_is_not_worth_another_try(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match=r"larger than max \(\d+ vs. 4194304\)") as caught:
+        client.generate("x" * 5_000_000).text()
+    assert not caught.value.retryable
+
+
 def test_a_second_reading_raises_the_same_error(client: Client) -> None:
     generation = client.generate("refuse INTERNAL broken")
     for _ in range(2):
