@@ -98,9 +98,9 @@ def write_gguf_model(
     tensors: dict[str, tuple[np.ndarray, Any]] = {name: (values, None) for name, values in (extra or {}).items()}
     for name, tensor in weights.items():
         values = tensor.numpy().copy()
-        if architecture == "llama" and ".q_proj." in name:
+        if architecture == "llama" and ".q_proj.weight" in name:
             values = interleave(values, HEADS)
-        if architecture == "llama" and ".k_proj." in name:
+        if architecture == "llama" and ".k_proj.weight" in name:
             values = interleave(values, KV_HEADS)
         if kind is not None and values.ndim == 2:
             tensors[gguf_name(name)] = (gguf.quantize(values, kind), kind)
