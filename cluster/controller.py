@@ -5,7 +5,6 @@ incarnations outside itself, so that its next life adopts what runs and reuses n
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Coroutine
@@ -19,6 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from biphase.cluster.backend import Backend, Handle, ProcessSpec
 from biphase.cluster.broadcast import Broadcast
 from biphase.cluster.controller_service import ControllerService, membership_of, status_of
+from biphase.cluster.controller_state import ControllerState, SlotState
 from biphase.cluster.make_backend import make_backend
 from biphase.cluster.reconcile import GiveUp, Kill, Reconciler, Start
 from biphase.cluster.wanted import spec_of, wanted_of
@@ -139,15 +139,15 @@ class Controller:
     async def _restore(self) -> None:
         """Take over what the last life knew and what runs; kill what should not run."""
         text = await self._backend.load_state()
-        state: dict[str, Any] = json.loads(text) if text else {"epoch": 0, "slots": {}, "was_ready": False}
-        self.epoch = state["epoch"] + 1
-        self.reconciler.was_ready = state["was_ready"]
+        state = ControllerState.from_json(text) if text else ControllerState()
+        self.epoch = state.epoch + 1
+        self.reconciler.was_ready = state.was_ready
         if self.reconciler.was_ready:
             self._confirmed = "an earlier life"
-        for name, (incarnation, restarts) in state["slots"].items():
+        for name, kept in state.slots.items():
             if name in self.reconciler.slots:
-                self.reconciler.slots[name].incarnation = incarnation
-                self.reconciler.slots[name].restarts = restarts
+                self.reconciler.slots[name].incarnation = kept.incarnation
+                self.reconciler.slots[name].restarts = kept.restarts
         newest: dict[str, Handle] = {}
         for handle in sorted(await self._backend.adopt(), key=lambda handle: handle.incarnation):
             slot = self.reconciler.slots.get(handle.name)
@@ -171,8 +171,11 @@ class Controller:
         await handle.ended()
 
     async def _save(self) -> None:
-        slots = {name: (slot.incarnation, slot.restarts) for name, slot in self.reconciler.slots.items()}
-        text = json.dumps({"epoch": self.epoch, "slots": slots, "was_ready": self.reconciler.was_ready})
+        slots = {
+            name: SlotState(incarnation=slot.incarnation, restarts=slot.restarts)
+            for name, slot in self.reconciler.slots.items()
+        }
+        text = ControllerState(epoch=self.epoch, was_ready=self.reconciler.was_ready, slots=slots).to_json()
         if text != self._saved:
             await self._backend.save_state(text)
             self._saved = text

@@ -40,7 +40,7 @@ def serve(arguments: argparse.Namespace) -> int:
         try:
             return _accompany(run_dir, supervisor, stops, detach=arguments.detach)
         except BaseException:  # an error of ours leaves nothing running
-            supervisor.terminate()
+            supervisor.send_signal(signal.SIGINT)
             supervisor.wait()
             raise
 
@@ -140,7 +140,7 @@ def _accompany(run_dir: RunDir, supervisor: "subprocess.Popen[bytes]", stops: _S
                         return 0
             if passed < stops.asked:
                 passed += 1
-                supervisor.terminate()
+                supervisor.send_signal(signal.SIGINT)
                 progress.say("stopping at once" if passed > 1 else _stop_line(run_dir, ready))
                 patience_s = time.monotonic() + PATIENCE_S if passed > 1 else patience_s
             if time.monotonic() > patience_s:

@@ -118,7 +118,7 @@ def _print_table(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> None
 
 
 def stop(arguments: argparse.Namespace) -> int:
-    """SIGTERM to the supervisor and wait for its end; Ctrl-C here stops it at once."""
+    """SIGINT to the supervisor and wait for its end; Ctrl-C here stops it at once."""
     _, record = chosen(arguments.name)
     if started_ticks(record.pid) != record.started_ticks:
         raise SetupError(f"deployment {record.name} is just starting; try again")
@@ -139,7 +139,7 @@ def stop(arguments: argparse.Namespace) -> int:
 
 def _send(descriptor: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+        signal.pidfd_send_signal(descriptor, signal.SIGINT)
 
 
 def _gone_within(descriptor: int, within_s: float) -> bool:

@@ -22,6 +22,7 @@ import grpc
 import grpc.aio
 
 from biphase.cluster.backend import CONTROLLER, Backend, ProcessSpec
+from biphase.cluster.controller_state import first_state
 from biphase.cluster.make_backend import make_backend
 from biphase.cluster.process_main import SUPERVISOR_VARIABLE
 from biphase.cluster.run_dir import ProcessLine, RunDir, ServeRecord, started_ticks
@@ -44,13 +45,17 @@ class StopRequests:
     def __init__(self, *, foreground: bool) -> None:
         self.drain = asyncio.Event()
         self.cut = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.ask)
+        self.listen()
         if foreground:
-            loop.add_reader(sys.stdin.fileno(), self._owner_gone)
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._owner_gone)
+
+    def listen(self) -> None:
+        """Take the signals; again after Ray has put a handler of its own before ours."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.ask)
 
     def ask(self) -> None:
+        signal.alarm(0)  # Ray's SIGTERM handler sets one that aborts
         (self.cut if self.drain.is_set() else self.drain).set()
 
     def _owner_gone(self) -> None:
@@ -118,6 +123,7 @@ class Supervisor:
     async def _serve(self) -> None:
         """Bring everything up and keep the controller alive; returns only by an error."""
         await self._backend.open()
+        self._stops.listen()
         self._stage("ray up" if self._deployment.backend == "ray" else "backend up")
         for stale in await self._backend.adopt():
             logger.warning("killing %s#%d of an earlier life", stale.name, stale.incarnation)
@@ -125,6 +131,7 @@ class Supervisor:
             await stale.ended()
         specs = [spec_of(self._base, wanted.name, 1) for wanted in wanted_of(self._deployment)]
         await self._backend.check(specs)
+        await self._backend.save_state(first_state(specs))
         for spec in specs:
             await self._backend.start(spec)
         self._stage("processes started")
