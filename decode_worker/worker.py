@@ -100,7 +100,7 @@ class DecodeWorker(Worker[DecodeScheduler, DecodeLeg]):
             effects = self._pull_failed(start.seq_id, one_line(error))
         except asyncio.CancelledError:
             effects = self.scheduler.pull_failed(start.seq_id, "the pull was cancelled", self.clock())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- the scheduler must hear of it
             _log.exception("request %s: the pull of leg %d broke", leg.request_id, leg.leg_id)
             effects = self._pull_failed(start.seq_id, f"the pull broke: {one_line(error)}")
         else:

@@ -113,7 +113,7 @@ class Worker(ABC, Generic[S, L]):
                 continue
             try:
                 result = await self._run_step(plan)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 -- whatever it is, it costs this step's legs alone
                 _log.exception("a step of %d sequences failed", len(plan.seqs))
                 self._totals["failed_steps"] += 1
                 self.perform(self.scheduler.fail(plan, f"the engine failed: {one_line(error)}", self.clock()))

@@ -121,7 +121,7 @@ def run_worker(role: Role, serve: Serve, arguments: Sequence[str] | None = None)
         _log.error("%s", one_line(error))
         announcer.update(state="failed", detail=one_line(error))
         return 2
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- the process ends either way, told in one line
         _log.exception("%s broke", config.name)
         announcer.update(state="failed", detail=one_line(error))
         return 1

@@ -6,15 +6,16 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import pytest
+import pytest_asyncio
 from support.deployment import Deployment, Running
 from support.link_client import GREEDY, ClientLeg, LinkClient, hand_over
 
 from biphase.protos import worker_pb2
 from biphase.protos.values import Sampling
 
-pytestmark = [pytest.mark.model, pytest.mark.slow]
+pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
-BLOCKS = 24
+BLOCKS = 16
 FLAGS = ["--model", "smollm2", "--threads", "1", "--num-kv-blocks", str(BLOCKS), "--max-model-len", "512"]
 CLEAN = {"legs": 0, "sequences": 0, "queued": 0, "running": 0, "blocks_used": 0, "queued_tokens": 0}
 
@@ -59,7 +60,7 @@ class Links:
                         break
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def links(pair: Pair) -> AsyncIterator[Links]:
     async with LinkClient(pair.prefill.address) as prefill, LinkClient(pair.decode.address) as decode:
         links = Links(prefill, decode)
@@ -122,20 +123,21 @@ async def test_a_first_token_that_ends_the_request_revokes_the_ticket(links: Lin
 
 
 async def test_many_at_once_under_block_pressure_give_the_tokens_of_one_at_a_time(links: Links) -> None:
-    sampling = Sampling(max_tokens=60, ignore_eos=True)
-    alone = [await local(links, prompt(30 + 9 * n, n), sampling) for n in range(6)]
+    # 8 prompts of two blocks each in a pool of 16: each wants a third block after 3 to 5 tokens
+    sampling = Sampling(max_tokens=10, ignore_eos=True)
+    alone = [await local(links, prompt(60 + n % 3, n), sampling) for n in range(8)]
     before = await links.decode.stats()
 
     async def one(n: int) -> list[int]:
         if n % 2:
-            return await local(links, prompt(30 + 9 * n, n), sampling)
-        first, second = await hand_over(links.prefill, links.decode, prompt(30 + 9 * n, n), sampling)
+            return await local(links, prompt(60 + n % 3, n), sampling)
+        first, second = await hand_over(links.prefill, links.decode, prompt(60 + n % 3, n), sampling)
         assert second is not None
         return first.text + second.text
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(n % 6)) for n in range(12)]
-    assert [task.result() for task in tasks] == alone * 2
+        tasks = [group.create_task(one(n)) for n in range(8)]
+    assert [task.result() for task in tasks] == alone
     after = await links.decode.stats()
     assert after["preemptions"] > before["preemptions"]
 
@@ -148,7 +150,7 @@ async def open_pair(links: Links, tokens: int, sampling: Sampling) -> tuple[Clie
     return first, second
 
 
-LONG = Sampling(max_tokens=150, ignore_eos=True)
+LONG = Sampling(max_tokens=60, ignore_eos=True)
 
 
 async def test_a_cancel_in_prefill_ends_both_legs(links: Links) -> None:
@@ -210,12 +212,12 @@ async def test_a_broken_link_ends_its_legs_and_no_others(pair: Pair, links: Link
     mine = await links.decode.open_decode(prompt(40), LONG)
     async with LinkClient(pair.prefill.address) as prefill, LinkClient(pair.decode.address) as decode:
         other = Links(prefill, decode)
-        first, second = await open_pair(other, 40, LONG)
+        _first, second = await open_pair(other, 40, LONG)
         await second.until(lambda leg: leg.tokens)
         parked = await prefill.open_prefill(prompt(60), LONG)  # computed, never pulled
         await parked.until(lambda leg: leg.tokens)
         assert (await links.prefill.stats())["tickets"] == 1
-    assert await mine.end() == "done" and len(mine.tokens) == 150
+    assert await mine.end() == "done" and len(mine.tokens) == 60
 
 
 async def test_load_is_announced(links: Links) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import grpc.aio
@@ -58,7 +58,7 @@ class ClientLeg:
 
 
 class LinkClient:
-    """One link; use it with ``async with``."""
+    """One link; use it with ``async with``, which returns when the worker has welcomed it or turned it away."""
 
     def __init__(self, address: str, *, incarnation: int = 0, name: str = "test", kind: str = "router", epoch: int = 0):
         self.address = address
@@ -72,17 +72,18 @@ class LinkClient:
         self._hello = worker_pb2.Hello(peer_name=name, peer_kind=kind, membership_epoch=epoch)
         self._legs: dict[int, ClientLeg] = {}
         self._ids = itertools.count(1)
+        self._welcomed = asyncio.Event()
+        self._writing = asyncio.Lock()
 
-    async def __aenter__(self) -> "LinkClient":
+    async def __aenter__(self) -> Self:
         options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
         self._channel = grpc.aio.insecure_channel(self.address, options=options)
         self.stub = worker_pb2_grpc.WorkerStub(self._channel)
         self._call = self.stub.Link()
         await self.send(hello=self._hello)
-        first = await asyncio.wait_for(self._call.read(), ANSWER_WITHIN_S)
-        if isinstance(first, worker_pb2.LinkUp):
-            self.welcome, self.incarnation = first.welcome, first.incarnation
         self._reader = asyncio.create_task(self._read())
+        async with asyncio.timeout(ANSWER_WITHIN_S):
+            await self._welcomed.wait()
         return self
 
     async def __aexit__(
@@ -99,7 +100,8 @@ class LinkClient:
 
     async def send(self, *, incarnation: int | None = None, **command: Any) -> None:
         meant = self.incarnation if incarnation is None else incarnation
-        await self._call.write(worker_pb2.LinkDown(incarnation=meant, **command))
+        async with self._writing:  # gRPC takes one write of a call at a time
+            await self._call.write(worker_pb2.LinkDown(incarnation=meant, **command))
 
     async def open_prefill(
         self, token_ids: Sequence[int], sampling: Sampling = GREEDY, *, forced: int = 0, refusals: int = 0
@@ -157,6 +159,10 @@ class LinkClient:
     async def _read(self) -> None:
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
+                if message.WhichOneof("event") == "welcome":
+                    self.welcome, self.incarnation = message.welcome, message.incarnation
+                    self._welcomed.set()
+                    continue
                 assert message.incarnation == self.incarnation
                 self.messages += 1
                 await self._take(message)
@@ -164,6 +170,7 @@ class LinkClient:
             self.broken = await self._call.details() or "ended"
         except grpc.aio.AioRpcError as error:
             self.code, self.broken = error.code(), error.details() or "broken"
+        self._welcomed.set()
         for leg in self._legs.values():
             async with leg.changed:
                 leg.changed.notify_all()
