@@ -90,10 +90,11 @@ def _from_gguf(source: ModelSource) -> Tokenizer:
     eos_token_ids, bos_token_id = gguf_special_ids(file)
     architecture = file.require("general.architecture")
     embed = file.tensors.get("token_embd.weight")
-    names = {
-        f"{key}_token": library.id_to_token(token_id)
+    names: dict[str, str] = {
+        f"{key}_token": token
         for key, ggml in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if (token_id := file.get(f"tokenizer.ggml.{ggml}_token_id")) is not None
+        and (token := library.id_to_token(token_id)) is not None
     }
     return _tokenizer(
         source,

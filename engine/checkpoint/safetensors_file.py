@@ -128,5 +128,5 @@ def write(
         if name != expected or tuple(tensor.shape) != shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} written in the place of {expected} {shape}")
         values = tensor.to(dtype).contiguous()
-        written += file.write(memoryview(values.view(torch.uint8).numpy()).cast("B"))
+        written += file.write(values.view(torch.uint8).reshape(-1).numpy().data)
         yield written

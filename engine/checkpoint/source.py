@@ -29,7 +29,11 @@ class WeightSource(Protocol):
 
     path: Path
     config: ModelConfig
-    stored: Mapping[str, Stored]
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """Every tensor of the file."""
+        ...
 
     def edges(self) -> Iterator[tuple[str, bytes, bytes]]:
         """(name, first, last EDGE_BYTES at most) of every tensor's bytes in the file, in the order of the names."""
