@@ -23,6 +23,7 @@ from typing import Any
 import xxhash
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
+from biphase.kvtransfer.pieces import contains
 from biphase.protos.ids import TicketId
 
 HEADER_BYTES = 64
@@ -152,11 +153,7 @@ def read_trailer(frame: Frame) -> Trailer:
 def check_piece(frame: Frame, layout: KvLayout, wanted: KvBox) -> None:
     """Raises FrameError unless the piece lies in ``wanted`` and its size is that of its box."""
     box = frame.box
-    if not (
-        wanted.layer_start <= box.layer_start < box.layer_end <= wanted.layer_end
-        and wanted.head_start <= box.head_start < box.head_end <= wanted.head_end
-        and wanted.token_start <= box.token_start < box.token_end <= wanted.token_end
-    ):
+    if not contains(wanted, box):
         raise FrameError(f"a piece at {where(box)} lies outside what was asked for, {where(wanted)}")
     if len(frame.payload) != box.num_bytes(layout):
         raise FrameError(f"a piece at {where(box)} has {len(frame.payload)} bytes, not {box.num_bytes(layout)}")

@@ -130,7 +130,6 @@ class Handoff:
         self.state = TABLE[step]
         match event:
             case PieceArrived(box):
-                self._coverage.add(box)
                 self.num_bytes += box.num_bytes(self._layout)
             case TrailerArrived(trailer):
                 self.trailer = trailer
@@ -154,7 +153,7 @@ class Handoff:
                 self.on(TrailerArrived(read_trailer(frame)))
             elif frame.kind is FrameKind.PIECE:
                 check_piece(frame, self._layout, wanted)
-                if self._coverage.overlaps(frame.box):
+                if not self._coverage.add(frame.box):
                     raise FrameError(f"a piece at {where(frame.box)} came twice")
                 self.on(PieceArrived(frame.box))
                 return True

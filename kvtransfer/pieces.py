@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-
-import numpy as np
+from itertools import pairwise, product
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
 
@@ -49,31 +48,28 @@ def contains(outer: KvBox, inner: KvBox) -> bool:
 
 
 class Coverage:
-    """Which part of a box has arrived: disjoint boxes whose volumes sum to the whole cover every element once."""
+    """Which part of a box has arrived: disjoint boxes whose volumes sum to the whole cover every element once.
+
+    Pieces of the same tokens lie in one column; there are few columns, and few pieces in each.
+    """
 
     def __init__(self, whole: KvBox) -> None:
         self.whole = whole
         self.num_pieces = 0
         self._volume = 0
-        self._lows = np.empty((16, 3), dtype=np.int64)
-        self._highs = np.empty((16, 3), dtype=np.int64)
+        self._columns: dict[tuple[int, int], list[KvBox]] = {}
 
-    def overlaps(self, box: KvBox) -> bool:
-        """Whether any element of ``box`` has already arrived."""
-        low, high = _corners(box)
-        lows, highs = self._lows[: self.num_pieces], self._highs[: self.num_pieces]
-        return bool(((lows < high) & (highs > low)).all(axis=1).any())
-
-    def add(self, box: KvBox) -> None:
-        """``box`` has arrived. Raises ValueError when it lies outside or overlaps."""
-        if not contains(self.whole, box) or self.overlaps(box):
-            raise ValueError(f"{box} lies outside {self.whole} or overlaps what has arrived")
-        if self.num_pieces == len(self._lows):
-            self._lows = np.concatenate([self._lows, np.empty_like(self._lows)])
-            self._highs = np.concatenate([self._highs, np.empty_like(self._highs)])
-        self._lows[self.num_pieces], self._highs[self.num_pieces] = _corners(box)
+    def add(self, box: KvBox) -> bool:
+        """``box`` has arrived: True, or False (and nothing changes) where it lies outside or overlaps what has."""
+        if not contains(self.whole, box):
+            return False
+        for (token_start, token_end), pieces in self._columns.items():
+            if token_start < box.token_end and box.token_start < token_end and _meets_any(box, pieces):
+                return False
+        self._columns.setdefault((box.token_start, box.token_end), []).append(box)
         self.num_pieces += 1
         self._volume += _volume(box)
+        return True
 
     @property
     def complete(self) -> bool:
@@ -83,29 +79,25 @@ class Coverage:
         """Disjoint boxes that make up what has not arrived."""
         if self.complete:
             return []
-        low, high = _corners(self.whole)
-        cuts = [
-            np.unique(np.concatenate([[low[axis], high[axis]], self._lows[: self.num_pieces, axis],
-                                      self._highs[: self.num_pieces, axis]]))
-            for axis in range(3)
-        ]  # fmt: skip
-        arrived = np.zeros([len(cut) - 1 for cut in cuts], dtype=bool)
-        for piece in range(self.num_pieces):
-            spans = [
-                slice(*np.searchsorted(cuts[axis], [self._lows[piece, axis], self._highs[piece, axis]]))
-                for axis in range(3)
-            ]
-            arrived[tuple(spans)] = True
+        whole = self.whole
+        pieces = [piece for column in self._columns.values() for piece in column]
+        layers = _cuts(whole.layer_start, whole.layer_end, [(p.layer_start, p.layer_end) for p in pieces])
+        heads = _cuts(whole.head_start, whole.head_end, [(p.head_start, p.head_end) for p in pieces])
+        tokens = _cuts(whole.token_start, whole.token_end, list(self._columns))
         boxes: list[KvBox] = []
-        for layer, head, token in np.argwhere(~arrived).tolist():
+        for (layer_start, layer_end), (head_start, head_end), (token_start, token_end) in product(
+            layers, heads, tokens
+        ):
             cell = KvBox(
-                layer_start=int(cuts[0][layer]),
-                layer_end=int(cuts[0][layer + 1]),
-                head_start=int(cuts[1][head]),
-                head_end=int(cuts[1][head + 1]),
-                token_start=int(cuts[2][token]),
-                token_end=int(cuts[2][token + 1]),
+                layer_start=layer_start,
+                layer_end=layer_end,
+                head_start=head_start,
+                head_end=head_end,
+                token_start=token_start,
+                token_end=token_end,
             )
+            if any(contains(piece, cell) for piece in pieces):
+                continue
             joined = _join(boxes[-1], cell) if boxes else None
             if joined is not None:
                 boxes[-1] = joined
@@ -114,15 +106,28 @@ class Coverage:
         return boxes
 
 
+def _cuts(start: int, end: int, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges between any two neighbouring ends."""
+    return list(pairwise(sorted({start, end, *(bound for bounds in ranges for bound in bounds)})))
+
+
+def _meets_any(box: KvBox, others: list[KvBox]) -> bool:
+    """Whether layers and heads of ``box`` overlap those of any other; the tokens are known to."""
+    layer_start, layer_end, head_start, head_end = box.layer_start, box.layer_end, box.head_start, box.head_end
+    return any(
+        other.layer_start < layer_end
+        and layer_start < other.layer_end
+        and other.head_start < head_end
+        and head_start < other.head_end
+        for other in others
+    )
+
+
 def _join(left: KvBox, right: KvBox) -> KvBox | None:
     """The two as one box, where ``right`` continues ``left`` along tokens."""
     whole = replace(left, token_end=right.token_end)
     continues = left.token_end == right.token_start and whole == replace(right, token_start=left.token_start)
     return whole if continues else None
-
-
-def _corners(box: KvBox) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    return (box.layer_start, box.head_start, box.token_start), (box.layer_end, box.head_end, box.token_end)
 
 
 def _volume(box: KvBox) -> int:

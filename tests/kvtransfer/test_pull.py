@@ -5,9 +5,8 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -446,37 +445,48 @@ async def test_too_few_blocks_are_refused_before_anything_is_sent() -> None:
 # Endings in the middle.
 
 
-class GatedMemory(CpuKvMemory):
-    """Packs wait at a gate, in the packer's thread."""
+class InterruptedMemory(CpuKvMemory):
+    """Something happens in the middle of the second pack."""
 
-    gate = threading.Event()
-    entered = threading.Event()
+    num_packs = 0
+    interrupt: Callable[[], None]
 
     def pack(self, blocks: Sequence[int], box: KvBox, out: Any) -> None:
-        GatedMemory.entered.set()
-        assert GatedMemory.gate.wait(30)
+        self.num_packs += 1
+        if self.num_packs == 2:
+            self.interrupt()
         super().pack(blocks, box, out)
 
 
-async def test_blocks_stay_held_under_a_running_send_whatever_was_cancelled() -> None:
-    GatedMemory.gate.clear()
-    GatedMemory.entered.clear()
-    async with prefill_side(memory=GatedMemory) as prefill, decode_side() as decode:
+@pytest.mark.parametrize("how", ["revoke", "newer-epoch", "expire"])
+async def test_blocks_stay_held_under_a_running_send_whatever_happens_meanwhile(how: str) -> None:
+    async with prefill_side(memory=InterruptedMemory) as prefill, decode_side() as decode:
         ticket = prefill.open(NUM_TOKENS)
-        pulling = asyncio.create_task(pull(decode, ticket))
-        await asyncio.to_thread(GatedMemory.entered.wait, 30)
-        pulling.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await pulling
-        await until_no_pull(prefill)
-        prefill.exports.revoke(ticket.id, time.monotonic())
-        assert prefill.exports.counters()["running_sends"] >= 1
-        assert prefill.blocks_pool.references
-        GatedMemory.gate.set()
-        assert (await prefill.next_end()).outcome == "revoked"
-        assert not prefill.blocks_pool.references
+        seen: list[bool] = []
+
+        def interrupt() -> None:
+            if how == "revoke":
+                prefill.exports.revoke(ticket.id, time.monotonic())
+            elif how == "newer-epoch":
+                prefill.exports.end_pull(prefill.exports.begin_pull(ticket.id, 2, 0.0), 0.0)
+            else:
+                prefill.exports.leg_closed(ticket.id, 0.0)
+                prefill.exports.expire(1e9)  # a pull is open: the lease does not count
+            assert prefill.exports.counters()["running_sends"] == 1
+            seen.append(bool(prefill.blocks_pool.references))
+
+        InterruptedMemory.interrupt = staticmethod(interrupt)  # type: ignore[assignment]
+        if how == "expire":
+            await pull(decode, ticket)
+        else:
+            with pytest.raises(HandoffFailed, match="REVOKED" if how == "revoke" else "STALE_EPOCH"):
+                await pull(decode, ticket)
+            assert len(decode.memory.boxes) <= 2
+        assert seen == [True]
         assert prefill.exports.counters()["running_sends"] == 0
-        assert not decode.memory.boxes
+        if how == "revoke":
+            assert (await prefill.next_end()).outcome == "revoked"
+            assert not prefill.blocks_pool.references
 
 
 async def test_cancel_between_pieces_leaves_the_blocks_alone_from_then_on() -> None:
