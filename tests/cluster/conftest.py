@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,3 +42,13 @@ def serve(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[...,
             os.kill(record.pid, signal.SIGTERM)
             os.kill(record.pid, signal.SIGTERM)
         served.process.communicate(timeout=30)
+
+
+@pytest.fixture
+def unused_port() -> Callable[[], int]:
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return find

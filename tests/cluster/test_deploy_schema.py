@@ -1,0 +1,120 @@
+"""The deploy file: what it accepts, and the one line it answers a mistake with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from biphase.cluster.deploy_schema import deployment_from, load_deployment, merge, parse_bytes
+from biphase.cluster.deployment import Deployment, RolePlan
+from biphase.protos.errors import SetupError
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_load(path: Path) -> None:
+    assert load_deployment(path).model == "smollm2"
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 3
+
+
+def test_every_key_is_in_the_example_of_every_key() -> None:
+    import yaml
+
+    from biphase.cluster.deploy_schema import _DeploymentSchema, _LimitsSchema, _RolePlanSchema
+
+    values = yaml.safe_load((EXAMPLES[0].parent / "every_key.yaml").read_text())
+    assert set(_DeploymentSchema.model_fields) - set(values) == {"weights_cache"}
+    assert set(values["prefill"]) == set(_RolePlanSchema.model_fields)
+    assert set(values["limits"]) == set(_LimitsSchema.model_fields)
+
+
+def test_defaults_are_the_values_own() -> None:
+    assert deployment_from({"model": "m"}, source="here") == Deployment(model="m")
+
+
+def test_a_full_deployment_survives_json() -> None:
+    deployment = deployment_from(
+        {"model": "m", "prefill": {"replicas": 3, "kv_memory": "2GiB", "cpus": 0}, "limits": {"max_stop_strings": 4}},
+        source="here",
+    )
+    assert deployment.prefill == RolePlan(replicas=3, kv_memory_bytes=2 * 2**30, cpus=0)
+    assert deployment.limits.max_stop_strings == 4
+    assert Deployment.from_json(deployment.to_json()) == deployment
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"model": "m", "prefil": {}}, "here: unknown key prefil: did you mean prefill?"),
+        ({"model": "m", "decode": {"kv_memry": 1}}, "here: unknown key decode.kv_memry: did you mean kv_memory?"),
+        ({}, "here: key model is missing"),
+        ({"model": ""}, "here: model is empty"),
+        ({"model": "m", "port": 70000}, "here: port is 70000: the most is 65535"),
+        ({"model": "m", "port": "80"}, "here: port is '80': input should be a valid integer"),
+        ({"model": "m", "prefill": {"replicas": -1}}, "here: prefill.replicas is -1: the least is 0"),
+        ({"model": "m", "mode": "fast"}, "here: mode is 'fast': it must be 'auto' or 'strict'"),
+        ({"model": "m", "decode": {"kv_memory": "2XB"}}, "decode.kv_memory is '2XB': give bytes as a number or with"),
+        ({"model": "m", "decode": {"kv_memory": 5}}, "5 bytes is less than the least, 1048576 (1MiB)"),
+        ({"model": "m", "decode": 3}, "here: decode is 3: it must be a mapping of replicas, threads"),
+        ({"model": "m", "name": "A/../b"}, "here: name is 'A/../b': 1 to 63 characters of a-z"),
+        ({"model": "m", "start_timeout_s": 0}, "here: start_timeout_s is 0: it must be above 0"),
+        ({"model": "m", "decode": {"replicas": 0}}, "decode.replicas is 0: at least 1 decode instance is needed"),
+        ({"model": "m", "mode": "strict", "prefill": {"replicas": 0}}, "strict needs at least 1 prefill instance"),
+        ({"model": "m", "prefill": {"block_size": 16}}, "are 16 and 32: they must be equal"),
+        ({"model": "m", "limits": {"max_queued_requests": 0}}, "limits.max_queued_requests is 0: it must be above 0"),
+    ],
+)
+def test_a_mistake_is_one_line_with_key_value_and_limit(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(SetupError) as caught:
+        deployment_from(values, source="here")
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model: m\nprefill:\n  replicas: 1\n  thraeds: 2\n", ":4: unknown key prefill.thraeds: did you mean threads?"),
+        ("model: m\nport: -1\n", ":2: port is -1: the least is 0"),
+        ("model: m\n  bad\n: [", "not valid YAML"),
+        ("model: m\nmodel: n\n", ":2: not valid YAML: key model is given twice"),
+        ("- a\n- b\n", "a deploy file is a mapping of keys"),
+        ("", "a deploy file is a mapping of keys"),
+        ("model: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text(text)
+    with pytest.raises(SetupError) as caught:
+        load_deployment(path)
+    assert str(caught.value).startswith(str(path))
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"nowhere\.yaml: No such file"):
+        load_deployment(tmp_path / "nowhere.yaml")
+
+
+def test_flags_win_over_the_file_key_by_key(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text("model: m\nprefill: {replicas: 2, threads: 3}\n")
+    deployment = load_deployment(path, {"port": 0, "prefill": {"replicas": 1}})
+    assert (deployment.port, deployment.prefill.replicas, deployment.prefill.threads) == (0, 1, 3)
+
+
+def test_merge_goes_into_mappings() -> None:
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4}) == {"a": {"b": 3, "c": 2}, "d": 4}
+
+
+@pytest.mark.parametrize(
+    ("given", "num_bytes"), [("2GiB", 2**31), ("512 MiB", 2**29), ("1.5gb", 1_500_000_000), (2**20, 2**20)]
+)
+def test_sizes(given: str | int, num_bytes: int) -> None:
+    assert parse_bytes(given) == num_bytes

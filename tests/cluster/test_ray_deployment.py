@@ -1,0 +1,101 @@
+"""A deployment under Ray: one cluster for the whole module, real actors with instances that have no model."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.served import BIPHASE, LIGHT, Served, is_ready, pid_of, run_biphase
+
+from biphase.cluster.run_dir import started_ticks
+
+pytestmark = [pytest.mark.ray, pytest.mark.model]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    base = tmp_path_factory.mktemp("run")
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**without, "BIPHASE_RUN_DIR": str(base), "PYTHONPATH": str(LIGHT)}
+
+
+@pytest.fixture(scope="module")
+def served(environment: dict[str, str]) -> Iterator[Served]:
+    command = [*BIPHASE, "serve", "--model", "smollm2", "--backend", "ray", "--port", "0", "--cpus", "0"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    served = Served(Path(environment["BIPHASE_RUN_DIR"]), process)
+    try:
+        served.wait_ready(120.0)
+        yield served
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def test_status_names_every_process(served: Served, environment: dict[str, str]) -> None:
+    table = run_biphase(environment, "status").stdout
+    for word in ("prefill-0", "decode-0", "router-0", "controller", "ray"):
+        assert word in table
+
+
+def test_a_killed_instance_lives_again(served: Served) -> None:
+    before = served.wait_for(is_ready("decode-0", 1))
+    os.kill(pid_of(before, "decode-0"), signal.SIGKILL)
+    after = served.wait_for(is_ready("decode-0", 2))
+    assert pid_of(after, "prefill-0") == pid_of(before, "prefill-0")
+
+
+def test_a_stopped_instance_is_replaced(served: Served) -> None:
+    pid = pid_of(served.wait_for(is_ready("prefill-0", 1)), "prefill-0")
+    os.kill(pid, signal.SIGSTOP)
+    served.wait_for(is_ready("prefill-0", 2))
+    assert started_ticks(pid) is None
+
+
+def test_the_controller_lives_again_and_adopts(served: Served) -> None:
+    before = served.wait_for(lambda status: status.state == "ready")
+    os.kill(pid_of(before, "controller"), signal.SIGKILL)
+    after = served.wait_for(
+        lambda status: status.state == "ready" and pid_of(status, "controller") != pid_of(before, "controller")
+    )
+    for name in ("prefill-0", "decode-0", "router-0"):
+        assert pid_of(after, name) == pid_of(before, name)
+
+
+def test_the_end_leaves_no_process(served: Served) -> None:
+    status = served.wait_for(lambda status: status.state == "ready")
+    pids = [served.record.pid, *(process.pid for process in status.processes)]
+    ray_pids = _descendants(served.record.pid)
+    assert len(ray_pids) > len(pids), "Ray's own processes are among them"
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(60) == 0, served.logs()
+    left = [pid for pid in {*pids, *ray_pids} if started_ticks(pid) is not None]
+    assert left == []
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers(environment: dict[str, str]) -> None:
+    refused = run_biphase(
+        environment, "serve", "--model", "smollm2", "--port", "0", "--name", "big", "--cpus", "1000", within_s=120.0
+    )
+    assert refused.returncode == 2
+    line = refused.stderr.splitlines()[-1]
+    assert "2000 CPUs" in line
+    assert f"{os.cpu_count()} are free" in line
+
+
+def _descendants(pid: int) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, frontier = set(), [pid]
+    while frontier:
+        for child in children.get(frontier.pop(), []):
+            found.add(child)
+            frontier.append(child)
+    return found

@@ -1,0 +1,187 @@
+"""The controller's decisions, under a clock that the test turns."""
+
+from biphase.cluster.reconcile import (
+    FIRST_BACKOFF_S,
+    MAX_BACKOFF_S,
+    STABLE_S,
+    GiveUp,
+    Kill,
+    Reconciler,
+    Start,
+    Wanted,
+)
+from biphase.protos.process import Announcement, ProcessState
+
+WANTED = (
+    Wanted(name="prefill-0", kind="prefill"),
+    Wanted(name="decode-0", kind="decode"),
+    Wanted(name="router-0", kind="router"),
+)
+
+
+def make(start_timeout_s: float = 100.0) -> Reconciler:
+    return Reconciler(WANTED, start_timeout_s)
+
+
+def say(core: Reconciler, name: str, incarnation: int, state: ProcessState, now_s: float, *, detail: str = "") -> None:
+    address = f"host:{incarnation}" if state in ("ready", "draining") else ""
+    kind = name.partition("-")[0]
+    word = Announcement(
+        name=name, kind=kind, incarnation=incarnation, pid=1, state=state, detail=detail, address=address
+    )
+    core.announced(word, now_s)
+
+
+def bring_up(core: Reconciler, now_s: float = 0.0) -> None:
+    core.decide(now_s)
+    for wanted in WANTED:
+        say(core, wanted.name, 1, "ready", now_s)
+    core.linked("prefill-0", 1, now_s)
+    core.linked("decode-0", 1, now_s)
+
+
+def names(core: Reconciler) -> list[tuple[str, int]]:
+    return [(member.name, member.incarnation) for member in core.members]
+
+
+def test_everything_starts_at_once() -> None:
+    core = make()
+    assert core.decide(0.0) == [Start(name=wanted.name, incarnation=1) for wanted in WANTED]
+    assert core.decide(0.0) == []
+
+
+def test_a_member_is_ready_and_linked() -> None:
+    core = make()
+    core.decide(0.0)
+    say(core, "prefill-0", 1, "loading", 1.0)
+    say(core, "prefill-0", 1, "ready", 2.0)
+    assert names(core) == []
+    core.linked("prefill-0", 1, 2.1)
+    assert names(core) == [("prefill-0", 1)]
+    assert (core.version, core.all_up) == (1, False)
+
+
+def test_death_leaves_the_membership_at_once_and_is_repaired_at_once() -> None:
+    core = make()
+    bring_up(core)
+    assert core.was_ready
+    core.gone("decode-0", 1, "killed by SIGKILL", 20.0)
+    assert names(core) == [("prefill-0", 1)]
+    assert core.decide(20.0) == [Start(name="decode-0", incarnation=2)]
+    assert core.slots["decode-0"].restarts == 1
+
+
+def test_a_lost_link_kills_first_and_starts_when_seen_gone() -> None:
+    core = make()
+    bring_up(core)
+    core.lost("decode-0", 1, "link lost: silent", 5.0)
+    assert names(core) == [("prefill-0", 1)]
+    assert core.decide(5.0) == [Kill(name="decode-0", incarnation=1, reason="link lost: silent")]
+    assert core.decide(6.0) == []
+    core.gone("decode-0", 1, "killed by SIGKILL", 7.0)
+    assert core.decide(7.0) == [Start(name="decode-0", incarnation=2)]
+    assert core.slots["decode-0"].reason == "link lost: silent"
+
+
+def test_words_of_a_former_life_change_nothing() -> None:
+    core = make()
+    bring_up(core)
+    core.gone("decode-0", 1, "gone", 20.0)
+    say(core, "decode-0", 1, "ready", 20.0)
+    assert names(core) == [("prefill-0", 1)]
+    core.decide(20.0)
+    say(core, "decode-0", 1, "ready", 21.0)
+    core.linked("decode-0", 1, 21.0)
+    core.lost("decode-0", 1, "late", 21.0)
+    core.gone("decode-0", 1, "late", 21.0)
+    assert core.slots["decode-0"].phase == "starting"
+
+
+def test_repeated_deaths_wait_longer_and_longer_up_to_a_bound() -> None:
+    core = make()
+    bring_up(core)
+    now_s, delays = 0.0, []
+    core.gone("decode-0", 1, "boom", now_s)
+    for incarnation in range(2, 12):
+        due_s = core.next_due_s()
+        assert due_s is not None
+        delays.append(due_s - now_s)
+        now_s = due_s
+        assert core.decide(now_s) == [Start(name="decode-0", incarnation=incarnation)]
+        core.gone("decode-0", incarnation, "boom", now_s)
+    assert delays[:4] == [0.0, FIRST_BACKOFF_S * 2, FIRST_BACKOFF_S * 4, FIRST_BACKOFF_S * 8]
+    assert delays[-1] == MAX_BACKOFF_S
+
+
+def test_a_long_good_life_forgets_earlier_deaths() -> None:
+    core = make()
+    bring_up(core)
+    for incarnation in (1, 2, 3):
+        core.gone("decode-0", incarnation, "boom", 100.0)
+        core.decide(200.0)
+    say(core, "decode-0", 4, "ready", 300.0)
+    core.gone("decode-0", 4, "boom", 300.0 + STABLE_S)
+    assert core.decide(300.0 + STABLE_S) == [Start(name="decode-0", incarnation=5)]
+
+
+def test_a_bad_set_up_ends_the_first_start() -> None:
+    core = make()
+    core.decide(0.0)
+    say(core, "decode-0", 1, "failed", 1.0, detail="no such model")
+    core.gone("decode-0", 1, "ended with exit code 2", 1.0)
+    assert core.decide(1.0) == [GiveUp(reason="decode-0: no such model")]
+
+
+def test_a_bad_set_up_later_is_tried_again() -> None:
+    core = make()
+    bring_up(core)
+    core.gone("decode-0", 1, "boom", 50.0)
+    core.decide(50.0)
+    say(core, "decode-0", 2, "failed", 51.0, detail="no such model")
+    core.gone("decode-0", 2, "ended with exit code 2", 51.0)
+    due_s = core.next_due_s()
+    assert due_s is not None
+    assert core.decide(due_s) == [Start(name="decode-0", incarnation=3)]
+
+
+def test_the_third_crash_ends_the_first_start() -> None:
+    core, now_s = make(), 0.0
+    for incarnation in (1, 2, 3):
+        core.decide(now_s)
+        core.gone("decode-0", incarnation, "ended with exit code 7", now_s)
+        now_s += MAX_BACKOFF_S
+    assert core.decide(now_s) == [GiveUp(reason="decode-0: ended with exit code 7")]
+
+
+def test_who_is_not_ready_in_time_is_started_again() -> None:
+    core = make(start_timeout_s=10.0)
+    core.decide(0.0)
+    assert core.next_due_s() == 10.0
+    kills = core.decide(10.0)
+    assert kills[0] == Kill(name="prefill-0", incarnation=1, reason="not ready within 10 s")
+
+
+def test_the_next_controller_adopts() -> None:
+    core = make()
+    core.slots["decode-0"].incarnation = 3
+    for name, incarnation in (("prefill-0", 1), ("decode-0", 4), ("router-0", 1)):
+        core.adopt(name, incarnation, 0.0)
+    assert core.decide(0.0) == []
+    say(core, "decode-0", 4, "ready", 0.0)
+    core.linked("decode-0", 4, 0.0)
+    assert names(core) == [("decode-0", 4)]
+
+
+def test_draining_stays_a_member_that_says_so() -> None:
+    core = make()
+    bring_up(core)
+    say(core, "decode-0", 1, "draining", 3.0)
+    assert [(member.name, member.draining) for member in core.members] == [("prefill-0", False), ("decode-0", True)]
+    assert not core.all_up
+
+
+def test_repr_tells_the_counts() -> None:
+    core = make()
+    assert repr(core) == "<Reconciler [0 up of 3, version 0]>"
+    bring_up(core)
+    assert repr(core) == "<Reconciler [3 up of 3, version 2]>"
