@@ -17,7 +17,8 @@ from grpc_reflection.v1alpha import reflection
 from biphase.engine.engine import Engine
 from biphase.engine.engine_thread import EngineThread
 from biphase.engine.limits import Limits
-from biphase.engine.link import Identity, LinkService
+from biphase.engine.link import Identity
+from biphase.engine.link_service import LinkService
 from biphase.engine.worker import RunStep, Worker
 from biphase.engine.worker_config import WorkerConfig
 from biphase.protos import worker_pb2

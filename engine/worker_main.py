@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from biphase.engine.config import EngineConfig
 from biphase.engine.worker_config import WorkerConfig
@@ -87,7 +88,7 @@ def parse(role: Role, arguments: Sequence[str]) -> tuple[WorkerConfig, argparse.
     given = vars(flags)
     engine = {name: given[name] for name in EngineConfig.__dataclass_fields__ if name in given}
     names = WorkerConfig.__dataclass_fields__.keys() - {"role", "engine"}
-    values = {"name": f"{role}-0", "incarnation": time.time_ns() // 1_000_000}
+    values: dict[str, Any] = {"name": f"{role}-0", "incarnation": time.time_ns() // 1_000_000}
     values |= {name: given[name] for name in names if name in given}
     try:
         engine_config = EngineConfig(**engine)
