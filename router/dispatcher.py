@@ -41,13 +41,16 @@ class Dispatcher:
     def queued_tokens(self) -> int:
         return sum(request.place.prompt_tokens for request in self._queue)
 
-    def check_room(self, prompt_tokens: int) -> None:
-        """Raises Overloaded when the queue takes no such request."""
+    def check_requests(self) -> None:
+        """Raises Overloaded when the queue takes no request at all."""
         if len(self._queue) >= self._limits.max_queued_requests:
             self._counters.add("refused_queue_requests")
             raise Overloaded(
                 f"{len(self._queue)} requests wait already, the limit is {self._limits.max_queued_requests}; try later"
             )
+
+    def check_tokens(self, prompt_tokens: int) -> None:
+        """Raises Overloaded when the queue takes no such prompt."""
         queued = self.queued_tokens
         if self._queue and queued + prompt_tokens > self._limits.max_queued_tokens:
             self._counters.add("refused_queue_tokens")

@@ -131,7 +131,7 @@ class Front:
             )
             self._reserve(asked.request_id, request_id)
             reserved = True
-            self._dispatcher.check_room(0)
+            self._dispatcher.check_requests()
             prompt_ids = await self._tokenize(asked)
             if deadline_s is not None and self._loop.time() >= deadline_s:
                 raise DeadlinePassed("the client's deadline passed before its request was read")
@@ -143,7 +143,8 @@ class Front:
                 model_defaults=self.tokenizer.generation_defaults,
                 drawn_seed=secrets.randbits(63),
             )
-            self._dispatcher.check_room(len(prompt_ids))
+            self._dispatcher.check_requests()
+            self._dispatcher.check_tokens(len(prompt_ids))
         except BaseException as error:
             if reserved:
                 self._client_ids.pop(asked.request_id, None)

@@ -149,7 +149,7 @@ class Link:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        self._set_lost(reason)
+        self._set_lost(reason, on_purpose=True)
 
     def view(self) -> InstanceView:
         info, account = self.info, self.account
@@ -374,9 +374,11 @@ class Link:
             self.since_s = self._loop.time()
             self._observer.link_changed(self)
 
-    def _set_lost(self, reason: str) -> None:
+    def _set_lost(self, reason: str, *, on_purpose: bool = False) -> None:
         """From here on nothing is dispatched to it; every leg on it is over."""
-        if self.state == "ready":
+        if on_purpose:
+            logger.info("link to %s is closed: %s", self.label, reason)
+        elif self.state == "ready":
             logger.warning("link to %s is lost with %d legs: %s", self.label, len(self.legs), reason)
         elif self.state == "connecting":
             logger.info("no link to %s at %s yet: %s", self.member.key, self.member.address, reason)

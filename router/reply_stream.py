@@ -21,7 +21,7 @@ class ReplyStream:
 
     def __init__(self, clock: Callable[[], float], max_buffered_tokens: int) -> None:
         self._clock = clock
-        self._max_buffered_tokens = max_buffered_tokens
+        self.max_buffered_tokens = max_buffered_tokens
         self._first_index = 0
         self._token_ids: list[int] = []
         self._text: list[str] = []
@@ -32,7 +32,7 @@ class ReplyStream:
 
     @property
     def overfull(self) -> bool:
-        return len(self._token_ids) > self._max_buffered_tokens
+        return len(self._token_ids) > self.max_buffered_tokens
 
     @property
     def num_buffered_tokens(self) -> int:

@@ -217,7 +217,8 @@ class Request:
         if piece.finish is not None:
             self._finish(piece)
         elif self.replies.overfull:
-            self._cut(f"{self.replies.num_buffered_tokens} tokens wait for it")
+            buffered, limit = self.replies.num_buffered_tokens, self.replies.max_buffered_tokens
+            self._cut(f"{buffered} tokens wait for it, the limit is {limit}")
 
     def _finish(self, piece: Piece) -> None:
         """The output is complete. The last reply waits a moment for the legs' own figures."""

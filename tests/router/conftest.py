@@ -148,6 +148,18 @@ class Door:
             while [instance.state for instance in (await self.info()).instances] != list(states):
                 await asyncio.sleep(0.005)
 
+    async def until_running(self, running: int) -> None:
+        """Until the last instance's Load has come."""
+        async with asyncio.timeout(WITHIN_S):
+            while (await self.info()).instances[-1].running != running:
+                await asyncio.sleep(0.005)
+
+    async def until_queued_tokens(self, tokens: int) -> None:
+        """Until the first instance's Load has come."""
+        async with asyncio.timeout(WITHIN_S):
+            while (await self.info()).instances[0].queued_tokens != tokens:
+                await asyncio.sleep(0.005)
+
     async def until_counters(self, **wanted: int) -> dict[str, int]:
         async with asyncio.timeout(WITHIN_S):
             while True:
@@ -186,6 +198,11 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Door]:
         async with asyncio.timeout(WITHIN_S):
             await serving
         assert announcer.current.state == "stopped"
+
+
+@pytest.fixture(name="running_router")
+def running_router_fixture() -> Callable[[RouterConfig], contextlib.AbstractAsyncContextManager[Door]]:
+    return running_router
 
 
 @pytest.fixture
@@ -241,6 +258,8 @@ def stage(toy_tokenizer: ToyTokenizer) -> Callable[..., contextlib.AbstractAsync
             ds = [ScriptedWorker("decode", name=f"decode-{n}", **(decode_values or {})) for n in range(decode)]
             for worker in (*ps, *ds):
                 await exits.enter_async_context(worker)
+            for group in (ps, ds):  # among equals the policy takes the first by address
+                group.sort(key=lambda worker: worker.address)
             router_config = RouterConfig(
                 model="toy",
                 prefill=tuple(worker.address for worker in ps),

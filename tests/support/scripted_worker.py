@@ -180,16 +180,19 @@ class ScriptedWorker:
             handed_off=worker_pb2.HandedOff(leg_id=leg_id, bytes=4096, ms=2.0, exposed_ms=1.0, first_token=first_token)
         )
 
-    def tokens(self, leg_id: int, first_index: int, token_ids: Sequence[int], finish: int = 0) -> None:
-        """One step after the other, the last with ``finish``."""
-        for offset, token_id in enumerate(token_ids):
-            last = offset == len(token_ids) - 1
+    def tokens(
+        self, leg_id: int, first_index: int, token_ids: Sequence[int], finish: int = 0, *, per_message: int = 1
+    ) -> None:
+        """One message after the other, the last token with ``finish``."""
+        finishes = [0] * (len(token_ids) - 1) + [finish]
+        for start in range(0, len(token_ids), per_message):
+            ids = token_ids[start : start + per_message]
             self.send(
                 tokens=worker_pb2.StepTokens(
-                    leg_ids=[leg_id],
-                    indices=[first_index + offset],
-                    token_ids=[token_id],
-                    finish=[common_pb2.FinishReason.ValueType(finish if last else 0)],
+                    leg_ids=[leg_id] * len(ids),
+                    indices=range(first_index + start, first_index + start + len(ids)),
+                    token_ids=ids,
+                    finish=[common_pb2.FinishReason.ValueType(f) for f in finishes[start : start + per_message]],
                 )
             )
 

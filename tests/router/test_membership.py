@@ -1,0 +1,208 @@
+"""Who the instances are: the controller's stream, over a real socket."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+import pytest
+from google.protobuf.message_factory import GetMessageClass
+from support.scripted_worker import ScriptedWorker
+
+from biphase.protos import common_pb2, controller_pb2
+from biphase.protos.grpc_setup import bind, server_options, service_handler
+from biphase.router.config import RouterConfig, Waits
+from biphase.router.membership import MembershipWatch
+
+LENGTH = 2
+WAITS = Waits(no_prefill_s=0.2, no_decode_s=5.0, leg_end_s=0.3, drain_s=0.3)
+
+
+class ScriptedController:
+    """Sends the memberships that a test puts into it."""
+
+    def __init__(self) -> None:
+        self.watchers: list[asyncio.Queue[controller_pb2.Membership]] = []
+        self.newest: controller_pb2.Membership | None = None
+        self.port = 0
+        self._server: grpc.aio.Server | None = None
+
+    async def listen(self) -> None:
+        self._server = grpc.aio.server(options=server_options())
+        handler = service_handler(controller_pb2.DESCRIPTOR, "Controller", self, GetMessageClass)
+        self._server.add_generic_rpc_handlers((handler,))
+        self.port = bind(self._server, "127.0.0.1", self.port)
+        await self._server.start()
+
+    async def die(self) -> None:
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.stop(None)
+
+    def say(self, epoch: int, version: int, *members: ScriptedWorker, draining: tuple[str, ...] = ()) -> None:
+        self.newest = controller_pb2.Membership(
+            epoch=epoch,
+            version=version,
+            members=[
+                controller_pb2.Member(
+                    name=worker.name,
+                    role=common_pb2.ROLE_PREFILL if worker.role == "prefill" else common_pb2.ROLE_DECODE,
+                    incarnation=worker.incarnation,
+                    address=worker.address,
+                    draining=worker.name in draining,
+                )
+                for worker in members
+            ],
+        )
+        for watcher in self.watchers:
+            watcher.put_nowait(self.newest)
+
+    async def WatchMembership(self, request: Any, context: Any) -> Any:
+        watcher: asyncio.Queue[controller_pb2.Membership] = asyncio.Queue()
+        self.watchers.append(watcher)
+        if self.newest is not None:
+            yield self.newest
+        while True:
+            yield await watcher.get()
+
+    async def WatchStatus(self, request: Any, context: Any) -> Any:
+        yield controller_pb2.ClusterStatus()
+
+    async def GetStatus(self, request: Any, context: Any) -> Any:
+        return controller_pb2.ClusterStatus()
+
+    async def Shutdown(self, request: Any, context: Any) -> Any:
+        return controller_pb2.ShutdownReply()
+
+
+@pytest.fixture
+async def controller() -> AsyncIterator[ScriptedController]:
+    one = ScriptedController()
+    await one.listen()
+    yield one
+    await one.die()
+
+
+@contextlib.asynccontextmanager
+async def workers(*roles: str) -> AsyncIterator[list[ScriptedWorker]]:
+    async with contextlib.AsyncExitStack() as exits:
+        made = [ScriptedWorker(role, name=f"{role}-{n}") for n, role in enumerate(roles)]  # type: ignore[arg-type]
+        yield [await exits.enter_async_context(worker) for worker in made]
+
+
+def config(controller: ScriptedController, **values: Any) -> RouterConfig:
+    return RouterConfig(model="toy", controller=f"127.0.0.1:{controller.port}", waits=WAITS, **values)
+
+
+async def test_instances_come_from_the_controller_and_stay_when_it_dies(controller, toy_tokenizer, running_router):
+    async with workers("prefill", "decode") as (p, d):
+        async with running_router(config(controller)) as door:
+            answer = door.ask(max_tokens=1, timeout=20)  # asked before any instance is known
+            await answer.accepted()
+            controller.say(1, 1, p, d)
+            leg = (await p.next("open_prefill")).leg_id
+            assert p.hellos[0].incarnation == 7
+            assert p.hellos[0].hello.membership_epoch == 1
+            await controller.die()
+            p.start(leg, ticket=False)
+            p.tokens(leg, 0, b"A", LENGTH)
+            p.end(leg)
+            await answer.finished()
+            again = door.ask(max_tokens=1)
+            await p.next("open_prefill")
+            await again.accepted()
+            await controller.listen()  # another life of it, with a higher epoch and one instance less
+            controller.say(2, 1, d)
+            async with asyncio.timeout(10):
+                while len((await door.info()).instances) != 2 or (await door.info()).instances[0].state != "draining":
+                    await asyncio.sleep(0.005)
+            assert again.error is None  # its leg may end
+
+
+async def test_a_new_incarnation_replaces_the_old_one_at_once(controller, toy_tokenizer, running_router):
+    async with workers("prefill", "decode") as (p, d):
+        async with running_router(config(controller)) as door:
+            controller.say(1, 1, p, d)
+            await door.until_states("ready", "ready")
+            answer = door.ask()
+            await d.wait_linked()
+            await p.next("open_prefill")
+            async with ScriptedWorker("prefill", name="prefill-0", incarnation=8) as reborn:
+                controller.say(1, 2, reborn, d)
+                _, detail = await answer.failed()
+                assert "replaced by incarnation 8" in detail
+                door.ask()
+                await reborn.next("open_prefill")
+
+
+async def test_a_member_that_is_no_longer_named_ends_its_legs_first(controller, toy_tokenizer, running_router):
+    async with workers("decode", "decode") as (old, new):
+        async with running_router(config(controller)) as door:
+            controller.say(1, 1, old)
+            answer = door.ask(max_tokens=2)
+            leg = (await old.next("open_decode")).leg_id
+            old.tokens(leg, 0, b"A")
+            await answer.text_is("A")
+            controller.say(1, 2, new)
+            await new.wait_linked()
+            door.ask(max_tokens=2)
+            await new.next("open_decode")
+            assert [one.state for one in (await door.info()).instances] == ["draining", "ready"]
+            old.tokens(leg, 1, b"B", LENGTH)
+            old.end(leg)
+            await answer.finished()
+            async with asyncio.timeout(10):
+                await old.unlinked.wait()
+            await door.until_states("ready")
+
+
+async def test_a_draining_member_gets_nothing_new(controller, toy_tokenizer, running_router):
+    async with workers("decode", "decode") as (first, second):
+        async with running_router(config(controller)) as door:
+            controller.say(1, 1, first, second)
+            await door.until_states("ready", "ready")
+            controller.say(1, 2, first, second, draining=("decode-0",))
+            await door.until_states("draining", "ready")
+            door.ask()
+            await second.next("open_decode")
+
+
+async def test_an_instance_of_another_life_or_role_or_model_is_not_used(controller, toy_tokenizer, running_router):
+    async with workers("decode") as (d,):
+        async with ScriptedWorker("decode", name="other", model_hash=b"other") as other:
+            async with running_router(config(controller)) as door:
+                controller.say(1, 1, d)
+                await door.until_states("ready")
+                controller.say(1, 2, d, other)
+                await door.until_states("ready", "lost")
+                d.incarnation = 9  # the process is another one now, the controller has not said so
+                d.hang_up()
+                await door.until_states("lost", "ready")  # with the first away the other model may be served
+
+
+def test_only_the_highest_epoch_is_obeyed() -> None:
+    applied: list[tuple[int, list[str]]] = []
+
+    def apply(members: Any, epoch: int) -> None:
+        applied.append((epoch, [member.key for member in members]))
+
+    watch = MembershipWatch("127.0.0.1:1", "router-0", apply)
+
+    def say(epoch: int, version: int, *names: str) -> None:
+        members = [controller_pb2.Member(name=name, role=common_pb2.ROLE_DECODE, address="a") for name in names]
+        watch.take(controller_pb2.Membership(epoch=epoch, version=version, members=members))
+
+    say(5, 1, "a")
+    say(4, 9, "old controller")
+    say(5, 1, "again")
+    say(5, 2, "a", "b")
+    say(6, 1, "c")
+    say(5, 3, "late")
+    assert applied == [(5, ["a"]), (5, ["a", "b"]), (6, ["c"])]
+
+
+def test_an_unknown_role_is_an_error() -> None:
+    watch = MembershipWatch("127.0.0.1:1", "router-0", lambda members, epoch: None)
+    with pytest.raises(KeyError):
+        watch.take(controller_pb2.Membership(epoch=1, version=1, members=[controller_pb2.Member(name="x")]))
