@@ -12,6 +12,8 @@ def failure(
     code, details = error.code(), " ".join((error.details() or "").split())
     if code is grpc.StatusCode.NOT_FOUND and generating:
         return UnknownModel(details)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in details:
+        return InvalidRequest(f"the request's message is too large: {details}")  # now and later
     if (
         code is grpc.StatusCode.DEADLINE_EXCEEDED
         and timeout_s is not None
