@@ -1,6 +1,6 @@
 """The decode side's shell of a handoff: drives the machine over a transport and writes pieces into blocks.
 
-Lives in the worker's loop. Two things end a pull whose source has stopped: keepalive (see grpc_setup), and silence of
+Lives in the worker's loop; one thread beside it writes received pieces into blocks, while the next is received. Two things end a pull whose source has stopped: keepalive (see grpc_setup), and silence of
 SILENCE_S where the source should have sent a piece or, while it computes, a beat. A source that computes slowly is
 left alone as long as it beats and gets on.
 """
@@ -8,7 +8,9 @@ left alone as long as it beats and gets on.
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -37,6 +39,8 @@ RELEASE_S = 1.0
 _TICK_S = 0.25
 _RELEASE_AGAIN_S = 0.25
 _MOST_BAD = 1024
+_MOST_WRITES = 4
+"""Pieces that wait to be written; beyond that the stream is not read, and flow control holds the source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,7 @@ class KvPuller:
         self._signature = signature
         self._transport: Transport = transport or GrpcTransport()
         self._peers: dict[str, _Peer] = {}
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-unpack")
         self._open_pulls = 0
         self._releases: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -148,6 +153,7 @@ class KvPuller:
         peers, self._peers = list(self._peers.values()), {}
         for peer in peers:
             await peer.source.close()
+        self._writer.shutdown()
 
     def counters(self) -> dict[str, int]:
         return {**self._counters, "open_pulls": self._open_pulls, "peers": len(self._peers)}
@@ -181,6 +187,7 @@ class KvPuller:
         """Take one stream to its end; returns when the trailer came."""
         stream = source.pull(order)
         watch = _Watch(timeout_s, stream.break_off)
+        writes: deque[Future[None]] = deque()
         trailer_s = None
         num_bad_before = handoff.num_bad
         try:
@@ -193,8 +200,10 @@ class KvPuller:
                     continue
                 before = handoff.computed_tokens
                 if handoff.take(frame, order.box):
-                    self._memory.unpack(blocks, frame.box, frame.payload)
+                    writes.append(self._writer.submit(self._memory.unpack, blocks, frame.box, frame.payload))
                     watch.progressed()
+                    if len(writes) > _MOST_WRITES:
+                        await asyncio.wrap_future(writes.popleft())
                 elif frame.kind is frames.FrameKind.TRAILER:
                     trailer_s = time.monotonic()
                 if handoff.computed_tokens > before:
@@ -204,7 +213,22 @@ class KvPuller:
         finally:
             watch.end()
             stream.break_off("the reader has ended it")
+            await self._writes_ended()
+        for write in writes:
+            write.result()
         return trailer_s
+
+    async def _writes_ended(self) -> None:
+        """Wait until every write that was handed to the writer has ended, however often we are cancelled meanwhile."""
+        last = asyncio.wrap_future(self._writer.submit(_nothing))
+        cancelled: asyncio.CancelledError | None = None
+        while not last.done():
+            try:
+                await asyncio.wait({last})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
     async def _repair(
         self, source: Source, order: PullOrder, handoff: Handoff, blocks: Sequence[BlockId], timeout_s: float
@@ -271,6 +295,10 @@ class KvPuller:
             task = asyncio.get_running_loop().create_task(peer.source.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Peer:

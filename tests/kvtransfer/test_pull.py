@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -487,6 +488,32 @@ async def test_blocks_stay_held_under_a_running_send_whatever_happens_meanwhile(
         if how == "revoke":
             assert (await prefill.next_end()).outcome == "revoked"
             assert not prefill.blocks_pool.references
+
+
+async def test_a_cancelled_pull_returns_only_when_its_running_write_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, entered = threading.Event(), threading.Event()
+    write = CpuKvMemory.unpack
+
+    def unpack(self: CpuKvMemory, blocks: Sequence[int], box: KvBox, data: Any) -> None:
+        entered.set()
+        assert gate.wait(30)
+        write(self, blocks, box, data)
+
+    monkeypatch.setattr(CpuKvMemory, "unpack", unpack)
+    async with prefill_side() as prefill, decode_side() as decode:
+        pulling = asyncio.create_task(pull(decode, prefill.open(NUM_TOKENS)))
+        await asyncio.to_thread(entered.wait, 30)
+        for _ in range(3):
+            pulling.cancel()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not pulling.done()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await pulling
+        decode.pool[...] = np.nan
+        decode.puller._writer.submit(lambda: None).result()
+        assert np.isnan(decode.pool).all()
 
 
 async def test_cancel_between_pieces_leaves_the_blocks_alone_from_then_on() -> None:
