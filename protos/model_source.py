@@ -5,7 +5,6 @@ A model is a GGUF file, a Hugging Face directory, a hub name (``org/name``), or 
 
 import importlib.util
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +101,9 @@ def _from_package(name: str, packaged: _Packaged) -> ModelSource:
 
 def _from_hub(name: str, weights: bool) -> ModelSource:
     try:
-        import huggingface_hub
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.utils import get_session
     except ImportError as error:
         raise SetupError(f"{name}: no such directory, and huggingface_hub is not installed to fetch it") from error
     patterns = [*_TEXT_FILES, *(_WEIGHT_FILES if weights else [])]
@@ -112,15 +112,18 @@ def _from_hub(name: str, weights: bool) -> ModelSource:
             folder = snapshot_download(name, allow_patterns=patterns, local_files_only=True)
             if _complete(Path(folder), weights):
                 return _named(_directory(Path(folder)), name)
-        except huggingface_hub.errors.LocalEntryNotFoundError:
+        except LocalEntryNotFoundError:
             pass
+        if not constants.HF_HUB_OFFLINE:
+            # one question without retries: the download's own go on for minutes against a network that swallows packets
+            get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
         folder = snapshot_download(name, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S)
     except SetupError:
         raise
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        reason = one_line(error)[:200]
-        raise SetupError(f"{name}: no such directory here, and {endpoint} did not give it: {reason}") from error
+        raise SetupError(
+            f"{name}: no such directory here, and {constants.ENDPOINT} did not give it: {one_line(error)[:200]}"
+        ) from error
     return _named(_directory(Path(folder)), name)
 
 

@@ -1,6 +1,7 @@
 """What cannot be loaded is refused in one line that names the file and the problem."""
 
 import json
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from support.tiny_models import tiny_config, tiny_weights, write_directory, write_gguf_model
 
 from biphase.engine.checkpoint import open_checkpoint
+from biphase.protos import model_source
 from biphase.protos.errors import SetupError
 from biphase.protos.gguf_file import GgufFile
 from biphase.protos.model_source import resolve
@@ -51,8 +53,22 @@ def test_a_package_that_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve("smollm2")
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(model_source, "_HUB_TIMEOUT_S", 0.2)
+        with pytest.raises(SetupError, match=f"^org/name: no such directory here, and {url} did not give it: .*time"):
+            resolve("org/name")
+
+
+def test_a_hub_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no question of reachability
 
     def refused(name: str, **options: Any) -> str:
         if options.get("local_files_only"):
@@ -78,6 +94,7 @@ def test_a_hub_name_that_is_here_already(monkeypatch: pytest.MonkeyPatch, tmp_pa
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     source = resolve("org/name")
     assert (source.kind, source.path, source.name) == ("directory", folder, "name")
     assert asked == [True], "the network was not asked"

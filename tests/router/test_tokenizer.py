@@ -3,10 +3,15 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 from support.gguf_files import byte_level_fields, write_gguf
 from support.smollm2 import needs_smollm2
 
@@ -282,3 +287,50 @@ def test_broken_gguf_tokenizers_are_refused_in_one_line(tmp_path: Path, changes:
         Tokenizer.load(str(path))
     assert message in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def best_pair_first(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's own rule, spelled out: join the neighbours whose piece scores best, the leftmost of equals."""
+    parts = list(text)
+    while True:
+        joined = [(scores.get(left + right), -i) for i, (left, right) in enumerate(pairwise(parts))]
+        possible = [(score, place) for score, place in joined if score is not None]
+        if not possible:
+            return parts
+        i = -max(possible)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+@given(seed=st.integers(0, 10**6), text=st.text(alphabet="abcd", max_size=12))
+def test_merges_from_scores_make_the_same_pieces(seed: int, text: str) -> None:
+    random = Random(seed)
+    pieces = list("abcd")
+    while len(pieces) < 30:
+        piece = random.choice(pieces) + random.choice(pieces)
+        if piece not in pieces and len(piece) <= 6:
+            pieces.append(piece)
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    scores = {piece: -float(i) for i, piece in enumerate(pieces)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, gguf_tokenizer.merges_of(vocab, scores)))
+    assert library.encode(text).tokens == best_pair_first(text, scores)
+
+
+@needs_smollm2
+def test_reference_prompts_and_outputs(smollm2: Tokenizer) -> None:
+    """The recorded prompts of transformers come out of our tokenizer, the recorded outputs out of our detokenizer."""
+    prompts = json.loads((Path(__file__).parents[1] / "reference" / "smollm2_greedy.json").read_text("utf-8"))[
+        "prompts"
+    ]
+    assert len(prompts) >= 24
+    for case in prompts:
+        if "text" in case:
+            assert smollm2.encode(case["text"]) == case["prompt_ids"], case["name"]
+        if "messages" in case:
+            assert smollm2.encode_chat([tuple(m) for m in case["messages"]]) == case["prompt_ids"], case["name"]
+        detokenizer = smollm2.detokenizer()
+        shown = "".join(detokenizer.push([token]) for token in case["tokens"]) + detokenizer.flush()
+        assert shown == case["output_text"], case["name"]
+        if "stop" in case:
+            text = smollm2.decode(case["tokens"][: case["stop_tokens"]])
+            assert text[: text.index(case["stop"][0])] == case["stop_text"]
+            assert case["stop"][0] not in smollm2.decode(case["tokens"][: case["stop_tokens"] - 1])
