@@ -101,9 +101,8 @@ def _from_package(name: str, packaged: _Packaged) -> ModelSource:
 
 def _from_hub(name: str, weights: bool) -> ModelSource:
     try:
-        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub import constants, get_session, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
-        from huggingface_hub.utils import get_session
     except ImportError as error:
         raise SetupError(f"{name}: no such directory, and huggingface_hub is not installed to fetch it") from error
     patterns = [*_TEXT_FILES, *(_WEIGHT_FILES if weights else [])]
