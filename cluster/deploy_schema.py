@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
@@ -58,11 +58,17 @@ class _RolePlanSchema(_Strict):
         return RolePlan(kv_memory_bytes=values.pop("kv_memory"), **values)
 
 
-_LimitsSchema: type[BaseModel] = create_model(
-    "_LimitsSchema",
-    __base__=_Strict,
-    **{item.name: (item.type, Field(item.default, gt=0, le=MAX_LIMIT)) for item in dataclasses.fields(RequestLimits)},  # type: ignore[call-overload]
-)
+if TYPE_CHECKING:
+    _LimitsSchema = _Strict
+else:
+    _LimitsSchema = create_model(
+        "_LimitsSchema",
+        __base__=_Strict,
+        **{
+            item.name: (item.type, Field(item.default, gt=0, le=MAX_LIMIT))
+            for item in dataclasses.fields(RequestLimits)
+        },
+    )
 
 
 class _DeploymentSchema(_Strict):

@@ -107,6 +107,7 @@ class BatchBuilder:
         )
 
     def _decode(self, seqs: list[SeqStep]) -> DecodeBatch:
+        batch: DecodeBatch
         batch, self._gather_buffer = self._kernels.decode_attention.plan_decode(
             [seq.blocks for seq in seqs],
             [seq.start + 1 for seq in seqs],

@@ -1,7 +1,7 @@
 """What a scheduler asks of the engine for one step, and what it gets back. Pure values."""
 
-from dataclasses import dataclass
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from biphase.protos.ids import BlockId, SeqId
 from biphase.protos.values import Sampling

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from biphase.protos.errors import SetupError
 
@@ -85,7 +86,7 @@ def tolerant(message_type: Any) -> Callable[[bytes], Any]:
     def parse(data: bytes) -> Any:
         try:
             return message_type.FromString(data)
-        except Exception:  # protobuf raises DecodeError, and upb sometimes UnicodeDecodeError
+        except (DecodeError, ValueError):  # upb sometimes raises UnicodeDecodeError
             return Undecodable(message_type.DESCRIPTOR.name, len(data))
 
     return parse

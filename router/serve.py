@@ -55,7 +55,7 @@ async def _listening(config: RouterConfig, front: Front) -> AsyncIterator[tuple[
     server = grpc.aio.server(options=server_options(config.limits.max_message_bytes))
     handler = service_handler(router_pb2.DESCRIPTOR, "Router", RouterServicer(front), GetMessageClass)
     server.add_generic_rpc_handlers((handler,))
-    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     port = bind(server, config.host, config.port)

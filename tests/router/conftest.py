@@ -142,31 +142,28 @@ class Door:
     async def counters(self) -> dict[str, int]:
         return dict((await self.info()).counters)
 
+    async def until(self, condition: Callable[[router_pb2.ServerInfoReply], bool]) -> router_pb2.ServerInfoReply:
+        """Ask GetServerInfo until it shows what the test waits for; the router announces nothing by itself."""
+        async with asyncio.timeout(WITHIN_S):
+            while not condition(info := await self.info()):
+                await asyncio.sleep(0.005)
+        return info
+
     async def until_states(self, *states: str) -> None:
         """Until the instances, in order of address as given, are in these states."""
-        async with asyncio.timeout(WITHIN_S):
-            while [instance.state for instance in (await self.info()).instances] != list(states):
-                await asyncio.sleep(0.005)
+        await self.until(lambda info: [instance.state for instance in info.instances] == list(states))
 
     async def until_running(self, running: int) -> None:
         """Until the last instance's Load has come."""
-        async with asyncio.timeout(WITHIN_S):
-            while (await self.info()).instances[-1].running != running:
-                await asyncio.sleep(0.005)
+        await self.until(lambda info: info.instances[-1].running == running)
 
     async def until_queued_tokens(self, tokens: int) -> None:
         """Until the first instance's Load has come."""
-        async with asyncio.timeout(WITHIN_S):
-            while (await self.info()).instances[0].queued_tokens != tokens:
-                await asyncio.sleep(0.005)
+        await self.until(lambda info: info.instances[0].queued_tokens == tokens)
 
     async def until_counters(self, **wanted: int) -> dict[str, int]:
-        async with asyncio.timeout(WITHIN_S):
-            while True:
-                counters = await self.counters()
-                if all(counters.get(name, 0) == value for name, value in wanted.items()):
-                    return counters
-                await asyncio.sleep(0.005)
+        info = await self.until(lambda info: all(info.counters[name] == value for name, value in wanted.items()))
+        return dict(info.counters)
 
     async def until_idle(self) -> dict[str, int]:
         return await self.until_counters(live_requests=0, queued_requests=0, queued_tokens=0, legs=0)

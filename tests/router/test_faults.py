@@ -198,7 +198,7 @@ async def test_an_instance_that_owes_a_token_and_is_silent_is_given_up(stage):
 async def test_an_instance_that_hangs_up_in_good_order_is_lost_and_linked_again(stage):
     async with stage() as s:
         answer = s.door.ask()
-        _, decode = await opened(s, answer)
+        await opened(s, answer)
         s.d.hang_up()
         code, detail = await answer.failed()
         assert code == grpc.StatusCode.UNAVAILABLE

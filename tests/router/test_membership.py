@@ -114,9 +114,7 @@ async def test_instances_come_from_the_controller_and_stay_when_it_dies(controll
             await again.accepted()
             await controller.listen()  # another life of it, with a higher epoch and one instance less
             controller.say(2, 1, d)
-            async with asyncio.timeout(10):
-                while len((await door.info()).instances) != 2 or (await door.info()).instances[0].state != "draining":
-                    await asyncio.sleep(0.005)
+            await door.until_states("draining", "ready")
             assert again.error is None  # its leg may end
 
 

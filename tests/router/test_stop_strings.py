@@ -1,5 +1,7 @@
 """Stop strings over a stream, beside a search through the whole text."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ def test_any_pieces_give_what_the_whole_text_gives(text: str, stops: list[str], 
     stream = StopStrings(stops)
     edges = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     out = ""
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         out += stream.push(text[start:end])
         expected, _ = naive(text[:end], stops)
         assert expected.startswith(out)

@@ -6,7 +6,7 @@ shows too rarely to be waited for. It computes nothing.
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import grpc.aio
 from google.protobuf.message_factory import GetMessageClass
@@ -67,7 +67,7 @@ class ScriptedWorker:
             max_queued_tokens=max_queued_tokens,
         )
 
-    async def __aenter__(self) -> "ScriptedWorker":
+    async def __aenter__(self) -> Self:
         await self.listen()
         return self
 
