@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import torch
 
-from biphase.engine.batch import BatchBuilder
+from biphase.engine.batch import BatchBuilder, StepBatch
 from biphase.engine.checkpoint import Checkpoint, open_checkpoint
 from biphase.engine.config import EngineConfig
 from biphase.engine.model import LlamaModel
@@ -107,15 +107,24 @@ class Engine:
         Raises InvalidRequest for a malformed plan; then nothing was written.
         """
         start_s = time.perf_counter()
+        tokens = self.compute(plan, self.prepare(plan))
+        return StepResult(tokens=tokens, step_ms=(time.perf_counter() - start_s) * 1e3)
+
+    def prepare(self, plan: StepPlan) -> StepBatch:
+        """First half of ``execute``: check the plan and turn it into tensors. Raises InvalidRequest."""
         with torch.inference_mode():
-            batch = self._builder.build(plan)
+            return self._builder.build(plan)
+
+    def compute(self, plan: StepPlan, batch: StepBatch) -> tuple[int | None, ...]:
+        """Second half of ``execute``: forward pass and draws. ``batch`` is the latest that ``prepare`` made."""
+        tokens: list[int | None] = [None] * len(plan.seqs)
+        with torch.inference_mode():
             logits_RV = self._model.forward(batch)
-            tokens: list[int | None] = [None] * len(plan.seqs)
             if logits_RV is not None:
                 drawn = self._kernels.sample.sample(logits_RV, [_draw_row(plan.seqs[i]) for i in batch.sampled_seqs])
                 for i, token in zip(batch.sampled_seqs, drawn, strict=True):
                     tokens[i] = token
-        return StepResult(tokens=tuple(tokens), step_ms=(time.perf_counter() - start_s) * 1e3)
+        return tuple(tokens)
 
     def _warm_up(self) -> None:
         """One step through all weights, so that the first request does not wait for page faults. Block 0 is free yet."""

@@ -5,8 +5,8 @@ Shapes: O output features, I input features, N tokens (padded, see ``padded_toke
 
 import torch
 
-_ONE_TOKEN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-"""oneDNN's product of one row: 1.4 times MKL's speed at one token. Private to torch, hence optional."""
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+"""oneDNN's product ``a @ b.T``. Private to torch, hence optional; MKL's serves where it is absent."""
 
 _TOKEN_MAJOR_UP_TO = 8
 """Up to this many tokens MKL is up to 3 times faster when each token's features are contiguous."""
@@ -25,10 +25,7 @@ def linear(w_OI: torch.Tensor, x_IN: torch.Tensor, out_ON: torch.Tensor) -> torc
     num_tokens = x_IN.shape[1]
     if num_tokens > _TOKEN_MAJOR_UP_TO:
         return torch.mm(w_OI, x_IN, out=out_ON)
-    if num_tokens == 1 and _ONE_TOKEN is not None:
-        out_ON.view(1, -1).copy_(_ONE_TOKEN(x_IN.view(1, -1), w_OI, None, "none", [], ""))
-        return out_ON
-    return torch.mm(w_OI, x_IN.t().contiguous().t(), out=out_ON)
+    return out_ON.copy_(_few(w_OI, x_IN, num_tokens))
 
 
 def linear_add(w_OI: torch.Tensor, x_IN: torch.Tensor, residual_ON: torch.Tensor) -> torch.Tensor:
@@ -36,17 +33,25 @@ def linear_add(w_OI: torch.Tensor, x_IN: torch.Tensor, residual_ON: torch.Tensor
     num_tokens = x_IN.shape[1]
     if num_tokens > _TOKEN_MAJOR_UP_TO:
         return residual_ON.addmm_(w_OI, x_IN)
-    if num_tokens == 1 and _ONE_TOKEN is not None:
-        residual_ON.view(1, -1).add_(_ONE_TOKEN(x_IN.view(1, -1), w_OI, None, "none", [], ""))
-        return residual_ON
-    return residual_ON.add_(torch.mm(w_OI, x_IN.t().contiguous().t()))
+    return residual_ON.add_(_few(w_OI, x_IN, num_tokens))
 
 
 def linear_logits(w_VI: torch.Tensor, x_IR: torch.Tensor) -> torch.Tensor:
     """Logits ``[R, V]``, each row contiguous, of R tokens' features ``x``; a new tensor."""
     num_rows = x_IR.shape[1]
-    x_RI = x_IR.t().contiguous()
-    if _ONE_TOKEN is not None and (num_rows == 1 or num_rows > _TOKEN_MAJOR_UP_TO):
-        logits: torch.Tensor = _ONE_TOKEN(x_RI, w_VI, None, "none", [], "")
+    if _ONEDNN is not None and num_rows > _TOKEN_MAJOR_UP_TO:
+        logits: torch.Tensor = _ONEDNN(x_IR.t().contiguous(), w_VI, None, "none", [], "")
         return logits
-    return torch.mm(w_VI, x_RI.t()).t().contiguous()
+    return _few(w_VI, x_IR, num_rows).t().contiguous()
+
+
+def _few(w_OI: torch.Tensor, x_IN: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """``w @ x`` for 1 to 8 tokens, a new tensor: oneDNN's best cases are 1 and 8, MKL's 2 and 4."""
+    x_NI = x_IN.t().contiguous()
+    if _ONEDNN is None or 1 < num_tokens < _TOKEN_MAJOR_UP_TO - 2:
+        return torch.mm(w_OI, x_NI.t())
+    if num_tokens == 1:
+        product: torch.Tensor = _ONEDNN(x_NI, w_OI, None, "none", [], "").t()
+        return product
+    swapped: torch.Tensor = _ONEDNN(w_OI, x_NI, None, "none", [], "")
+    return swapped

@@ -69,19 +69,20 @@ def prefill_attention(
     """
     kv_heads, group_size, dim, _ = q_KGDN.shape
     span = slice(chunk.start, chunk.start + chunk.count)
-    q_1HnD = q_KGDN[..., span].permute(0, 1, 3, 2).reshape(1, kv_heads * group_size, chunk.count, dim)
+    q_KGnD = q_KGDN[..., span].transpose(2, 3).contiguous()
     if chunk.rows is None:
         kv_XTD = kv_XMD[:, span]
     else:
         gathered = torch.index_select(layer_rows, 0, chunk.rows)
         kv_XTD = gathered.view(2 * kv_heads, -1, dim)[:, : chunk.context]
-    out_1HnD = F.scaled_dot_product_attention(
-        q_1HnD,
-        kv_XTD[:kv_heads].unsqueeze(0),
-        kv_XTD[kv_heads:].unsqueeze(0),
+    # kv heads as the batch, their query heads sharing k and v by a stride of 0: torch's enable_gqa is not fused here
+    shared = (kv_heads, group_size, chunk.context, dim)
+    out_KGnD = F.scaled_dot_product_attention(
+        q_KGnD,
+        kv_XTD[:kv_heads].unsqueeze(1).expand(shared),
+        kv_XTD[kv_heads:].unsqueeze(1).expand(shared),
         attn_mask=chunk.mask,
         is_causal=chunk.mask is None,
         scale=scale,
-        enable_gqa=group_size > 1,
     )
-    out_KGDN[..., span].copy_(out_1HnD.view(kv_heads, group_size, chunk.count, dim).transpose(2, 3))
+    out_KGDN[..., span].copy_(out_KGnD.transpose(2, 3))

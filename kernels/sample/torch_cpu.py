@@ -13,6 +13,12 @@ import torch
 from biphase.kernels.sample.filters import keep_candidates
 from biphase.kernels.sample.noise import MAX_NOISE, GumbelBits, gumbel, least_word
 
+_FEW = 512
+"""Up to this many candidates the noise of all is computed."""
+_LOUD_NOISE = 5.0
+"""One token in 150 has more noise than this."""
+_LOUD_WORD = np.uint64(least_word(_LOUD_NOISE))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawRow:
@@ -48,17 +54,23 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[DrawRow]) -> list[int]:
 def _draw(logits_V: np.ndarray, best: int, draw: DrawRow) -> int:
     z = (logits_V - logits_V[best]) / np.float32(draw.temperature)
     bits = GumbelBits(seed=draw.seed, branch=draw.branch, position=draw.position)
-    if (draw.top_k == 0 or draw.top_k >= len(z)) and draw.top_p >= 1 and draw.min_p <= 0:
-        return _draw_from_all(z, bits)
     ids = keep_candidates(z, top_k=draw.top_k, top_p=draw.top_p, min_p=draw.min_p)
-    return int(ids[np.argmax(z[ids] + gumbel(bits.of(ids)))])
+    if ids is None:
+        return _loudest(z, bits.first(len(z)))
+    if len(ids) <= _FEW:
+        return int(ids[np.argmax(z[ids] + gumbel(bits.of(ids)))])
+    return int(ids[_loudest(z[ids], bits.of(ids))])
 
 
-def _draw_from_all(z: np.ndarray, bits: GumbelBits) -> int:
-    """Every token is a candidate, but few can win: those whose noise makes up for their distance to the best."""
-    words = bits.first(len(z))
-    near = np.flatnonzero(z >= -1)
-    reached = float((z[near] + gumbel(words[near])).max())
-    ids = np.flatnonzero(words >= np.uint64(least_word(reached)))
-    ids = ids[z[ids] >= reached - MAX_NOISE]
-    return int(ids[np.argmax(z[ids] + gumbel(words[ids]))])
+def _loudest(z: np.ndarray, words: np.ndarray) -> int:
+    """Index of the largest ``z + gumbel(words)``, the lowest of equals; ``z`` is at most 0, and 0 somewhere.
+
+    Only those can win whose noise makes up for their distance to the best, so few need their noise computed: a score
+    that some token reaches is a bound on the noise of whatever beats it.
+    """
+    loud = np.flatnonzero(words >= _LOUD_WORD)
+    probes = np.append(loud, np.argmax(z))
+    reached = float((z[probes] + gumbel(words[probes])).max())
+    able = loud if reached >= _LOUD_NOISE + 0.01 else np.flatnonzero(words >= np.uint64(least_word(reached)))
+    able = able[z[able] >= reached - MAX_NOISE]
+    return int(able[np.argmax(z[able] + gumbel(words[able]))])
