@@ -7,6 +7,7 @@ Settings and their reasons (measured with grpcio 1.85):
 - request bytes are decoded inside the handler: an undecodable message is INVALID_ARGUMENT, where gRPC would say INTERNAL.
 """
 
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -60,13 +61,23 @@ def channel_options(*, bulk: bool = False, max_message_bytes: int = MAX_CONTROL_
 def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     """Listen on host:port (0: any free one) and return the port. Raises SetupError naming the address when taken."""
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    refusal = f"cannot listen on {address}: the port is in use or the address is not this host's"
     try:
-        bound: int = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise SetupError(f"cannot listen on {address}: the port is in use or the address is not this host's") from error
+        _probe(host, port)
+        bound = server.add_insecure_port(address)
+    except (OSError, RuntimeError) as error:
+        raise SetupError(refusal) from error
     if bound == 0:
-        raise SetupError(f"cannot listen on {address}: the port is in use or the address is not this host's")
+        raise SetupError(refusal)
     return bound
+
+
+def _probe(host: str, port: int) -> None:
+    """Bind once with a plain socket: where that fails, gRPC would log the failure to stderr in lines of its own."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
 
 
 class Undecodable:
