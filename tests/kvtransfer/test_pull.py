@@ -52,7 +52,7 @@ async def pull(
 async def until_no_pull(prefill: PrefillSide) -> None:
     """The other end hears of a cancellation over the wire; give it the loop until it has."""
     async with asyncio.timeout(10):
-        while prefill.exports.counters()["open_pulls"]:  # noqa: ASYNC110 (only the wire knows)
+        while prefill.exports.counters()["open_pulls"]:
             await asyncio.sleep(0.001)
 
 
@@ -557,7 +557,7 @@ async def test_revoking_ends_a_pull_whose_reader_does_not_read() -> None:
             call = channel.unary_stream(f"/{SERVICE}/Pull")(request.SerializeToString())
             assert await call.read()
             before = -1
-            while before != (before := prefill.server.counters()["pieces_sent"]):  # noqa: ASYNC110 (a standstill)
+            while before != (before := prefill.server.counters()["pieces_sent"]):
                 await asyncio.sleep(0.2)  # until flow control has stopped the source
             assert prefill.exports.counters()["open_pulls"] == 1
             prefill.exports.revoke(ticket.id, time.monotonic())
