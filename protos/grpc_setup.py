@@ -64,7 +64,7 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     refusal = f"cannot listen on {address}: the port is in use or the address is not this host's"
     try:
         _probe(host, port)
-        bound = server.add_insecure_port(address)
+        bound: int = server.add_insecure_port(address)
     except (OSError, RuntimeError) as error:
         raise SetupError(refusal) from error
     if bound == 0:
