@@ -121,7 +121,7 @@ class Supervisor:
         return code
 
     async def _serve(self) -> None:
-        """Bring everything up and keep the controller alive; returns only by an error."""
+        """Bring everything up and keep the controller alive; returns when it ends in a shutdown."""
         await self._backend.open()
         self._stops.listen()
         self._stage("ray up" if self._deployment.backend == "ray" else "backend up")
@@ -150,6 +150,8 @@ class Supervisor:
                         self._say(controller_address=announcement.address)
             finally:
                 follow.cancel()
+            if self._stops.drain.is_set():
+                return
             failures = failures + 1 if time.monotonic() - began_s < 10.0 else 0
             delay_s = CONTROLLER_BACKOFF_S[min(failures, len(CONTROLLER_BACKOFF_S) - 1)]
             logger.warning("controller#%d %s, starting it again in %.1f s", incarnation, controller.end, delay_s)
@@ -188,6 +190,8 @@ class Supervisor:
         drained = drain.done() and drain.result()
         if not drained and not cut.done():
             logger.warning("the controller does not answer, ending everything")
+        if drained:
+            await asyncio.wait([work, cut], timeout=CONTROLLER_END_S, return_when=asyncio.FIRST_COMPLETED)
         for task in (drain, cut):
             task.cancel()
         # what is left, all of it or nothing, ends with the backend

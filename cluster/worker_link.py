@@ -28,7 +28,7 @@ async def hold_link(
     """Keep a link to the instance as long as it lives; returns why it is lost. Cancel to let go."""
     reason = await _hold_once(address, incarnation, epoch, WELCOME_S, on_welcome)
     while True:
-        logger.info("%s#%d: link broke (%s), asking again", name, incarnation, reason)
+        logger.info("%s#%d: link broke (%s), asking once more", name, incarnation, reason)
         welcomed = False
 
         def on_second_welcome(welcome: worker_pb2.Welcome) -> None:
