@@ -49,7 +49,9 @@ class Report:
         cells = [[str(column) for column in self.columns]]
         cells += [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in self.rows]
         widths = [max(len(row[index]) for row in cells) for index in range(len(self.columns))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        ]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
     def finish(self, arguments: argparse.Namespace) -> int:
