@@ -83,9 +83,9 @@ class Dispatcher:
             self._queue.remove(request)
         if request in self._seekers:
             self._seekers.remove(request)
-        settled = [link.account.settle(request.id) for link in self._fleet.links.values()]
-        if any(settled) or not self._queue:
-            self.schedule()
+        for link in self._fleet.links.values():
+            link.account.settle(request.id)
+        self.schedule()  # what it held, or what waited behind it, may go on
 
     def schedule(self) -> None:
         """Look at everything that waits, once, at the next turn of the loop."""

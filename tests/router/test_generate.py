@@ -330,6 +330,19 @@ async def test_a_prompt_waits_while_no_decode_instance_has_room(stage):
         assert (await s.p.next("open_prefill")).num_prompt_tokens == 20
 
 
+async def test_what_waited_behind_a_request_goes_on_when_that_one_is_cancelled(stage):
+    async with stage() as s:
+        s.d.load(running=1, room_blocks=3)
+        await s.door.until_running(1)
+        long = s.door.ask("a" * 40, max_tokens=2)
+        await long.accepted()
+        short = s.door.ask("b", max_tokens=2)
+        await short.accepted()
+        assert s.p.commands.empty()
+        long.call.cancel()
+        assert (await s.p.next("open_prefill")).num_prompt_tokens == 1
+
+
 async def test_busy_means_the_next_one_and_all_busy_means_waiting_for_a_load(stage):
     async with stage(prefill=2, waits=replace(SHORT_WAITS, busy_retry_s=60)) as s:
         answer = s.door.ask(max_tokens=2)
