@@ -72,6 +72,7 @@ class Link:
         self._something = asyncio.Event()
         self._open = True
         self.cut_reason: str | None = None
+        self.cut = asyncio.Event()
 
     def welcome(self, identity: Identity) -> None:
         message = worker_pb2.Welcome(
@@ -141,6 +142,7 @@ class Link:
             return
         if len(self._outgoing) >= MAX_OUTGOING:
             self.cut_reason = f"{self.peer_name} has not read {MAX_OUTGOING} messages, the link is cut"
+            self.cut.set()
             self.close()
             return
         self._outgoing.append(message)

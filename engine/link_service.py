@@ -85,9 +85,10 @@ class LinkService:
         _log.info("link opened by %s %s", link.peer_kind, link.peer_name)
         reading = asyncio.create_task(self._read(link, requests))
         writing = asyncio.create_task(link.pump(context))
+        cutting = asyncio.create_task(link.cut.wait())
         ending: Ending | None = None
         try:
-            await asyncio.wait({reading, writing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({reading, writing, cutting}, return_when=asyncio.FIRST_COMPLETED)
             if link.cut_reason is not None:
                 ending = (grpc.StatusCode.RESOURCE_EXHAUSTED, link.cut_reason)
             elif reading.done() and not reading.cancelled() and reading.exception() is None:
@@ -97,7 +98,8 @@ class LinkService:
             self._handler.link_closed(link)
             reading.cancel()
             writing.cancel()
-            await asyncio.wait({reading, writing})
+            cutting.cancel()
+            await asyncio.wait({reading, writing, cutting})
             for task in (reading, writing):
                 error = None if task.cancelled() else task.exception()
                 if error is not None:
