@@ -127,7 +127,7 @@ class LlamaModel:
             k_KDN=per_head[heads : heads + kv_heads],
             q_KGDN=per_head[:heads].view(kv_heads, heads // kv_heads, dim, num_tokens),
             kv_KDN=per_head[heads:],
-            rotated_H2RN=per_head[: heads + kv_heads, :rotary].unflatten(1, (2, rotary // 2)),
+            rotated_H2RN=per_head[: heads + kv_heads, :rotary].view(heads + kv_heads, 2, rotary // 2, num_tokens),
             attended_FN=attended,
             attended_KGDN=attended.view(kv_heads, heads // kv_heads, dim, num_tokens),
             gate_up_IN=gate_up,

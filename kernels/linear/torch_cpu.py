@@ -5,7 +5,7 @@ Shapes: O output features, I input features, N tokens (padded, see ``padded_toke
 
 import torch
 
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C._has_mkldnn else None
 """oneDNN's product ``a @ b.T``. Private to torch, hence optional; MKL's serves where it is absent."""
 
 _TOKEN_MAJOR_UP_TO = 8
