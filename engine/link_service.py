@@ -94,20 +94,17 @@ class LinkService:
             elif reading.done() and not reading.cancelled() and reading.exception() is None:
                 ending = reading.result()
         finally:
+            # all of the books first: gRPC may cancel this task a second time while it waits
             link.close()
             self._handler.link_closed(link)
-            reading.cancel()
-            writing.cancel()
-            cutting.cancel()
-            await asyncio.wait({reading, writing, cutting})
-            for task in (reading, writing):
-                error = None if task.cancelled() else task.exception()
-                if error is not None:
-                    _log.info("link of %s broke: %s", link.peer_name, one_line(error))
             self._links.discard(link)
             if not self._links:
                 self._no_links.set()
             _log.info("link of %s closed%s", link.peer_name, f": {ending[1]}" if ending else "")
+            for task in (reading, writing, cutting):
+                task.cancel()
+                task.add_done_callback(_note_break)
+            await asyncio.wait({reading, writing, cutting})
         if ending is not None:
             await context.abort(*ending)
 
@@ -191,3 +188,10 @@ class LinkService:
                 pull_epoch=message.pull_epoch if with_ticket else 0,
             ),
         )
+
+
+def _note_break(task: "asyncio.Task[Any]") -> None:
+    """Take a stream task's last error, so that it is told once and in one line."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        _log.info("a link broke: %s", one_line(error))
