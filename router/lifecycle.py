@@ -98,6 +98,7 @@ class Lifecycle:
         self._ticket: KvTicket | None = None
         self._refusals: dict[Role, int] = {"prefill": 0, "decode": 0}
         self._gone: Fail | None = None  # why the prefill leg is no longer there, when it did not end well
+        self._doomed: Fail | None = None  # the handoff failed; the prefill leg, called off, has the last word
 
     @property
     def awaits(self) -> Role | None:
@@ -229,6 +230,8 @@ class Lifecycle:
     def _prefill_gone(self, failure: Fail, was: Leg) -> list[Effect]:
         if was not in _LIVE:
             return []
+        if self._doomed is not None:
+            return self._fail(self._doomed)
         self._gone = failure
         match self.decode:
             case Leg.HANDED_OFF:
@@ -249,6 +252,8 @@ class Lifecycle:
     def _prefill_ended(self, event: LegEnded, was: Leg) -> list[Effect]:
         match event.outcome:
             case "done":
+                if self._doomed is not None:
+                    return self._fail(self._doomed)
                 if self._next_index > self._first_index:
                     return []
                 failure = Fail(kind="internal", detail="the prefill leg is done, but its first token never came")
@@ -268,9 +273,13 @@ class Lifecycle:
                     return self._check_first_token()
                 return self._fail(Fail(kind="internal", detail="the decode leg is done, but its output has no end"))
             case "handoff_failed":
-                return self._fail(
-                    self._gone or Fail(kind="handoff_failed", detail=event.detail or "the handoff failed")
-                )
+                failure = self._gone or Fail(kind="handoff_failed", detail=event.detail or "the handoff failed")
+                if self.prefill not in _LIVE or self._next_index > self._first_index:
+                    return self._fail(failure)
+                # The instance revokes a ticket itself when its first token ends the request, and that token may
+                # still be on its way over the other link: revoke, and judge when the prefill leg has ended.
+                self._doomed = failure
+                return [CancelLeg(role="prefill", reason=failure.detail)]
             case "cancelled":
                 detail = event.detail or "the decode instance ended the request"
                 return self._fail(self._gone or Fail(kind="unavailable", detail=detail))

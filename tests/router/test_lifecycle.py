@@ -274,6 +274,21 @@ def test_a_failed_handoff_revokes_the_ticket_before_the_client_hears_of_it() -> 
     ]
 
 
+def test_a_handoff_that_fails_as_the_first_token_ends_the_request_is_no_failure() -> None:
+    """The prefill instance has revoked the ticket itself; its token comes over another link, later."""
+    machine = pulling(first_token=False)
+    assert machine.handle(ended("decode", "handoff_failed", "REVOKED")) == [cancel("prefill", "REVOKED")]
+    assert machine.handle(from_p(65, STOP)) == [emit(0, b"A", STOP)]
+    assert machine.handle(ended("prefill")) == []
+
+
+@pytest.mark.parametrize("last_word", [ended("prefill", "cancelled"), ended("prefill"), lost("prefill")], ids=repr)
+def test_a_handoff_that_fails_before_the_first_token_fails_when_the_prefill_leg_has_ended(last_word: LegEvent) -> None:
+    machine = pulling(first_token=False)
+    machine.handle(ended("decode", "handoff_failed", "piece 3 is bad"))
+    assert machine.handle(last_word) == [Fail(kind="handoff_failed", detail="piece 3 is bad")]
+
+
 @pytest.mark.parametrize(
     ("outcome", "kind", "detail"),
     [
