@@ -107,7 +107,7 @@ class LinkClient:
         self, token_ids: Sequence[int], sampling: Sampling = GREEDY, *, forced: int = 0, refusals: int = 0
     ) -> ClientLeg:
         """``forced``: how many of the tokens are output already."""
-        leg = self._new_leg()
+        leg = self.new_leg()
         open_prefill = worker_pb2.OpenPrefill(
             leg_id=leg.leg_id,
             request_id=f"r{leg.leg_id}",
@@ -129,7 +129,7 @@ class LinkClient:
         forced: int = 0,
     ) -> ClientLeg:
         """Without ``ticket`` the worker prefills itself."""
-        leg = self._new_leg()
+        leg = self.new_leg()
         open_decode = worker_pb2.OpenDecode(
             leg_id=leg.leg_id,
             request_id=f"r{leg.leg_id}",
@@ -151,7 +151,7 @@ class LinkClient:
             await self._reader
         return self.broken
 
-    def _new_leg(self) -> ClientLeg:
+    def new_leg(self) -> ClientLeg:
         leg = ClientLeg(self, next(self._ids))
         self._legs[leg.leg_id] = leg
         return leg
