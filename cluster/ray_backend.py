@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ OBJECT_STORE_BYTES = 80 * 2**20
 LONG_POLL_S = 60.0
 UNAVAILABLE_RETRY_S = 0.2
 KILL_WAIT_S = 5.0
+PROBE_S = 5.0
 ACTOR_CONCURRENCY = 8
 """Long polls of the supervisor, of the controller and of a controller's former life, and a stop, at once."""
 logger = logging.getLogger("biphase.cluster.ray")
@@ -135,6 +137,7 @@ class RayBackend:
         options: dict[str, Any] = {"namespace": self._namespace, "log_to_driver": False, "configure_logging": False}
         try:
             if self._joined:
+                _probe(os.environ["RAY_ADDRESS"])
                 ray.init(address=os.environ["RAY_ADDRESS"], **options)
                 return
             with _lean_head():
@@ -249,6 +252,13 @@ class RayBackend:
     async def _call(self, function: Callable[[], T]) -> T:
         """A blocking Ray call, outside the loop."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+
+def _probe(address: str) -> None:
+    """Raise OSError within seconds when nobody listens at ``address`` (host:port); Ray would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from biphase.protos.process import set_up_logging
 
 CONTROLLER_BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0)
 CONTROLLER_END_S = 5.0
+CLOSE_S, CUT_CLOSE_S = 30.0, 5.0
 EXIT_OK, EXIT_CRASH, EXIT_SETUP = 0, 1, 2
 _PR_SET_CHILD_SUBREAPER = 36
 logger = logging.getLogger("biphase.cluster.supervisor")
@@ -116,9 +117,22 @@ class Supervisor:
             asked.cancel()
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
-            await self._backend.close()
+            await self._close()
             self._say(state="failed" if self._failure else "stopped", detail=self._failure)
         return code
+
+    async def _close(self) -> None:
+        """Let go of the backend. One that hangs (a cluster that does not answer) is left behind by ending at once."""
+        close, cut = asyncio.create_task(self._backend.close()), asyncio.create_task(self._stops.cut.wait())
+        await asyncio.wait([close, cut], timeout=CLOSE_S, return_when=asyncio.FIRST_COMPLETED)
+        if cut.done() and not close.done():
+            await asyncio.wait([close], timeout=CUT_CLOSE_S)
+        cut.cancel()
+        if not close.done():
+            logger.error("the backend does not close, ending at once")
+            self._say(state="failed" if self._failure else "stopped", detail=self._failure)
+            os._exit(EXIT_SETUP if self._failure else EXIT_OK)  # what it started is bound to this process
+        close.result()
 
     async def _serve(self) -> None:
         """Bring everything up and keep the controller alive; returns when it ends in a shutdown."""
