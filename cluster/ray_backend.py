@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ LONG_POLL_S = 60.0
 UNAVAILABLE_RETRY_S = 0.2
 KILL_WAIT_S = 5.0
 PROBE_S = 5.0
+RELEASE_S, RELEASE_POLL_S = 5.0, 0.1
 ACTOR_CONCURRENCY = 8
 """Long polls of the supervisor, of the controller and of a controller's former life, and a stop, at once."""
 logger = logging.getLogger("biphase.cluster.ray")
@@ -147,19 +149,21 @@ class RayBackend:
             raise SetupError(f"Ray ({where}) cannot be used: {one_line(error)}") from error
 
     async def check(self, specs: Sequence[ProcessSpec]) -> None:
-        """First fit of the CPUs asked for on the CPUs that are free, host by host."""
+        """First fit of the CPUs asked for on the CPUs that are free, host by host.
+
+        Ray gives back the CPUs of what was just killed a little later: where the hosts are large enough, wait for it.
+        """
         asked = sorted((spec.cpus for spec in specs if spec.cpus > 0), reverse=True)
-        free = await self._call(_free_cpus)
-        total, left = sum(free), sorted(free, reverse=True)
-        for cpus in asked:
-            fitting = next((index for index, there in enumerate(left) if there >= cpus), None)
-            if fitting is None:
+        patient = _fits(asked, await self._call(_all_cpus))
+        deadline_s = time.monotonic() + (RELEASE_S if patient else 0.0)
+        while not _fits(asked, free := await self._call(_free_cpus)):
+            if time.monotonic() >= deadline_s:
                 hosts = f" on {len(free)} hosts" if len(free) > 1 else ""
                 raise SetupError(
-                    f"{len(asked)} instances ask Ray for {sum(asked):g} CPUs, {total:g} are free{hosts}: "
+                    f"{len(asked)} instances ask Ray for {sum(asked):g} CPUs, {sum(free):g} are free{hosts}: "
                     "lower cpus (0 is allowed) or replicas"
                 )
-            left[fitting] -= cpus
+            await asyncio.sleep(RELEASE_POLL_S)
 
     async def start(self, spec: ProcessSpec) -> RayHandle:
         actor = await self._call(lambda: self._create(spec))
@@ -277,6 +281,22 @@ def _lean_head() -> Iterator[None]:
     finally:
         for name, method in before.items():
             setattr(ray_node.Node, name, method)
+
+
+def _fits(asked: Sequence[float], hosts: Sequence[float]) -> bool:
+    """Whether every demand, the largest first, finds a host with that much left."""
+    left = sorted(hosts, reverse=True)
+    for cpus in asked:
+        fitting = next((index for index, there in enumerate(left) if there >= cpus), None)
+        if fitting is None:
+            return False
+        left[fitting] -= cpus
+    return True
+
+
+def _all_cpus() -> list[float]:
+    """CPUs of each living host."""
+    return [float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]]
 
 
 def _free_cpus() -> list[float]:
