@@ -12,6 +12,7 @@ one runs. The oldest therefore always advances, and a request alone gets the who
 
 from bisect import insort
 from collections import deque
+from typing import Literal
 
 from biphase.decode_worker.requests import (
     CancelPull,
@@ -303,6 +304,18 @@ class DecodeScheduler:
             sequence.ending = ending
             return []
         return [self._end(sequence, *ending, now_s)]
+
+    def phase_of(self, seq_id: SeqId) -> Literal["queued", "pulling", "local_prefill", "first_step", "decoding"]:
+        """Where a sequence that it knows is; a preempted one is queued."""
+        sequence = self._by_id[seq_id]
+        match sequence.phase:
+            case Phase.WAITING:
+                return "queued"
+            case Phase.PULLING:
+                return "pulling"
+            case Phase.RUNNING if sequence.first_token_s is not None:
+                return "decoding"
+        return "local_prefill" if sequence.ticket is None else "first_step"
 
     def _finish_of(self, sequence: DecodeSequence, token: int, index: int) -> FinishReason | None:
         return self.limits.finish_of(

@@ -78,12 +78,15 @@ class DecodeWorker(Worker[DecodeScheduler, DecodeLeg]):
         )
         self.perform(effects)
 
+    def phase_of(self, leg: DecodeLeg) -> str:
+        return self.scheduler.phase_of(leg.seq_id)
+
     def perform_own(self, effect: Any, leg: DecodeLeg) -> None:
         match effect:
             case StartPull():
                 leg.pull = asyncio.create_task(self._pull(effect, leg), name=f"pull-{leg.leg_id}")
                 self._pulls.add(leg.pull)
-                leg.pull.add_done_callback(self._pulls.discard)
+                leg.pull.add_done_callback(lambda task: self._pull_over(task, effect.seq_id, leg))
             case CancelPull():
                 assert leg.pull is not None
                 if effect.source_lost:
@@ -108,6 +111,14 @@ class DecodeWorker(Worker[DecodeScheduler, DecodeLeg]):
         leg.pull = None
         self.perform(effects)
         self.wake()
+
+    def _pull_over(self, task: "asyncio.Task[None]", seq_id: SeqId, leg: DecodeLeg) -> None:
+        """Forget the task. One that was cancelled before its first step has run nothing of _pull: report for it."""
+        self._pulls.discard(task)
+        if leg.pull is task:
+            leg.pull = None
+            self.perform(self.scheduler.pull_failed(seq_id, "the pull was cancelled", self.clock()))
+            self.wake()
 
     def _pull_failed(self, seq_id: SeqId, detail: str) -> list[DecodeEffect]:
         self._handoffs_failed += 1

@@ -89,6 +89,10 @@ class Worker(ABC, Generic[S, L]):
         """End a leg, whatever state it is in."""
 
     @abstractmethod
+    def phase_of(self, leg: L) -> str:
+        """Where a leg is, in a word for a counter's name."""
+
+    @abstractmethod
     def perform_own(self, effect: Any, leg: L) -> None:
         """An effect that only this phase has, or its part in a TokenOut."""
 
@@ -216,6 +220,8 @@ class Worker(ABC, Generic[S, L]):
     def cancel_leg(self, link: Link, leg_id: LegId, reason: str, *, unless_handed_off: bool) -> None:
         leg = self.legs.find(link, leg_id)
         if leg is not None:
+            phase = f"cancelled_{self.phase_of(leg)}"
+            self._totals[phase] = self._totals.get(phase, 0) + 1
             self.cancel(leg, "cancelled", reason, unless_handed_off=unless_handed_off)
             self.wake()
 

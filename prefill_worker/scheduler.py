@@ -11,6 +11,7 @@ Exported blocks are held by their tickets as well: a full pool of prompts that n
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
 from biphase.engine.block_pool import BlockPool
 from biphase.engine.limits import Limits
@@ -218,6 +219,10 @@ class PrefillScheduler:
             sequence.ending = (outcome, detail)
             return []
         return [self._end(sequence, outcome, detail, now_s)]
+
+    def phase_of(self, seq_id: SeqId) -> Literal["queued", "computing"]:
+        """Where a sequence that it knows is."""
+        return "queued" if self._by_id[seq_id].started_s is None else "computing"
 
     def _end(self, sequence: Sequence, outcome: LegOutcome, detail: str, now_s: float) -> SeqEnded:
         del self._by_id[sequence.seq_id]

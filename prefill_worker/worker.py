@@ -72,6 +72,9 @@ class PrefillWorker(Worker[PrefillScheduler, PrefillLeg]):
                 self._exports.revoke(leg.ticket, self.clock())
             self.perform(self.scheduler.cancel(leg.seq_id, self.clock()))
 
+    def phase_of(self, leg: PrefillLeg) -> str:
+        return "exported" if leg.seq_end is not None else self.scheduler.phase_of(leg.seq_id)
+
     def perform_own(self, effect: Any, leg: PrefillLeg) -> None:
         match effect:
             case PrefillStarted():

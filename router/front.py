@@ -230,6 +230,7 @@ class Front:
             self.counters.add("finished")
         elif isinstance(error, Cancelled):
             self.counters.add("cancelled")
+            self.counters.add(f"cancelled_in_{request.record.ended_in}")
         else:
             self.counters.add(f"failed_{error.code.name.lower()}")
 

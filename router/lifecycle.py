@@ -16,6 +16,9 @@ from typing import Literal, assert_never
 from biphase.protos.values import FinishReason, KvTicket, Role
 from biphase.router.events import HandedOff, LegEnded, LegEvent, Lost, Refused, Started, Token
 
+Phase = Literal["queue", "prefill", "started", "handoff", "first_step", "local_prefill", "decode"]
+"""prefill: offered, its first chunk not scheduled; started: before the first token; handoff: after it, KV on its way."""
+
 FailureKind = Literal["invalid", "unavailable", "handoff_failed", "internal"]
 
 
@@ -110,6 +113,20 @@ class Lifecycle:
         if self.prefill is Leg.STARTED and self._next_index == self._first_index:
             return "prefill"
         return None
+
+    @property
+    def phase(self) -> Phase:
+        """How far it is, for people: counters and logs."""
+        if self.prefill is Leg.NONE and self.decode is Leg.NONE:
+            return "queue"
+        num_tokens = self._next_index - self._first_index
+        if self._local:
+            return "decode" if num_tokens else "local_prefill"
+        if self.decode is Leg.HANDED_OFF:
+            return "decode" if num_tokens > 1 else "first_step"
+        if self.prefill is Leg.OPEN:
+            return "prefill"
+        return "handoff" if num_tokens else "started"
 
     # ---- what the router does
 

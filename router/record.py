@@ -46,6 +46,8 @@ class Record:
     first_token_s: float | None = None
     finished_s: float | None = None
     handoff: HandedOff | None = None
+    ended_in: str = ""
+    """The phase in which it was cut short, when it was."""
     instances: dict[Role, str] = field(default_factory=dict)
     stats: dict[Role, LegStats] = field(default_factory=dict)
 

@@ -156,6 +156,7 @@ class Request:
 
     def end(self, error: BiphaseError) -> None:
         """End with an error of the router's or the client's making; both legs are called off."""
+        self.record.ended_in = self.lifecycle.phase
         self._perform(self.lifecycle.end(str(error)))
         self._over(error)
 

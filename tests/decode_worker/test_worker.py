@@ -11,8 +11,9 @@ import pytest_asyncio
 from support.link_client import LinkClient
 from support.worker_server import BLOCK_SIZE, LIMITS, RuleEngine, serving
 
+from biphase.decode_worker.requests import StartPull
 from biphase.decode_worker.scheduler import DecodeScheduler
-from biphase.decode_worker.worker import DecodeWorker
+from biphase.decode_worker.worker import DecodeLeg, DecodeWorker
 from biphase.engine.block_pool import BlockPool
 from biphase.engine.link_service import LinkService
 from biphase.kvtransfer.puller import PullResult
@@ -249,3 +250,23 @@ async def test_stopping_ends_every_leg_with_a_word(bench: Bench) -> None:
     bench.engine.let_go()
     for leg in (in_step, pulling):
         assert await leg.end() == "failed" and leg.detail == "the instance stops"
+
+
+async def test_a_pull_cancelled_before_its_first_step_is_reported_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task cancelled that early runs nothing of its coroutine, so nothing in there can report."""
+    perform = bench.worker.perform_own
+
+    def cancel_at_once(effect: object, leg: DecodeLeg) -> None:
+        perform(effect, leg)
+        if isinstance(effect, StartPull):
+            bench.worker.cancel_leg(leg.link, leg.leg_id, "gone", unless_handed_off=False)
+
+    monkeypatch.setattr(bench.worker, "perform_own", cancel_at_once)
+    link = await bench.link()
+    leg = await link.open_decode([5] * 8, SIX, ticket=TICKET)
+    assert await leg.end() == "cancelled"
+    assert not bench.puller.begun.is_set()
+    assert bench.pool == FREE
+    assert (await link.stats())["cancelled_pulling"] == 1
