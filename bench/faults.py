@@ -25,7 +25,8 @@ import report
 from biphase.client import AsyncClient
 from biphase.protos.errors import BiphaseError, Unavailable
 
-LONG_PROMPT = [1000 + position % 20000 for position in range(1500)]
+LONG_PROMPT = [1000 + position % 20000 for position in range(500)]
+"""Two of them fit the queue of a prefill instance, and take it a second."""
 SHORT_PROMPT = [2000 + position % 20000 for position in range(40)]
 BACK_WITHIN_S = 60.0
 
@@ -102,7 +103,7 @@ class Cluster:
         self.address = ""
 
     def biphase(self, *arguments: str) -> str:
-        command = [sys.executable, "-m", "biphase.cluster", *arguments]
+        command = [sys.executable, "-m", "biphase.cluster.cli", *arguments]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise SystemExit(f"biphase {arguments[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
@@ -156,7 +157,7 @@ async def one_fault(client: AsyncClient, role: str, number: signal.Signals, busy
     if busy:
         if role == "prefill":  # in the middle of a long prompt
             doomed = [start_stream(client, LONG_PROMPT, 8) for _ in range(2)]
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(0.3)
         else:
             doomed = [start_stream(client, SHORT_PROMPT, 2000) for _ in range(4)]
 
@@ -232,7 +233,8 @@ async def falsely_dead(client: AsyncClient, seconds: float) -> int:
         while time.monotonic() < deadline:
             outcome = await start_stream(client, SHORT_PROMPT, 8).task
             lost += outcome.error is not None
-            lost += sum((await instance(client, role))[2] != "ready" for role in ("prefill", "decode"))
+            for role in ("prefill", "decode"):
+                lost += (await instance(client, role))[2] != "ready"
     after = [await instance(client, role) for role in ("prefill", "decode")]
     return lost + sum(old[:2] != new[:2] for old, new in zip(before, after, strict=True))
 
@@ -281,11 +283,17 @@ async def measure(arguments: argparse.Namespace) -> int:
     return found.finish(arguments)
 
 
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=["ray", "process"], default="ray")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--stops", type=int, default=4)
+    parser.add_argument("--kills", type=at_least_one, default=20)
+    parser.add_argument("--stops", type=at_least_one, default=4)
     parser.add_argument("--steady", type=float, default=60.0, help="seconds beside four busy loops")
     report.add_arguments(parser)
     return asyncio.run(measure(parser.parse_args()))
