@@ -258,7 +258,7 @@ async def measure_decode(result: report.Report, num_tokens: int, rounds: int, fr
     prompts = [[100 + seq + at % 1000 for at in range(context)] for seq in range(DECODE_SEQS)]
     tokens = (await thread.run(plan(0, prompts))).tokens
     ends: list[tuple[float, bool]] = []
-    puller = KvPuller(memory=engine.kv_memory, signature=signature("decode-bench"))
+    puller = KvPuller(memory=engine.kv_memory, signature=signature("decode-bench"), decoding=lambda: True)
     pulling: asyncio.Task[PullResult] | None = None
     pulled: list[PullResult] = []
 

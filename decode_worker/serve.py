@@ -43,7 +43,7 @@ async def decode_phase(
         model_hash=engine.model_info.model_hash,
         rope=engine.rope_signature,
     )
-    puller = KvPuller(memory=engine.kv_memory, signature=signature)
+    puller = KvPuller(memory=engine.kv_memory, signature=signature, decoding=lambda: scheduler.num_running > 0)
     worker = DecodeWorker(scheduler, run_step, puller, pull_timeout_s=config.pull_timeout_s)
     try:
         yield worker, ""

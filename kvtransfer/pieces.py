@@ -2,29 +2,36 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise, product
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
+
+_COPY_PRICE = 0.05
+"""What one strided copy costs beside its bytes, in units of what one message costs beside its bytes."""
 
 
 def split(layout: KvLayout, box: KvBox, max_bytes: int) -> Iterator[KvBox]:
     """Disjoint boxes that make up ``box``, each of at most ``max_bytes``, earlier tokens first.
 
-    Cuts tokens (at block boundaries where a block fits) until one layer fits, then groups layers. A single token of a
-    single layer and head is never cut, whatever its size.
+    Cuts tokens at block boundaries where a block of one layer fits, and groups layers. A single token of a single
+    layer and head is never cut, whatever its size.
     """
     if box.num_tokens == 0 or box.num_layers == 0 or box.num_heads == 0:
         return
     row_bytes = 2 * layout.head_dim * layout.itemsize
     heads = min(box.num_heads, max(1, max_bytes // row_bytes))
-    tokens = max(1, max_bytes // (row_bytes * heads))
+    rows = max(1, max_bytes // (row_bytes * heads))  # token x layer pairs that fit
+    size = layout.block_size
+    tokens = _blocks_across(box.num_layers, rows // size) * size or min(rows, size)
     token = box.token_start
     while token < box.token_end:
         stop = min(box.token_end, token + tokens)
-        aligned = stop - stop % layout.block_size
+        aligned = stop - stop % size
         if stop < box.token_end and aligned > token:
             stop = aligned
-        layers = max(1, max_bytes // (row_bytes * heads * (stop - token)))
+        layers = min(box.num_layers, rows // (stop - token))
+        layers = -(-box.num_layers // -(-box.num_layers // layers))  # as few groups, and those of like size
         for layer in range(box.layer_start, box.layer_end, layers):
             for head in range(box.head_start, box.head_end, heads):
                 yield KvBox(
@@ -36,6 +43,21 @@ def split(layout: KvLayout, box: KvBox, max_bytes: int) -> Iterator[KvBox]:
                     token_end=stop,
                 )
         token = stop
+
+
+@lru_cache
+def _blocks_across(num_layers: int, most: int) -> int:
+    """How many blocks one piece spans where ``most`` block x layer pairs fit; 0 where none does.
+
+    Scattered blocks are copied one by one, all layers of a piece at once, and each copy has its price beside its bytes:
+    so few blocks and many layers, as long as that takes hardly more pieces.
+    """
+
+    def price(blocks: int) -> float:
+        groups = -(-num_layers // (most // blocks))
+        return groups / blocks + groups * _COPY_PRICE
+
+    return min(range(1, most + 1), key=price, default=0)
 
 
 def contains(outer: KvBox, inner: KvBox) -> bool:

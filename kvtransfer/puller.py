@@ -1,22 +1,24 @@
 """The decode side's shell of a handoff: drives the machine over a transport and writes pieces into blocks.
 
-Lives in the worker's loop; one thread beside it writes received pieces into blocks, while the next is received. Two things end a pull whose source has stopped: keepalive (see grpc_setup), and silence of
-SILENCE_S where the source should have sent a piece or, while it computes, a beat. A source that computes slowly is
-left alone as long as it beats and gets on.
+Lives in the worker's loop and writes there too: a piece takes some 0.2 ms per MiB, and fresh from gRPC it is still in
+the cache. While the instance decodes, the pull leaves the loop, and with it the GIL, to the decode most of the time.
+
+Two things end a pull whose source has stopped: keepalive (see grpc_setup), and silence of SILENCE_S where the source
+should have sent a piece or, while it computes, a beat. A source that computes slowly is left alone as long as it beats
+and gets on.
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kvtransfer import frames
+from biphase.kvtransfer.allocator import keep_freed_memory
 from biphase.kvtransfer.exports import short
 from biphase.kvtransfer.frames import FrameError
 from biphase.kvtransfer.grpc_transport import GrpcTransport
@@ -39,8 +41,11 @@ RELEASE_S = 1.0
 _TICK_S = 0.25
 _RELEASE_AGAIN_S = 0.25
 _MOST_BAD = 1024
-_MOST_WRITES = 4
-"""Pieces that wait to be written; beyond that the stream is not read, and flow control holds the source."""
+_REST_OF_WORK = 4.0
+"""Seconds of rest per second of the loop's CPU time, for a pull beside a decode. The decode takes the GIL some hundred
+times in a step and waits each time for whatever copy holds it, so the loop may hold it only a fifth of the time."""
+
+_SHORTEST_REST_S = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +63,22 @@ class PullResult:
 
 
 class KvPuller:
-    """Pulls KV into this instance's blocks."""
+    """Pulls KV into this instance's blocks. ``decoding`` tells whether a decode wants the time that a pull takes."""
 
-    def __init__(self, *, memory: CpuKvMemory, signature: KvSignatureValue, transport: Transport | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        memory: CpuKvMemory,
+        signature: KvSignatureValue,
+        transport: Transport | None = None,
+        decoding: Callable[[], bool] = lambda: False,
+    ) -> None:
+        keep_freed_memory()
         self._memory = memory
+        self._decoding = decoding
         self._signature = signature
         self._transport: Transport = transport or GrpcTransport()
         self._peers: dict[str, _Peer] = {}
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-unpack")
         self._open_pulls = 0
         self._releases: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -153,7 +166,6 @@ class KvPuller:
         peers, self._peers = list(self._peers.values()), {}
         for peer in peers:
             await peer.source.close()
-        self._writer.shutdown()
 
     def counters(self) -> dict[str, int]:
         return {**self._counters, "open_pulls": self._open_pulls, "peers": len(self._peers)}
@@ -187,7 +199,7 @@ class KvPuller:
         """Take one stream to its end; returns when the trailer came."""
         stream = source.pull(order)
         watch = _Watch(timeout_s, stream.break_off)
-        writes: deque[Future[None]] = deque()
+        pace = _Pace(self._decoding)
         trailer_s = None
         num_bad_before = handoff.num_bad
         try:
@@ -200,35 +212,20 @@ class KvPuller:
                     continue
                 before = handoff.computed_tokens
                 if handoff.take(frame, order.box):
-                    writes.append(self._writer.submit(self._memory.unpack, blocks, frame.box, frame.payload))
+                    self._memory.unpack(blocks, frame.box, frame.payload)
                     watch.progressed()
-                    if len(writes) > _MOST_WRITES:
-                        await asyncio.wrap_future(writes.popleft())
                 elif frame.kind is frames.FrameKind.TRAILER:
                     trailer_s = time.monotonic()
                 if handoff.computed_tokens > before:
                     watch.progressed()
                 if handoff.num_bad - num_bad_before > _MOST_BAD:
                     raise SourceRefused(f"{_MOST_BAD} bad frames in one stream, the last: {handoff.last_bad}")
+                del data, frame  # free for the message that is received meanwhile
+                await pace.rest()
         finally:
             watch.end()
             stream.break_off("the reader has ended it")
-            await self._writes_ended()
-        for write in writes:
-            write.result()
         return trailer_s
-
-    async def _writes_ended(self) -> None:
-        """Wait until every write that was handed to the writer has ended, however often we are cancelled meanwhile."""
-        last = asyncio.wrap_future(self._writer.submit(_nothing))
-        cancelled: asyncio.CancelledError | None = None
-        while not last.done():
-            try:
-                await asyncio.wait({last})
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
 
     async def _repair(
         self, source: Source, order: PullOrder, handoff: Handoff, blocks: Sequence[BlockId], timeout_s: float
@@ -297,10 +294,6 @@ class KvPuller:
             task.add_done_callback(self._closing.discard)
 
 
-def _nothing() -> None:
-    pass
-
-
 class _Peer:
     """A source, what we know of it, and how many pulls use its connections."""
 
@@ -310,6 +303,27 @@ class _Peer:
         self.signatures: dict[int, KvSignatureValue] = {}
         self.users = 0
         self.shaking = asyncio.Lock()
+
+
+class _Pace:
+    """Rests in proportion to the loop's CPU time while a decode runs: what gRPC does for us there counts too."""
+
+    def __init__(self, decoding: Callable[[], bool]) -> None:
+        self._decoding = decoding
+        self._worked_s = time.thread_time()
+        self._owed_s = 0.0
+
+    async def rest(self) -> None:
+        worked_s = time.thread_time()
+        owed_s = self._owed_s + (worked_s - self._worked_s) * _REST_OF_WORK
+        self._worked_s = worked_s
+        if not self._decoding():
+            owed_s = 0.0
+        elif owed_s >= _SHORTEST_REST_S:
+            began_s = time.monotonic()
+            await asyncio.sleep(owed_s)
+            owed_s = max(0.0, owed_s - (time.monotonic() - began_s))
+        self._owed_s = owed_s
 
 
 class _Watch:

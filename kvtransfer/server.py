@@ -18,6 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kvtransfer import frames
+from biphase.kvtransfer.allocator import keep_freed_memory
 from biphase.kvtransfer.exports import ExportEnded, ExportRefused, ExportTable, Pull, Refusal, short
 from biphase.kvtransfer.frames import FrameKind, NewFrame, Trailer
 from biphase.kvtransfer.grpc_transport import SERVICE
@@ -72,6 +73,7 @@ class KvServer:
 
     async def start(self, host: str, port: int) -> int:
         """Listen, and return the bound port. Raises SetupError when it is taken."""
+        keep_freed_memory()
         self._loop = asyncio.get_running_loop()
         server = grpc.aio.server(options=server_options())
         pull = grpc.unary_stream_rpc_method_handler(

@@ -57,9 +57,17 @@ def test_pieces_make_up_the_box_within_the_size(box: KvBox, block_size: int, max
 def test_tokens_are_cut_at_block_boundaries_and_layers_grouped() -> None:
     layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=64, block_size=16)
     whole = KvBox(layer_start=0, layer_end=3, head_start=0, head_end=2, token_start=5, token_end=100)
-    cuts = [(piece.token_start, piece.token_end) for piece in split(layout, whole, 48 * 1024) if piece.layer_start == 0]
-    assert cuts == [(5, 48), (48, 96), (96, 100)]
+    cuts = [(piece.token_start, piece.token_end) for piece in split(layout, whole, 96 * 1024) if piece.layer_start == 0]
+    assert cuts == [(5, 32), (32, 64), (64, 96), (96, 100)]
     assert [piece.num_layers for piece in split(layout, replace(whole, token_start=96), 9 * 1024)] == [2, 1]
+
+
+def test_pieces_of_a_long_prompt_fill_messages_with_few_blocks_and_many_layers() -> None:
+    layout = KvLayout(num_layers=30, num_kv_heads=3, head_dim=64, block_size=32)
+    whole = KvBox(layer_start=0, layer_end=30, head_start=0, head_end=3, token_start=0, token_end=5568)
+    pieces = list(split(layout, whole, 1 << 20))
+    assert {(piece.num_tokens // 32, piece.num_layers) for piece in pieces} == {(2, 10)}
+    assert {piece.num_bytes(layout) for piece in pieces} == {983_040}
 
 
 @given(boxes(), st.lists(boxes(), max_size=8))

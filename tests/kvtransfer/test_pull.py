@@ -5,12 +5,12 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -32,6 +32,7 @@ from support.kv import (
 from biphase.kernels.kv_layout import KvBox, KvLayout
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kvtransfer import frames
+from biphase.kvtransfer import puller as puller_module
 from biphase.kvtransfer.frames import HEADER_BYTES, FrameKind
 from biphase.kvtransfer.grpc_transport import SERVICE
 from biphase.protos import kv_pb2
@@ -490,30 +491,43 @@ async def test_blocks_stay_held_under_a_running_send_whatever_happens_meanwhile(
             assert not prefill.blocks_pool.references
 
 
-async def test_a_cancelled_pull_returns_only_when_its_running_write_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, entered = threading.Event(), threading.Event()
-    write = CpuKvMemory.unpack
+async def test_a_pull_rests_while_a_decode_runs_and_loses_nothing() -> None:
+    asked = 0
 
-    def unpack(self: CpuKvMemory, blocks: Sequence[int], box: KvBox, data: Any) -> None:
-        entered.set()
-        assert gate.wait(30)
-        write(self, blocks, box, data)
+    def decoding() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked % 2 == 0
 
-    monkeypatch.setattr(CpuKvMemory, "unpack", unpack)
-    async with prefill_side() as prefill, decode_side() as decode:
-        pulling = asyncio.create_task(pull(decode, prefill.open(NUM_TOKENS)))
-        await asyncio.to_thread(entered.wait, 30)
-        for _ in range(3):
-            pulling.cancel()
-            for _ in range(20):
-                await asyncio.sleep(0)
-            assert not pulling.done()
-        gate.set()
-        with pytest.raises(asyncio.CancelledError):
-            await pulling
-        decode.pool[...] = np.nan
-        decode.puller._writer.submit(lambda: None).result()
-        assert np.isnan(decode.pool).all()
+    async with prefill_side() as prefill, decode_side(decoding=decoding) as decode:
+        ticket = prefill.open(NUM_TOKENS)
+        assert (await pull(decode, ticket)).first_token == FIRST_TOKEN
+        assert asked >= len(decode.memory.boxes)
+        assert np.array_equal(decode.content(BLOCKS, NUM_TOKENS), prefill.content(NUM_TOKENS))
+
+
+async def test_rest_is_owed_for_the_loops_own_cpu_time_and_only_beside_a_decode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work_s, now_s, busy = 0.0, 0.0, False
+    rests: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now_s
+        rests.append(seconds)
+        now_s += seconds
+
+    monkeypatch.setattr(puller_module, "time", SimpleNamespace(thread_time=lambda: work_s, monotonic=lambda: now_s))
+    monkeypatch.setattr(puller_module, "asyncio", SimpleNamespace(sleep=sleep))
+    pace = puller_module._Pace(lambda: busy)
+    work_s = 1.0
+    await pace.rest()
+    assert rests == []
+    busy = True
+    for _ in range(10):
+        work_s += 0.001
+        await pace.rest()
+    assert sum(rests) == pytest.approx(0.01 * puller_module._REST_OF_WORK)
 
 
 async def test_cancel_between_pieces_leaves_the_blocks_alone_from_then_on() -> None:

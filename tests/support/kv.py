@@ -165,11 +165,14 @@ async def prefill_side(
 
 @asynccontextmanager
 async def decode_side(
-    *, signature: KvSignatureValue | None = None, num_blocks: int = NUM_BLOCKS
+    *,
+    signature: KvSignatureValue | None = None,
+    num_blocks: int = NUM_BLOCKS,
+    decoding: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[DecodeSide]:
     pool = np.full(LAYOUT.pool_shape(num_blocks), np.nan, dtype=np.float32)
     memory = WatchedMemory(pool, LAYOUT)
-    puller = KvPuller(memory=memory, signature=signature or make_signature("decode-0"))
+    puller = KvPuller(memory=memory, signature=signature or make_signature("decode-0"), decoding=decoding)
     try:
         yield DecodeSide(pool, memory, puller)
     finally:
