@@ -69,43 +69,91 @@ def output_rate(load: tuple[int, int, int], seconds: float) -> float:
     return requests * (input_len if output_len == 1 else output_len) / seconds
 
 
+def progress(number: int, rounds: int, name: str, *values: float) -> None:
+    """One line per figure as it comes; round 0 warms up."""
+    print(f"round {number}/{rounds}  {name}: {' beside '.join(f'{value:.4g}' for value in values)}", flush=True)
+
+
+class Ceilings:
+    """The loads on one engine, each beside what the machine gives at best, taken right before and after it."""
+
+    def __init__(self, engine: Engine, checkpoint: Checkpoint) -> None:
+        self._colocated = Colocated(engine)
+        self._products = {
+            1: Products(checkpoint, 1, 1),
+            16: Products(checkpoint, 16, 16),
+            512: Products(checkpoint, 512, 1),
+        }
+        self._bandwidth = ReadBandwidth()
+        self._long = LongContext(engine, LONG_REQUESTS, LONG_CONTEXT)
+        self._weights = weight_bytes(checkpoint)
+
+    def decode(self, name: str) -> dict[str, float]:
+        requests = LOADS[name][0]
+        alone = self._products[requests].seconds(4)
+        run = self._colocated.run(*LOADS[name])
+        alone_s = statistics.median(alone + self._products[requests].seconds(4))
+        figures = {
+            name: output_rate(LOADS[name], run.seconds),
+            f"decode step at {requests}, ms": run.decode_s * 1e3,
+            f"its matrix products alone, ms ({requests})": alone_s * 1e3,
+            f"decode at {requests} / products": alone_s / run.decode_s,
+        }
+        if requests > 1:
+            figures[f"bookkeeping share at {requests}"] = run.bookkeeping_share
+        return figures
+
+    def prefill(self, name: str) -> dict[str, float]:
+        tokens = LOADS[name][1]
+        alone = self._products[tokens].seconds(1)
+        run = self._colocated.run(*LOADS[name])
+        alone_s = statistics.median(alone + self._products[tokens].seconds(2))
+        step_s = statistics.median(step.total_s for step in run.steps)
+        return {
+            name: output_rate(LOADS[name], run.seconds),
+            f"prefill step of {tokens}, ms": step_s * 1e3,
+            f"its matrix products alone, ms ({tokens})": alone_s * 1e3,
+            "prefill / products": alone_s / step_s,
+        }
+
+    def sampled(self) -> dict[str, float]:
+        figures = {}
+        before_s = self._colocated.run(16, 8, 11).decode_s
+        for name, sampling in SAMPLED.items():
+            sampled_s = self._colocated.run(16, 8, 11, sampling).decode_s
+            after_s = self._colocated.run(16, 8, 11).decode_s
+            figures[f"sampled step / greedy, {name}"] = sampled_s / ((before_s + after_s) / 2)
+            before_s = after_s
+        return figures
+
+    def long_context(self) -> dict[str, float]:
+        before = self._bandwidth.bytes_per_s()
+        step_s = statistics.median(self._long.step_s() for _ in range(9))
+        read = (before + self._bandwidth.bytes_per_s()) / 2
+        return {
+            "decode step at 8 x 2000, ms": step_s * 1e3,
+            "read bandwidth, GB/s": read / 1e9,
+            "decode at 8 x 2000 / one read": step_s * read / (self._weights + self._long.kv_bytes),
+        }
+
+
 def against_ceilings(engine: Engine, checkpoint: Checkpoint, rounds: int, out: report.Report) -> None:
-    colocated = Colocated(engine)
-    products = {1: Products(checkpoint, 1, 1), 16: Products(checkpoint, 16, 16), 512: Products(checkpoint, 512, 1)}
-    bandwidth = ReadBandwidth()
-    long_context = LongContext(engine, LONG_REQUESTS, LONG_CONTEXT)
-    weights = weight_bytes(checkpoint)
+    ceilings = Ceilings(engine, checkpoint)
+    one, many, prompts = LOADS
+    parts = (
+        lambda: ceilings.decode(one),
+        lambda: ceilings.decode(many),
+        lambda: ceilings.prefill(prompts),
+        ceilings.sampled,
+        ceilings.long_context,
+    )
     seen: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
-        figures: dict[str, float] = {}
-        for name, load in LOADS.items():
-            requests, input_len, output_len = load
-            run = colocated.run(*load)
-            figures[name] = output_rate(load, run.seconds)
-            if output_len > 1:
-                alone_s = products[requests].seconds(5)
-                figures[f"decode step at {requests}, ms"] = run.decode_s * 1e3
-                figures[f"its matrix products alone, ms ({requests})"] = alone_s * 1e3
-                figures[f"decode at {requests} / products"] = alone_s / run.decode_s
-                if requests == 16:
-                    figures["bookkeeping share at 16"] = run.bookkeeping_share
-            else:
-                step_s = statistics.median(step.total_s for step in run.steps)
-                alone_s = products[input_len].seconds(2)
-                figures[f"prefill step of {input_len}, ms"] = step_s * 1e3
-                figures[f"its matrix products alone, ms ({input_len})"] = alone_s * 1e3
-                figures["prefill / products"] = alone_s / step_s
-        for name, sampling in SAMPLED.items():
-            greedy_s = colocated.run(16, 8, 17).decode_s
-            figures[f"sampled step / greedy, {name}"] = colocated.run(16, 8, 17, sampling).decode_s / greedy_s
-        step_s = statistics.median(long_context.step_s() for _ in range(5))
-        read = bandwidth.bytes_per_s()
-        figures["decode step at 8 x 2000, ms"] = step_s * 1e3
-        figures["read bandwidth, GB/s"] = read / 1e9
-        figures["decode at 8 x 2000 / one read"] = step_s * read / (weights + long_context.kv_bytes)
-        if number:
-            for name, value in figures.items():
-                seen[name].append(value)
+        for part in parts:
+            for name, value in part().items():
+                progress(number, rounds, name, value)
+                if number:
+                    seen[name].append(value)
     middle = {name: statistics.median(values) for name, values in seen.items()}
     for name, values in seen.items():
         out.row(name, middle[name], min(values), max(values))
@@ -124,6 +172,7 @@ def against_peer(engine: Engine, peer: Peer, rounds: int, out: report.Report) ->
     for number in range(rounds + 1):
         for name, load in LOADS.items():
             pair = output_rate(load, colocated.run(*load).seconds), output_rate(load, peer.seconds(*load))
+            progress(number, rounds, f"{name}, ours and the peer's", *pair)
             if number:
                 ours[name].append(pair[0])
                 theirs[name].append(pair[1])

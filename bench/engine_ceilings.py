@@ -1,5 +1,6 @@
 """What the machine could do at best, measured beside the engine: the model's matrix products alone, and memory reads."""
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -10,15 +11,15 @@ from biphase.engine.checkpoint import Checkpoint
 from biphase.kernels.linear import linear, linear_logits, padded_tokens
 
 
-def best_s(call: Callable[[], object], repeats: int) -> float:
-    """Shortest of ``repeats`` runs after one that is not counted."""
+def times_s(call: Callable[[], object], repeats: int) -> list[float]:
+    """Each of ``repeats`` runs, after one that is not counted."""
     call()
-    shortest = float("inf")
+    seconds = []
     for _ in range(repeats):
         start_s = time.perf_counter()
         call()
-        shortest = min(shortest, time.perf_counter() - start_s)
-    return shortest
+        seconds.append(time.perf_counter() - start_s)
+    return seconds
 
 
 class Products:
@@ -52,9 +53,10 @@ class Products:
                 F.linear(tokens, weight)
         F.linear(self._last_tokens, self._head)
 
-    def seconds(self, repeats: int) -> float:
+    def seconds(self, repeats: int) -> list[float]:
+        """Times of the way with the shorter median."""
         with torch.inference_mode():
-            return min(best_s(self.ours, repeats), best_s(self.plain, repeats))
+            return min(times_s(self.ours, repeats), times_s(self.plain, repeats), key=statistics.median)
 
 
 class ReadBandwidth:
@@ -64,7 +66,7 @@ class ReadBandwidth:
         self._values = torch.ones(1 << 26)
 
     def bytes_per_s(self) -> float:
-        return self._values.numel() * 4 / best_s(self._values.sum, 4)
+        return self._values.nbytes / statistics.median(times_s(self._values.sum, 5))
 
 
 def weight_bytes(checkpoint: Checkpoint) -> int:

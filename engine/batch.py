@@ -45,6 +45,7 @@ class BatchBuilder:
         *,
         kernels: Kernels,
         layout: KvLayout,
+        num_heads: int,
         num_blocks: int,
         vocab_size: int,
         max_model_len: int,
@@ -52,6 +53,7 @@ class BatchBuilder:
     ) -> None:
         self._kernels = kernels
         self._layout = layout
+        self._num_heads = num_heads
         self._num_blocks = num_blocks
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -111,6 +113,7 @@ class BatchBuilder:
         batch, self._gather_buffer = self._kernels.decode_attention.plan_decode(
             [seq.blocks for seq in seqs],
             [seq.start + 1 for seq in seqs],
+            num_heads=self._num_heads,
             num_kv_heads=self._layout.num_kv_heads,
             block_size=self._layout.block_size,
             head_dim=self._layout.head_dim,

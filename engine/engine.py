@@ -69,6 +69,7 @@ class Engine:
         self._builder = BatchBuilder(
             kernels=kernels,
             layout=self.layout,
+            num_heads=model.num_heads,
             num_blocks=self.num_blocks,
             vocab_size=model.vocab_size,
             max_model_len=max_model_len,

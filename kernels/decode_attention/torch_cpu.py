@@ -1,8 +1,12 @@
-"""Decode attention on the CPU: gather a group of sequences' blocks into a buffer that stays in cache, then two bmm.
+"""Decode attention on the CPU: a group of sequences' K is gathered into a buffer that stays in cache and multiplied,
+then their V into the same buffer.
 
 Shapes: B sequences of a group, K kv heads, G query heads per kv head, D head_dim, T padded context of the group,
 N tokens of the step (the decode tokens come first). The heads of a group are the rows of one product, so each
 K and V element is read once for all of them.
+
+Places of a block beyond a sequence's end are multiplied by a weight of exactly 0, so they must hold finite numbers.
+They do: the pool starts as zeros, and only what a model computed is ever written, here or by a transfer.
 """
 
 from collections.abc import Sequence
@@ -10,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-_GROUP_BYTES = 8 << 20
-"""Gathered K and V of one group: small enough for the last-level cache, large enough to keep the call count low."""
+_GROUP_BYTES = 4 << 20
+"""Gathered K (then V) of one group: small enough for the last-level cache, large enough to keep the call count low."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,24 +25,28 @@ class DecodeGroup:
     start: int
     """First of its tokens in the step; there are ``count``."""
     count: int
-    rows: torch.Tensor
-    """Pool rows ``[2 * B * K * blocks]`` of a layer seen as ``[blocks * 2 * K, block_size * D]``."""
+    k_rows: torch.Tensor
+    """K's rows ``[B * K * blocks]`` of a layer seen as ``[blocks * 2 * K, block_size * D]``."""
+    v_rows: torch.Tensor
     mask: torch.Tensor
     """``[B * K, 1, T]``, 0 where a position may be seen, -inf where not."""
     buffer: torch.Tensor
-    """``[2 * B * K * blocks, block_size * D]``, shared by all groups and layers."""
+    """``[B * K * blocks, block_size * D]``, shared by K and V, all groups and layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeBatch:
     groups: tuple[DecodeGroup, ...]
     num_tokens: int
+    q_BKGD: torch.Tensor
+    """Where every layer puts its queries: ``[tokens, K, rows, D]``, rows beyond G (``_fast_rows``) zero."""
 
 
 def plan_decode(
     tables: Sequence[Sequence[int]],
     lengths: Sequence[int],
     *,
+    num_heads: int,
     num_kv_heads: int,
     block_size: int,
     head_dim: int,
@@ -51,7 +59,7 @@ def plan_decode(
     """
     firsts = [0 if window is None else max(0, length - window) // block_size for length in lengths]
     counts = [-(-length // block_size) - first for length, first in zip(lengths, firsts, strict=True)]
-    block_floats = 2 * num_kv_heads * block_size * head_dim
+    block_floats = num_kv_heads * block_size * head_dim
     bounds: list[tuple[int, int, int]] = []
     start, widest = 0, 0
     for i, count in enumerate(counts):
@@ -73,7 +81,7 @@ def plan_decode(
                 for i in range(begin, end)
             ]
         )
-        rows = (table.view(1, end - begin, 1, width) * (2 * num_kv_heads) + sides).reshape(-1)
+        rows = (table.view(1, end - begin, 1, width) * (2 * num_kv_heads) + sides).reshape(2, -1)
         position = torch.arange(width * block_size) + torch.tensor(firsts[begin:end]).unsqueeze(1) * block_size
         length = torch.tensor(lengths[begin:end]).unsqueeze(1)
         hidden = position >= length
@@ -84,12 +92,14 @@ def plan_decode(
             DecodeGroup(
                 start=begin,
                 count=end - begin,
-                rows=rows,
+                k_rows=rows[0],
+                v_rows=rows[1],
                 mask=mask.repeat_interleave(num_kv_heads, dim=0).unsqueeze(1),
-                buffer=scratch[: rows.shape[0] * block_size * head_dim].view(rows.shape[0], block_size * head_dim),
+                buffer=scratch[: rows.shape[1] * block_size * head_dim].view(rows.shape[1], block_size * head_dim),
             )
         )
-    return DecodeBatch(groups=tuple(groups), num_tokens=len(lengths)), scratch
+    queries = torch.zeros(len(lengths), num_kv_heads, _fast_rows(num_heads // num_kv_heads), head_dim)
+    return DecodeBatch(groups=tuple(groups), num_tokens=len(lengths), q_BKGD=queries), scratch
 
 
 def decode_attention(
@@ -100,16 +110,18 @@ def decode_attention(
     ``layer_rows``: one layer of the pool as ``[blocks * 2 * K, block_size * D]``.
     """
     kv_heads, group_size, dim, _ = q_KGDN.shape
-    rows_of_head = _fast_rows(group_size)
-    q_BKGD = q_KGDN.new_zeros((batch.num_tokens, kv_heads, rows_of_head, dim))
-    torch.mul(q_KGDN[..., : batch.num_tokens].permute(3, 0, 1, 2), scale, out=q_BKGD[:, :, :group_size])
+    q_BKGD = batch.q_BKGD
+    rows_of_head = q_BKGD.shape[2]
+    q_BKGD[:, :, :group_size].copy_(q_KGDN[..., : batch.num_tokens].permute(3, 0, 1, 2))
     for group in batch.groups:
-        torch.index_select(layer_rows, 0, group.rows, out=group.buffer)
         num_rows = group.count * kv_heads
-        k_RTD, v_RTD = group.buffer.view(2, num_rows, -1, dim).unbind(0)
+        gathered_RTD = group.buffer.view(num_rows, -1, dim)
+        torch.index_select(layer_rows, 0, group.k_rows, out=group.buffer)
         q_RGD = q_BKGD[group.start : group.start + group.count].view(num_rows, rows_of_head, dim)
-        scores = torch.baddbmm(group.mask, q_RGD, k_RTD.transpose(1, 2))
-        o_RGD = torch.bmm(torch.softmax(scores, dim=-1), v_RTD)
+        scores = torch.baddbmm(group.mask, q_RGD, gathered_RTD.transpose(1, 2), alpha=scale)
+        weights = torch.softmax(scores, dim=-1)
+        torch.index_select(layer_rows, 0, group.v_rows, out=group.buffer)
+        o_RGD = torch.bmm(weights, gathered_RTD)
         out_KGDN[..., group.start : group.start + group.count].copy_(
             o_RGD.view(group.count, kv_heads, rows_of_head, dim)[:, :, :group_size].permute(1, 2, 3, 0)
         )

@@ -25,10 +25,10 @@ def rope_and_cache(
     ``qk`` [H + K, 2, R / 2, N] and ``kv`` [2 * K, D, N] are views of one qkv buffer, so ``kv`` holds rotated keys.
     ``cos``, ``sin`` [R / 2, N]; ``pool_rows`` [blocks * 2 * K * block_size, D]; ``rows`` as from ``cache_rows``.
     """
-    turned = qk_H2RN * sin_RN
-    qk_H2RN.mul_(cos_RN)
-    qk_H2RN[:, 0].sub_(turned[:, 1])
-    qk_H2RN[:, 1].add_(turned[:, 0])
+    first_turned, second_turned = (qk_H2RN * sin_RN).unbind(1)
+    first, second = qk_H2RN.mul_(cos_RN).unbind(1)
+    first.sub_(second_turned)
+    second.add_(first_turned)
     dim = kv_KDN.shape[1]
     num_tokens = rows.shape[0] // kv_KDN.shape[0]
     kv_KMD = kv_KDN[:, :, :num_tokens].transpose(1, 2).contiguous()
