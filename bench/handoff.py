@@ -3,8 +3,10 @@
     python bench/handoff.py [--part speed|decode] [--megabytes 256] [--rounds 7] [--json FILE] [--check]
 
 Speed: payload GB/s of the whole handoff (KV already computed; pack, digest, transfer, check, unpack and Release
-included) beside a bare gRPC stream of equal messages whose receiver drops the bytes, and a bare TCP socket. The three
-alternate; the first round warms up and is not counted.
+included) beside a bare gRPC stream of equal messages whose receiver drops the bytes, and a bare TCP socket. They
+alternate; the first round warms up and is not counted. The two ends of a handoff tune malloc in their processes, which
+speeds any gRPC stream up there. The goal compares with a bare stream in those same processes; one between two processes
+with malloc as it comes is printed beside it.
 
 Decode: SmolLM2 decodes on one thread while its process pulls; a gap is the time from the end of one step to the end of
 the next. The goal compares the longest gap under pulls with the median of the same run without one.
@@ -20,7 +22,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -85,9 +87,12 @@ class Endless:
 
 # The source: a process of its own.
 
+_servers: list[KvServer] = []
+"""Kept for as long as the process lives."""
 
-async def source(num_tokens: int, frame_bytes: int) -> None:
-    """Serve KV, a bare gRPC stream and a bare socket until killed."""
+
+async def serve_kv(num_tokens: int, frame_bytes: int) -> tuple[ExportTable, list[BlockId], int]:
+    """A KV endpoint over random KV: its table, one request's blocks and the port."""
     num_blocks = LAYOUT.blocks_for(num_tokens)
     pool = np.random.default_rng(1).standard_normal(LAYOUT.pool_shape(num_blocks), dtype=np.float32)
     blocks = [BlockId(int(block)) for block in np.random.default_rng(2).permutation(num_blocks)]
@@ -99,11 +104,19 @@ async def source(num_tokens: int, frame_bytes: int) -> None:
     kv_signature = signature("prefill-bench", frame_bytes)
     server = KvServer(exports=exports, memory=CpuKvMemory(pool, LAYOUT), signature=kv_signature, on_ended=on_ended)
     kv_port = await server.start("127.0.0.1", 0)
+    _servers.append(server)
+    return exports, blocks, kv_port
+
+
+async def source(num_tokens: int, frame_bytes: int, with_kv: bool) -> None:
+    """Serve a bare gRPC stream, a bare socket and, if asked to, KV until killed."""
+    exports, blocks, kv_port = await serve_kv(num_tokens, frame_bytes) if with_kv else (None, [], 0)
     sizes = pieces_of(num_tokens, frame_bytes)
     longest = memoryview(os.urandom(max(sizes)))
     messages = {size: bytes(longest[:size]) for size in set(sizes)}
 
     async def ticket(_request: bytes, _context: grpc.aio.ServicerContext) -> bytes:
+        assert exports is not None
         now_s, fresh = time.monotonic(), TicketId(os.urandom(16))
         exports.open(fresh, blocks, num_tokens, now_s)
         exports.finish(fresh, 1, now_s)
@@ -181,8 +194,8 @@ class SourceProcess:
 
 
 @asynccontextmanager
-async def running_source(num_tokens: int, frame_bytes: int) -> AsyncIterator[SourceProcess]:
-    arguments = [sys.executable, __file__, "--source", str(num_tokens), str(frame_bytes)]
+async def running_source(num_tokens: int, frame_bytes: int, with_kv: bool = True) -> AsyncIterator[SourceProcess]:
+    arguments = [sys.executable, __file__, "--source", str(num_tokens), str(frame_bytes), str(int(with_kv))]
     process = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     try:
@@ -195,7 +208,35 @@ async def running_source(num_tokens: int, frame_bytes: int) -> AsyncIterator[Sou
         await process.wait()
 
 
+async def untuned(num_tokens: int, frame_bytes: int) -> None:
+    """In a process without KV: one bare stream from another such process per line of input, its GB/s per line out."""
+    async with running_source(num_tokens, frame_bytes, with_kv=False) as there:
+        while await asyncio.to_thread(sys.stdin.readline):
+            print(await there.bare_stream(), flush=True)
+
+
+@asynccontextmanager
+async def running_untuned(num_tokens: int, frame_bytes: int) -> AsyncIterator[Callable[[], Awaitable[float]]]:
+    arguments = [sys.executable, __file__, "--untuned", str(num_tokens), str(frame_bytes)]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*arguments, stdin=pipe, stdout=pipe)
+    assert process.stdin is not None and process.stdout is not None
+    into, out_of = process.stdin, process.stdout
+
+    async def measure() -> float:
+        into.write(b"\n")
+        return float(await out_of.readline())
+
+    try:
+        yield measure
+    finally:
+        into.close()
+        await process.wait()
+
+
 # Part one: speed.
+
+UNTUNED = "bare gRPC stream, malloc as it comes"
 
 
 async def measure_speed(result: report.Report, num_tokens: int, rounds: int, frame_bytes: int) -> None:
@@ -203,14 +244,18 @@ async def measure_speed(result: report.Report, num_tokens: int, rounds: int, fra
     pool = np.zeros(LAYOUT.pool_shape(num_blocks), dtype=np.float32)
     blocks = [BlockId(int(block)) for block in np.random.default_rng(3).permutation(num_blocks)]
     puller = KvPuller(memory=CpuKvMemory(pool, LAYOUT), signature=signature("decode-bench"))
-    rates: dict[str, list[float]] = {"handoff": [], "bare gRPC stream": [], "bare TCP socket": []}
-    async with running_source(num_tokens, frame_bytes) as there:
+    rates: dict[str, list[float]] = {"handoff": [], "bare gRPC stream": [], UNTUNED: [], "bare TCP socket": []}
+    async with (
+        running_source(num_tokens, frame_bytes) as there,
+        running_untuned(num_tokens, frame_bytes) as bare_untuned,
+    ):
         for _ in range(rounds):
             ticket = await there.ticket()
             began_s = time.perf_counter()
             pulled = await puller.pull(ticket, 1, blocks, timeout_s=60.0)
             rates["handoff"].append(pulled.bytes / (time.perf_counter() - began_s) / 1e9)
             rates["bare gRPC stream"].append(await there.bare_stream())
+            rates[UNTUNED].append(await bare_untuned())
             rates["bare TCP socket"].append(there.bare_tcp())
         await puller.close()
     counted = {name: values[1:] for name, values in rates.items()}
@@ -303,11 +348,15 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=256, help="payload of one handoff (default 256)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds, of which speed drops the first (default 9)")
     parser.add_argument("--frame-bytes", type=int, default=MAX_FRAME_BYTES, help="largest message")
-    parser.add_argument("--source", nargs=2, type=int, metavar="N", help=argparse.SUPPRESS)
+    parser.add_argument("--source", nargs=3, type=int, metavar="N", help=argparse.SUPPRESS)
+    parser.add_argument("--untuned", nargs=2, type=int, metavar="N", help=argparse.SUPPRESS)
     report.add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.source:
         asyncio.run(source(*arguments.source))
+        return 0
+    if arguments.untuned:
+        asyncio.run(untuned(*arguments.untuned))
         return 0
     if arguments.rounds < 2 or arguments.megabytes < 1:
         parser.error("there must be at least 2 rounds of at least 1 MB")
