@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import report
@@ -140,7 +141,7 @@ class Ceilings:
 def against_ceilings(engine: Engine, checkpoint: Checkpoint, rounds: int, out: report.Report) -> None:
     ceilings = Ceilings(engine, checkpoint)
     one, many, prompts = LOADS
-    parts = (
+    parts: tuple[Callable[[], dict[str, float]], ...] = (
         lambda: ceilings.decode(one),
         lambda: ceilings.decode(many),
         lambda: ceilings.prefill(prompts),
