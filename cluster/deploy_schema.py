@@ -137,7 +137,9 @@ def deployment_from(
     try:
         deployment = _DeploymentSchema.model_validate(dict(values)).to_deployment()
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        errors = error.errors(include_url=False)
+        # a misspelt key before the missing one that it was meant to be
+        first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
         path = tuple(str(part) for part in first["loc"])
         line = _line(path, lines or {})
         raise SetupError(f"{source}{f':{line}' if line else ''}: {_explain(path, dict(first))}") from error

@@ -1,10 +1,12 @@
 """A model's tokenizer: text and chat messages to token ids, token ids to text, and what else the files say of both.
 
-Built on the ``tokenizers`` library; never imports torch. Methods are thread-safe; ``encode`` releases the GIL.
+Built on the ``tokenizers`` library; never imports torch. Methods are thread-safe; ``encode`` releases the GIL, which the
+library does for batches only (its ``encode`` of one text held it for the whole of it: 1.6 s for 1.6 MB).
 """
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,9 @@ from biphase.protos.model_source import (
 from biphase.router import gguf_tokenizer
 from biphase.router.chat_template import ChatTemplate
 from biphase.router.detokenizer import Detokenizer, TokenBytes, bytes_of_decoder
+
+# A batch of one gains nothing from the library's own pool of threads, which it would start at the first text.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p")
 
@@ -80,7 +85,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text has half a surrogate pair at character {error.start}") from error
-        ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = self._library.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
 

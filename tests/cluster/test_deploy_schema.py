@@ -52,6 +52,7 @@ def test_a_full_deployment_survives_json() -> None:
         ({"model": "m", "prefil": {}}, "here: unknown key prefil: did you mean prefill?"),
         ({"model": "m", "decode": {"kv_memry": 1}}, "here: unknown key decode.kv_memry: did you mean kv_memory?"),
         ({}, "here: key model is missing"),
+        ({"modl": "m"}, "here: unknown key modl: did you mean model?"),
         ({"model": ""}, "here: model is empty"),
         ({"model": "m", "port": 70000}, "here: port is 70000: the most is 65535"),
         ({"model": "m", "port": "80"}, "here: port is '80': input should be a valid integer"),

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -104,6 +106,19 @@ def test_smollm2_values(smollm2: Tokenizer) -> None:
 def test_half_a_surrogate_pair_is_refused(smollm2: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="half a surrogate pair at character 2"):
         smollm2.encode("ab\ud800")
+
+
+@needs_smollm2
+def test_a_long_prompt_does_not_hold_up_other_threads(smollm2: Tokenizer) -> None:
+    """The router's loop, say: every stream waits while it does."""
+    encoding = threading.Thread(target=smollm2.encode, args=("a b " * 100_000,))
+    began_s = last_s = time.perf_counter()
+    longest_s = 0.0
+    encoding.start()
+    while encoding.is_alive():
+        time.sleep(0.001)
+        longest_s, last_s = max(longest_s, time.perf_counter() - last_s), time.perf_counter()
+    assert longest_s < 0.5 * (last_s - began_s)
 
 
 def test_no_torch() -> None:
