@@ -65,6 +65,7 @@ class Report:
                 "goals": [{**asdict(goal), "met": goal.met} for goal in self.goals],
                 **self.extra,
             }
+            Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
         for goal in self.goals:
             print(goal, flush=True)

@@ -41,12 +41,13 @@ class Dispatcher:
     def queued_tokens(self) -> int:
         return sum(request.place.prompt_tokens for request in self._queue)
 
-    def check_requests(self) -> None:
-        """Raises Overloaded when the queue takes no request at all."""
-        if len(self._queue) >= self._limits.max_queued_requests:
+    def check_requests(self, num_before: int = 0) -> None:
+        """Raises Overloaded when the queue takes no request at all. ``num_before``: how many are about to enter it."""
+        waiting = len(self._queue) + num_before
+        if waiting >= self._limits.max_queued_requests:
             self._counters.add("refused_queue_requests")
             raise Overloaded(
-                f"{len(self._queue)} requests wait already, the limit is {self._limits.max_queued_requests}; try later"
+                f"{waiting} requests wait already, the limit is {self._limits.max_queued_requests}; try later"
             )
 
     def check_tokens(self, prompt_tokens: int) -> None:

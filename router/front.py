@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, Self, TypeVar
 
-from biphase.protos.errors import BiphaseError, Cancelled, DeadlinePassed, RequestExists, RequestNotFound, Unavailable
+from biphase.protos.errors import (
+    BiphaseError,
+    Cancelled,
+    DeadlinePassed,
+    InvalidRequest,
+    RequestExists,
+    RequestNotFound,
+    Unavailable,
+)
 from biphase.protos.ids import RequestId
 from biphase.router.config import RouterConfig
 from biphase.router.counters import Counters, process_counters
@@ -36,6 +44,9 @@ class PromptTokenizer(Protocol):
 
     @property
     def max_context(self) -> int: ...
+
+    @property
+    def longest_token(self) -> int: ...
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
@@ -84,6 +95,7 @@ class Front:
         self._sequence = itertools.count()
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._tokenizing.submit(int).result()  # the thread is there from the start: no count of threads moves later
+        self._num_tokenizing = 0
         self._changed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -131,8 +143,12 @@ class Front:
             )
             self._reserve(asked.request_id, request_id)
             reserved = True
-            self._dispatcher.check_requests()
-            prompt_ids = await self._tokenize(asked)
+            self._dispatcher.check_requests(self._num_tokenizing)
+            self._num_tokenizing += 1
+            try:
+                prompt_ids = await self._tokenize(asked)
+            finally:
+                self._num_tokenizing -= 1
             if deadline_s is not None and self._loop.time() >= deadline_s:
                 raise DeadlinePassed("the client's deadline passed before its request was read")
             sampling = resolve(
@@ -195,6 +211,12 @@ class Front:
         return await self._encode(length, self.tokenizer.encode_chat, asked.chat)
 
     async def _encode(self, length: int, encode: Callable[[_T], list[int]], prompt: _T) -> list[int]:
+        context, longest = self.capacity().max_model_len, self.tokenizer.longest_token
+        if length > context * longest:  # long before it is tokenized: that would take seconds
+            raise InvalidRequest(
+                f"the prompt has {length} characters, more than a context of {context} tokens can hold "
+                f"(at most {context * longest})"
+            )
         if length <= INLINE_PROMPT_CHARS:
             return encode(prompt)
         return await self._loop.run_in_executor(self._tokenizing, encode, prompt)

@@ -37,13 +37,14 @@ _GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p")
 class Tokenizer:
     """``vocab_size`` is the model's: ids below it are valid though the last may have no piece. ``max_context`` in tokens.
 
-    ``generation_defaults``: the sampling values of generation_config.json, by its names; empty where there is none.
+    ``longest_token``: no token stands for more characters. ``generation_defaults``: the sampling values of generation_config.json, by its names; empty where there is none.
     """
 
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     max_context: int
+    longest_token: int
     name: str = ""
     generation_defaults: dict[str, float] = field(default_factory=dict)
     _library: tokenizers.Tokenizer
@@ -174,6 +175,7 @@ def _tokenizer(
         eos_token_ids=eos_token_ids,
         bos_token_id=bos_token_id,
         max_context=max_context,
+        longest_token=max(map(len, library.get_vocab())),
         name=source.name,
         generation_defaults=generation_defaults or {},
         _library=library,

@@ -36,6 +36,7 @@ class ToyTokenizer:
 
     vocab_size: int = 256
     max_context: int = 200
+    longest_token: int = 50
     eos_token_ids: tuple[int, ...] = (0,)
     has_chat_template: bool = True
     name: str = "toy-file"

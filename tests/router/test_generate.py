@@ -543,3 +543,10 @@ async def test_what_waits_for_a_slow_reader_is_bounded(stage):
             code, detail = await status_after_the_rest(call)
             assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert detail == "the client reads too slowly: 1001 tokens wait for it, the limit is 1000"
+
+
+async def test_a_prompt_that_no_context_can_hold_is_refused_before_it_is_tokenized(stage):
+    async with stage() as s:
+        code, detail = await s.door.ask("a" * 100_000).failed()
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "100000 characters" in detail
