@@ -4,6 +4,9 @@ import grpc
 
 from biphase.protos.errors import BiphaseError, InvalidRequest, UnknownModel, error_of_status
 
+NOTHING_LISTENS = "nothing listens at"
+"""How the line begins when the connection was refused."""
+
 
 def failure(
     error: grpc.RpcError, address: str, *, timeout_s: float | None = None, generating: bool = False
@@ -21,7 +24,10 @@ def failure(
     ):
         details = f"no end within the deadline of {timeout_s:g} s"
     if code is grpc.StatusCode.UNAVAILABLE and _from_the_transport(details):
-        details = f"the router at {address} cannot be reached: {details}"
+        if "connection refused" in details.lower():
+            details = f"{NOTHING_LISTENS} {address}"
+        else:
+            details = f"the router at {address} cannot be reached: {details}"
     if code is grpc.StatusCode.CANCELLED and details in ("", "Locally cancelled by application!"):
         details = "the request was cancelled by this client"
     return error_of_status(code, details or code.name)

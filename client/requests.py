@@ -1,7 +1,7 @@
 """From a call's arguments to the request message. Checks only what the message cannot hold; the router judges the rest."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from biphase.protos import router_pb2
@@ -30,6 +30,9 @@ class Options(TypedDict, total=False):
 def resolve_address(address: str | None) -> str:
     """``address``, else BIPHASE_ADDRESS, else 127.0.0.1:8700. Raises InvalidRequest when it names no port."""
     chosen = address or os.environ.get("BIPHASE_ADDRESS") or DEFAULT_ADDRESS
+    scheme, separator, rest = chosen.partition("://")
+    if separator:
+        raise InvalidRequest(f"address {chosen!r} is not HOST:PORT: give it without {scheme}://, as in {rest!r}")
     host, _, port = chosen.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InvalidRequest(f"address {chosen!r} is not HOST:PORT with a port of 1 to 65535")
@@ -56,6 +59,7 @@ def generate_request(
         _put(request, "text", prompt, called="prompt")
     elif messages is not None:
         request.chat.SetInParent()
+        _check_sequence("messages", messages)
         for index, message in enumerate(messages):
             _add_message(request.chat, index, message)
     elif token_ids is not None:
@@ -77,6 +81,8 @@ def _named(prompt: object, messages: object, token_ids: object) -> tuple[tuple[s
 
 
 def _add_message(chat: router_pb2.Chat, index: int, message: Mapping[str, str]) -> None:
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(f"messages[{index}] is of the wrong type {type(message).__name__}, not a mapping")
     if set(message) != {"role", "content"}:
         raise InvalidRequest(f"messages[{index}] has the keys {sorted(message)}, not role and content")
     target = chat.messages.add()
@@ -93,6 +99,7 @@ def _put(message: object, name: str, value: object, called: str = "") -> None:
 
 
 def _extend(field: object, name: str, values: Sequence[object]) -> None:
+    _check_sequence(name, values)
     for index, value in enumerate(values):
         try:
             field.append(value)  # type: ignore[attr-defined]
@@ -100,9 +107,15 @@ def _extend(field: object, name: str, values: Sequence[object]) -> None:
             raise InvalidRequest(_complaint(f"{name}[{index}]", value, error)) from None
 
 
+def _check_sequence(name: str, values: object) -> None:
+    """A text is a sequence as well, of its characters, which nobody means."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise InvalidRequest(f"{name} is of the wrong type {type(values).__name__}, a sequence is needed")
+
+
 def _complaint(name: str, value: object, error: Exception) -> str:
-    if isinstance(value, str):  # text may be private and long; its fault is said without quoting it
-        return f"{name} is no valid text: it holds a lone surrogate, which UTF-8 cannot carry"
     if isinstance(error, TypeError):
         return f"{name} is {value!r}, of the wrong type {type(value).__name__}"
+    if isinstance(value, str):  # text may be private and long; its fault is said without quoting it
+        return f"{name} is no valid text: it holds a lone surrogate, which UTF-8 cannot carry"
     return f"{name} is {value!r}, outside the range of its field"

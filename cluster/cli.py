@@ -3,20 +3,29 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from biphase.cluster.version import version
-from biphase.protos.errors import BiphaseError, SetupError, one_line
+from biphase.protos.errors import BiphaseError, InvalidRequest, SetupError, one_line
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """No shortened flags, in the subcommands neither: a later flag would change what a script's short one means."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="biphase",
         description="Serve large language models with prefill and decode on separate instances.",
     )
+    parser.set_defaults(run=None, parser=parser)
     parser.add_argument("--version", action="version", version=f"biphase {version()}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_serve(commands)
     _add_status(commands)
     _add_stop(commands)
@@ -56,21 +65,21 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     serve.add_argument("--weights-cache", metavar="DIR", help="where converted weights are kept")
     serve.add_argument("--drain-s", type=float, metavar="S", help="how long a stop waits for running requests")
     serve.add_argument("--detach", action="store_true", help="return when ready; `biphase stop` ends it")
-    serve.set_defaults(run="serve")
+    serve.set_defaults(run="serve", parser=serve)
 
 
 def _add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     status = commands.add_parser("status", help="show a running deployment and its processes")
     status.add_argument("--name", help="which deployment (default: the one that runs)")
     status.add_argument("--json", action="store_true", help="everything, counters too, as JSON")
-    status.set_defaults(run="status")
+    status.set_defaults(run="status", parser=status)
 
 
 def _add_stop(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     stop = commands.add_parser("stop", help="drain and end a running deployment")
     stop.add_argument("--name", help="which deployment (default: the one that runs)")
     stop.add_argument("--now", action="store_true", help="do not wait for running requests")
-    stop.set_defaults(run="stop")
+    stop.set_defaults(run="stop", parser=stop)
 
 
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -78,6 +87,7 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "generate",
         help="send a prompt and stream the answer",
         description="Send a prompt and stream the answer to the terminal. Ctrl-C cancels it on the server.",
+        epilog='example: biphase generate "Why is the sky blue?" --max-tokens 64 --stats',
     )
     generate.add_argument("prompt", help="the prompt; - reads it from standard input")
     generate.add_argument("--address", help="HOST:PORT of a router (default: the deployment that runs)")
@@ -86,22 +96,39 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     kind.add_argument("--chat", action="store_true", help="as a chat message (default where the model has a template)")
     kind.add_argument("--raw", action="store_true", help="as plain text to go on with")
     generate.add_argument("--system", metavar="TEXT", help="a system message, with --chat")
-    generate.add_argument("--max-tokens", type=int, metavar="N")
-    generate.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
+    generate.add_argument(
+        "--max-tokens", type=int, metavar="N", help="at most so many (default 256, less where the model's length ends)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy; above 0 samples"
+    )
     generate.add_argument("--top-p", type=float, metavar="P")
     generate.add_argument("--top-k", type=int, metavar="K")
     generate.add_argument("--min-p", type=float, metavar="P")
     generate.add_argument("--seed", type=int)
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     generate.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
-    generate.add_argument("--timeout", type=float, metavar="S", help="give up after this long")
+    generate.add_argument("--timeout", type=float, metavar="S", help="give up after this many seconds")
     generate.add_argument("--stats", action="store_true", help="print where the time went, afterwards")
-    generate.set_defaults(run="generate")
+    generate.set_defaults(run="generate", parser=generate)
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; what cannot be taken ends here, with the usage of the subcommand that was meant."""
+    parser = make_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        words = arguments.run == "generate" and any(not word.startswith("-") for word in unknown)
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}" + ("; quote the prompt" if words else ""))
+    if arguments.run is None:
+        parser.print_help(sys.stderr)
+        parser.exit(EXIT_USAGE)
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; a user's mistake is one line on stderr and exit code 2."""
-    arguments = make_parser().parse_args(argv)
+    arguments = _parsed(argv)
     try:
         match arguments.run:
             case "serve":
@@ -120,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from biphase.cluster.generate_command import generate
 
                 return generate(arguments)
-    except SetupError as error:
+    except (SetupError, InvalidRequest) as error:
         print(f"biphase: {one_line(error)}", file=sys.stderr)
         return EXIT_USAGE
     except BiphaseError as error:

@@ -1,27 +1,43 @@
 """`biphase generate`: one prompt, its answer streamed to the terminal."""
 
 import argparse
+import math
 import os
 import sys
 from typing import Any
 
 from biphase.client import Client, Result
+from biphase.client.failures import NOTHING_LISTENS
 from biphase.cluster.run_dir import served
 from biphase.cluster.status_command import chosen
-from biphase.protos.errors import SetupError
+from biphase.protos.errors import SetupError, Unavailable
 
 _OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
 def generate(arguments: argparse.Namespace) -> int:
     """Returns 0, or 130 after Ctrl-C, which ends the request on the server."""
+    if arguments.system and arguments.raw:
+        raise SetupError("--system is for chat and --raw sends plain text: give one of them")
+    if arguments.timeout is not None and not 0 < arguments.timeout < math.inf:
+        raise SetupError(f"--timeout is {arguments.timeout:g}: a finite number of seconds above 0 is needed")
     prompt = _prompt(arguments.prompt)
     options: dict[str, Any] = {
         name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None
     }
     if arguments.ignore_eos:
         options["ignore_eos"] = True
-    with Client(_address(arguments)) as client:
+    address = _address(arguments)
+    try:
+        return _answer(arguments, address, prompt, options)
+    except Unavailable as error:
+        if address is not None or os.environ.get("BIPHASE_ADDRESS") or NOTHING_LISTENS not in str(error):
+            raise
+        raise SetupError("no deployment is running; `biphase serve` starts one") from error
+
+
+def _answer(arguments: argparse.Namespace, address: str | None, prompt: str, options: dict[str, Any]) -> int:
+    with Client(address) as client:
         as_chat = arguments.chat or bool(arguments.system)
         if not as_chat and not arguments.raw:
             as_chat = client.model_info().has_chat_template
@@ -32,19 +48,27 @@ def generate(arguments: argparse.Namespace) -> int:
         else:
             generation = client.generate(prompt, timeout_s=arguments.timeout, **options)
         with generation:
+            printed = False
             try:
                 for delta in generation:
                     print(delta.text, end="", flush=True)
+                    printed = printed or bool(delta.text)
             finally:
-                print(flush=True)
+                if printed:
+                    print(flush=True)
         if arguments.stats:
             _print_stats(generation.result)
     return 0
 
 
 def _prompt(given: str) -> str:
-    if given != "-":
-        return given
+    prompt = _read_stdin() if given == "-" else given
+    if not prompt.strip():
+        raise SetupError("the prompt is empty" + (" (read from standard input)" if given == "-" else ""))
+    return prompt
+
+
+def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

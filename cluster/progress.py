@@ -11,6 +11,7 @@ from biphase.cluster.run_dir import ProcessLine, ServeRecord
 
 _LOADING_SHARE = 0.95
 """How much of a bar loading fills; the rest is the link."""
+_ENDING = ("stopping", "stopped", "failed")
 
 
 class Progress:
@@ -47,13 +48,14 @@ class Progress:
         for line in record.processes:
             if self._loading:
                 self._bar(line.name, _share(line), _words(line))
-            self._note(line)
+            if record.state not in _ENDING:
+                self._note(line)
         if self._loading and record.processes:
             self._bar("cluster", 1.0, record.stages[-1][0] if record.stages else "")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bars."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
     def end_loading(self) -> None:
         """Take the bars away."""
@@ -75,7 +77,7 @@ class Progress:
         self._states[line.name] = now
         if before == now:
             return
-        if self._loading and self._bars is None and line.state in ("loading", "ready", "waiting", "lost"):
+        if self._loading and self._bars is None and line.state in ("loading", "ready", "lost"):
             self.say(f"{line.name}: {_words(line)}")
         elif not self._loading and line.state in ("waiting", "lost", "ready"):
             life = f" (incarnation {line.incarnation}, pid {line.pid})" if line.state == "ready" else ""

@@ -14,12 +14,16 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from biphase.cluster.deployment import Deployment
 from biphase.protos.errors import SetupError
+
+CUT_SIGNAL = signal.SIGUSR1
+"""Ends a supervisor at once; SIGINT and SIGTERM let running requests end first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

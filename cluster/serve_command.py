@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -17,9 +18,11 @@ from typing import Any
 from biphase.cluster.deploy_schema import deployment_from, load_deployment
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.progress import Progress
-from biphase.cluster.run_dir import RunDir, ServeRecord
+from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord
+from biphase.engine.checkpoint import gguf_config, hf_config
 from biphase.protos import model_source
-from biphase.protos.errors import SetupError
+from biphase.protos.errors import SetupError, one_line
+from biphase.protos.gguf_file import GgufFile
 
 POLL_S = 0.05
 READY_POLL_S = 0.25
@@ -32,8 +35,13 @@ def serve(arguments: argparse.Namespace) -> int:
     began_s = time.monotonic()
     deployment = _checked(deployment_of(arguments))
     run_dir = RunDir.of(deployment.name)
-    lock = run_dir.lock()
-    run_dir.prepare(deployment)
+    lock = run_dir.lock()  # before the port: who has the name mostly has the port as well
+    try:
+        _check_port(deployment)
+        run_dir.prepare(deployment)
+    except BaseException:
+        os.close(lock)
+        raise
     with _passing_signals_on() as stops:
         supervisor = _spawn_supervisor(run_dir, lock, began_s, detach=arguments.detach)
         os.close(lock)
@@ -49,7 +57,13 @@ def deployment_of(arguments: argparse.Namespace) -> Deployment:
     """The deployment that file and flags describe. Raises SetupError."""
     flags = _flags(arguments)
     if arguments.deploy_file is not None:
-        return load_deployment(Path(arguments.deploy_file), flags)
+        path = Path(arguments.deploy_file)
+        try:
+            return load_deployment(path, flags)
+        except SetupError as error:
+            if path.suffix in (".yaml", ".yml") or (path.is_file() and path.suffix != ".gguf"):
+                raise
+            raise SetupError(f"{one_line(error)}; did you mean --model {path}?") from error
     if not arguments.model:
         raise SetupError("give a deploy file or --model, as in: biphase serve --model smollm2")
     return deployment_from(flags, source="biphase serve")
@@ -70,14 +84,23 @@ def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _checked(deployment: Deployment) -> Deployment:
-    """Refuse early what would fail late: the model's files, the port. Paths become absolute."""
+    """Refuse early what would fail late: the model's files. Paths become absolute."""
     source = model_source.resolve(deployment.model, weights=False)
+    if source.kind == "gguf":
+        gguf_config.config_of(GgufFile(source.path))
+    else:
+        hf_config.config_of(source.path)
     deployment = replace(deployment, served_model_name=deployment.served_model_name or source.name)
     with contextlib.suppress(OSError):
         if Path(deployment.model).exists():
             deployment = replace(deployment, model=str(Path(deployment.model).absolute()))
     if deployment.weights_cache is not None:
         deployment = replace(deployment, weights_cache=str(Path(deployment.weights_cache).expanduser().absolute()))
+    return deployment
+
+
+def _check_port(deployment: Deployment) -> None:
+    """Raises SetupError where the router could not listen."""
     family = socket.AF_INET6 if ":" in deployment.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -85,8 +108,9 @@ def _checked(deployment: Deployment) -> Deployment:
             probe.bind((deployment.host, deployment.port))
         except OSError as error:
             where = f"{deployment.host}:{deployment.port}"
-            raise SetupError(f"cannot listen on {where}: {error.strerror or error}; give another --port") from error
-    return deployment
+            wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+            flag = "--host" if wrong_host else "--port"
+            raise SetupError(f"cannot listen on {where}: {error.strerror or error}; give another {flag}") from error
 
 
 def _spawn_supervisor(run_dir: RunDir, lock: int, began_s: float, *, detach: bool) -> "subprocess.Popen[bytes]":
@@ -140,7 +164,7 @@ def _accompany(run_dir: RunDir, supervisor: "subprocess.Popen[bytes]", stops: _S
                         return 0
             if passed < stops.asked:
                 passed += 1
-                supervisor.send_signal(signal.SIGINT)
+                supervisor.send_signal(CUT_SIGNAL if passed > 1 else signal.SIGINT)
                 progress.say("stopping at once" if passed > 1 else _stop_line(run_dir, ready))
                 patience_s = time.monotonic() + PATIENCE_S if passed > 1 else patience_s
             if time.monotonic() > patience_s:

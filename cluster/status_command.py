@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import Any
 
-from biphase.cluster.run_dir import RunDir, ServeRecord, served, started_ticks
+from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord, served, started_ticks
 from biphase.protos.errors import SetupError
 
 CALL_S = 5.0
@@ -118,18 +118,17 @@ def _print_table(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> None
 
 
 def stop(arguments: argparse.Namespace) -> int:
-    """SIGINT to the supervisor and wait for its end; Ctrl-C here stops it at once."""
+    """Ask the supervisor to end and wait for that; --now, and Ctrl-C here, end it at once."""
     _, record = chosen(arguments.name)
     if started_ticks(record.pid) != record.started_ticks:
         raise SetupError(f"deployment {record.name} is just starting; try again")
     descriptor = os.pidfd_open(record.pid)
-    for _ in range(2 if arguments.now else 1):
-        _send(descriptor)
+    _send(descriptor, CUT_SIGNAL if arguments.now else signal.SIGINT)
     try:
         if not _gone_within(descriptor, STOP_PATIENCE_S):
             raise SetupError(f"supervisor (pid {record.pid}) has not ended within {STOP_PATIENCE_S:g} s; try --now")
     except KeyboardInterrupt:
-        _send(descriptor)
+        _send(descriptor, CUT_SIGNAL)
         _gone_within(descriptor, STOP_PATIENCE_S)
     finally:
         os.close(descriptor)
@@ -137,9 +136,9 @@ def stop(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _send(descriptor: int) -> None:
+def _send(descriptor: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(descriptor, signal.SIGINT)
+        signal.pidfd_send_signal(descriptor, number)
 
 
 def _gone_within(descriptor: int, within_s: float) -> bool:

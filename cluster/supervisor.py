@@ -1,8 +1,8 @@
 """The supervisor: one small process per deployment that outlives the terminal with `--detach`.
 
 It opens the backend, starts instances, router and controller at once (the controller adopts what it finds), restarts the
-controller, writes serve.json, and ends everything on SIGTERM (drain; the second one: at once) or when the `biphase serve`
-it belongs to is gone. Run as `python -m biphase.cluster.supervisor RUN_DIR --lock-fd N --began SECONDS [--foreground]`.
+controller, writes serve.json, and ends everything on SIGTERM (drain; the second one, or SIGUSR1: at once) or when the
+`biphase serve` it belongs to is gone. Run as `python -m biphase.cluster.supervisor RUN_DIR --lock-fd N --began SECONDS [--foreground]`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from biphase.cluster.backend import CONTROLLER, Backend, ProcessSpec
 from biphase.cluster.controller_state import first_state
 from biphase.cluster.make_backend import make_backend
 from biphase.cluster.process_main import SUPERVISOR_VARIABLE
-from biphase.cluster.run_dir import ProcessLine, RunDir, ServeRecord, started_ticks
+from biphase.cluster.run_dir import CUT_SIGNAL, ProcessLine, RunDir, ServeRecord, started_ticks
 from biphase.cluster.wanted import spec_of, wanted_of
 from biphase.protos import controller_pb2, controller_pb2_grpc
 from biphase.protos.errors import SetupError, one_line
@@ -41,7 +41,10 @@ logger = logging.getLogger("biphase.cluster.supervisor")
 
 
 class StopRequests:
-    """Counts what asks for the end: SIGTERM, SIGINT, the end of the owner's pipe. The first drains, the second cuts."""
+    """What asks for the end: SIGTERM, SIGINT, the end of the owner's pipe. The first drains, the second cuts.
+
+    SIGUSR1 cuts by itself: two equal signals sent in a row may arrive as one.
+    """
 
     def __init__(self, *, foreground: bool) -> None:
         self.drain = asyncio.Event()
@@ -54,10 +57,16 @@ class StopRequests:
         """Take the signals; again after Ray has put a handler of its own before ours."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.ask)
+        asyncio.get_running_loop().add_signal_handler(CUT_SIGNAL, self.ask_now)
 
     def ask(self) -> None:
         signal.alarm(0)  # Ray's SIGTERM handler sets one that aborts
         (self.cut if self.drain.is_set() else self.drain).set()
+
+    def ask_now(self) -> None:
+        signal.alarm(0)
+        self.drain.set()
+        self.cut.set()
 
     def _owner_gone(self) -> None:
         if not os.read(sys.stdin.fileno(), 1024):

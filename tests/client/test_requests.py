@@ -62,7 +62,12 @@ def test_an_empty_prompt_is_sent_for_the_router_to_judge(value: dict[str, object
         ({"prompt": "\ud800"}, r"^prompt is no valid text: it holds a lone surrogate"),
         ({"prompt": "a", "options": {"max_tokens": 2**31}}, r"max_tokens is 2147483648, outside the range"),
         ({"prompt": "a", "options": {"seed": -1}}, r"seed is -1, outside the range"),
-        ({"prompt": "a", "options": {"temperature": "hot"}}, r"temperature"),
+        ({"prompt": "a", "options": {"temperature": "hot"}}, r"temperature is 'hot', of the wrong type str"),
+        ({"prompt": "a", "options": {"max_tokens": "7"}}, r"max_tokens is '7', of the wrong type str"),
+        ({"prompt": "a", "options": {"stop_token_ids": 5}}, r"stop_token_ids is of the wrong type int"),
+        ({"messages": "hello"}, r"messages is of the wrong type str, a sequence is needed"),
+        ({"messages": ["hello"]}, r"messages\[0\] is of the wrong type str, not a mapping"),
+        ({"token_ids": "hello"}, r"token_ids is of the wrong type str"),
         ({"prompt": "a", "options": {"stop": ["a", 3]}}, r"stop\[1\] is 3, of the wrong type int"),
         ({"prompt": "a", "options": {"beams": 4}}, r"unknown argument 'beams'; known: ignore_eos, "),
     ],
@@ -80,6 +85,11 @@ def test_address_comes_from_the_argument_then_the_environment_then_the_default(m
     monkeypatch.setenv("BIPHASE_ADDRESS", "somewhere:9")
     assert resolve_address(None) == "somewhere:9"
     assert resolve_address("[::1]:10") == "[::1]:10"
+
+
+def test_an_address_with_a_scheme_is_told_to_go_without() -> None:
+    with pytest.raises(InvalidRequest, match="give it without http://, as in 'localhost:8700'"):
+        resolve_address("http://localhost:8700")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The `biphase` command as a user meets it: one line for a mistake, exit code 2, nothing heavy imported."""
 
+import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +11,9 @@ from pathlib import Path
 import pytest
 from support.served import run_biphase
 
+from biphase.cluster.cli import main, make_parser
+from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord, started_ticks
+from biphase.cluster.supervisor import StopRequests
 from biphase.protos import model_source
 
 Environment = dict[str, str]
@@ -48,6 +53,12 @@ def test_help_imports_neither_torch_nor_ray(environment: Environment) -> None:
         (("stop",), "no deployment is running"),
         (("status", "--name", "other"), "no deployment other is running"),
         (("serve",), "give a deploy file or --model"),
+        (("generate", " "), "the prompt is empty"),
+        (("generate", "hi", "--timeout", "0"), "--timeout is 0"),
+        (("generate", "hi", "--raw", "--system", "Be brief"), "--system is for chat"),
+        (("generate", "hi", "--address", "localhost"), "'localhost' is not HOST:PORT"),
+        (("generate", "hi", "--address", "http://localhost:1"), "give it without http://, as in 'localhost:1'"),
+        (("serve", "smollm2"), "did you mean --model smollm2?"),
         (("serve", "nowhere.yaml"), "cannot read deploy file nowhere.yaml"),
         (("serve", "--model", "nowhere.gguf"), "nowhere.gguf"),
         (("serve", "--model", "smollm2", "--kv-memory", "lots"), "kv_memory is 'lots'"),
@@ -78,6 +89,13 @@ def test_a_port_in_use_is_one_line(environment: Environment) -> None:
 
 
 @pytest.mark.model
+def test_a_host_of_another_machine_is_one_line(environment: Environment) -> None:
+    line = one_line_and_2(run_biphase(environment, "serve", "--model", "smollm2", "--host", "203.0.113.1"))
+    assert "cannot listen on 203.0.113.1:8700" in line
+    assert "give another --host" in line
+
+
+@pytest.mark.model
 def test_a_truncated_model_is_one_line(environment: Environment, tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(model_source.resolve("smollm2").path.read_bytes()[:50_000_000])
@@ -92,4 +110,78 @@ def test_generate_without_a_server_is_one_line(environment: Environment, unused_
     done = run_biphase(environment, "generate", "hello", "--raw", "--address", f"127.0.0.1:{unused_port()}")
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "cannot be reached" in done.stderr
+    assert "nothing listens at 127.0.0.1:" in done.stderr
+
+
+def test_generate_without_any_deployment_says_how_to_start_one(environment: Environment) -> None:
+    """Whatever may listen at the default port of this machine is none of the test's business."""
+    code = (
+        "import sys; from biphase.client import requests; from biphase.cluster.cli import main;"
+        "requests.DEFAULT_ADDRESS = '127.0.0.1:1'; sys.exit(main(['generate', 'hello']))"
+    )
+    bare = {name: value for name, value in environment.items() if name != "BIPHASE_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], env=bare, check=False, capture_output=True, text=True)
+    assert one_line_and_2(done) == "biphase: no deployment is running; `biphase serve` starts one\n"
+
+
+def test_unquoted_words_are_told_to_be_quoted(environment: Environment) -> None:
+    done = run_biphase(environment, "generate", "why", "is", "the", "sky", "blue")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: biphase generate")
+    assert done.stderr.splitlines()[-1].endswith("unrecognized arguments: is the sky blue; quote the prompt")
+
+
+def test_without_a_command_the_help_is_shown(environment: Environment) -> None:
+    done = run_biphase(environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "start a deployment and keep it running" in done.stderr
+
+
+def test_flags_are_not_shortened(environment: Environment) -> None:
+    done = run_biphase(environment, "stop", "--no")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --no" in done.stderr
+
+
+def test_generate_is_greedy_unless_told_otherwise() -> None:
+    assert make_parser().parse_args(["generate", "hello"]).temperature == 0.0
+
+
+@pytest.mark.model
+def test_a_name_that_is_served_comes_before_its_port(environment: Environment) -> None:
+    run_dir = RunDir(Path(environment["BIPHASE_RUN_DIR"]) / "mine")
+    lock = run_dir.lock()
+    try:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = str(taken.getsockname()[1])
+            done = run_biphase(environment, "serve", "--model", "smollm2", "--name", "mine", "--port", port)
+        line = one_line_and_2(done)
+    finally:
+        os.close(lock)
+    assert "deployment mine is already served" in line
+
+
+async def test_one_cut_signal_skips_the_drain() -> None:
+    stops = StopRequests(foreground=False)
+    os.kill(os.getpid(), CUT_SIGNAL)
+    await asyncio.wait_for(stops.cut.wait(), 10.0)
+    assert stops.drain.is_set()
+
+
+def test_stop_now_sends_one_cut_signal(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In place of the supervisor: a process that ends when it is signalled."""
+    monkeypatch.setenv("BIPHASE_RUN_DIR", environment["BIPHASE_RUN_DIR"])
+    run_dir = RunDir.of("mine")
+    lock = run_dir.lock()
+    with subprocess.Popen(["sleep", "60"]) as supervisor:
+        ticks = started_ticks(supervisor.pid)
+        assert ticks is not None
+        run_dir.write_record(ServeRecord(name="mine", pid=supervisor.pid, started_ticks=ticks, backend="process"))
+        assert main(["stop", "--now"]) == 0
+        assert supervisor.wait() == -CUT_SIGNAL
+    os.close(lock)
+    assert capsys.readouterr().out == "stopped mine\n"
