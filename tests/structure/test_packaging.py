@@ -78,3 +78,11 @@ def test_wheel_holds_every_module_and_the_data_beside_it(wheel_names: list[str],
 
 def test_wheel_carries_the_licence(wheel_names: list[str]) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)
+
+
+def test_no_symbolic_link_is_tracked(sources: Sources) -> None:
+    """A link may lead out of the clone, to a place that only one machine has."""
+    if not (sources.root / ".git").exists():
+        pytest.skip("the sources are no clone")
+    listing = subprocess.run(["git", "ls-files", "-s"], cwd=sources.root, check=True, capture_output=True, text=True)
+    assert [line for line in listing.stdout.splitlines() if line.startswith("120000 ")] == []
