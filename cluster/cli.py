@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
     serve = commands.add_parser(
         "serve",
         help="start a deployment and keep it running",
@@ -68,21 +68,21 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     serve.set_defaults(run="serve", parser=serve)
 
 
-def _add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_status(commands: "argparse._SubParsersAction[_Parser]") -> None:
     status = commands.add_parser("status", help="show a running deployment and its processes")
     status.add_argument("--name", help="which deployment (default: the one that runs)")
     status.add_argument("--json", action="store_true", help="everything, counters too, as JSON")
     status.set_defaults(run="status", parser=status)
 
 
-def _add_stop(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_stop(commands: "argparse._SubParsersAction[_Parser]") -> None:
     stop = commands.add_parser("stop", help="drain and end a running deployment")
     stop.add_argument("--name", help="which deployment (default: the one that runs)")
     stop.add_argument("--now", action="store_true", help="do not wait for running requests")
     stop.set_defaults(run="stop", parser=stop)
 
 
-def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_generate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     generate = commands.add_parser(
         "generate",
         help="send a prompt and stream the answer",

@@ -285,7 +285,7 @@ async def _main(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="biphase-supervisor")
+    parser = argparse.ArgumentParser(prog="biphase-supervisor", allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--lock-fd", type=int, required=True, help="the descriptor that holds the deployment's lock")
     parser.add_argument("--began", type=float, required=True, help="time.monotonic() when `biphase serve` began")
