@@ -100,7 +100,10 @@ def _add_generate(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--max-tokens", type=int, metavar="N", help="at most so many (default 256, less where the model's length ends)"
     )
     generate.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy; above 0 samples"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="default 0: greedy; the server's where --top-p, --top-k, --min-p or --seed is given",
     )
     generate.add_argument("--top-p", type=float, metavar="P")
     generate.add_argument("--top-k", type=int, metavar="K")

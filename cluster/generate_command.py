@@ -12,6 +12,9 @@ from biphase.cluster.run_dir import served
 from biphase.cluster.status_command import chosen
 from biphase.protos.errors import SetupError, Unavailable
 
+_SAMPLES = {"temperature", "top_p", "top_k", "min_p", "seed"}
+"""With any of these the server samples as asked; without, `generate` is greedy."""
+
 _OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -22,11 +25,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.timeout is not None and not 0 < arguments.timeout < math.inf:
         raise SetupError(f"--timeout is {arguments.timeout:g}: a finite number of seconds above 0 is needed")
     prompt = _prompt(arguments.prompt)
-    options: dict[str, Any] = {
-        name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None
-    }
-    if arguments.ignore_eos:
-        options["ignore_eos"] = True
+    options = options_of(arguments)
     address = _address(arguments)
     try:
         return _answer(arguments, address, prompt, options)
@@ -59,6 +58,18 @@ def _answer(arguments: argparse.Namespace, address: str | None, prompt: str, opt
         if arguments.stats:
             _print_stats(generation.result)
     return 0
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the flags ask of the server: greedy unless a flag says how to sample."""
+    options: dict[str, Any] = {
+        name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None
+    }
+    if not _SAMPLES & options.keys():
+        options["temperature"] = 0.0  # a small model's first answers read better so
+    if arguments.ignore_eos:
+        options["ignore_eos"] = True
+    return options
 
 
 def _prompt(given: str) -> str:

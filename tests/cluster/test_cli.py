@@ -12,6 +12,7 @@ import pytest
 from support.served import run_biphase
 
 from biphase.cluster.cli import main, make_parser
+from biphase.cluster.generate_command import options_of
 from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord, started_ticks
 from biphase.cluster.supervisor import StopRequests
 from biphase.protos import model_source
@@ -143,8 +144,13 @@ def test_flags_are_not_shortened(environment: Environment) -> None:
     assert "unrecognized arguments: --no" in done.stderr
 
 
-def test_generate_is_greedy_unless_told_otherwise() -> None:
-    assert make_parser().parse_args(["generate", "hello"]).temperature == 0.0
+@pytest.mark.parametrize(
+    ("flags", "temperature"),
+    [([], 0.0), (["--max-tokens", "8"], 0.0), (["--temperature", "0.7"], 0.7), (["--top-p", "0.9"], None)],
+)
+def test_generate_is_greedy_unless_told_how_to_sample(flags: list[str], temperature: float | None) -> None:
+    options = options_of(make_parser().parse_args(["generate", "hello", *flags]))
+    assert options.get("temperature") == temperature
 
 
 @pytest.mark.model
