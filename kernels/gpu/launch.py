@@ -1,0 +1,41 @@
+"""The one place where a Triton kernel is launched, so that the same launcher runs it, or compiles it without a GPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter on the CPU (TRITON_INTERPRET=1 at import)."""
+
+_NOT_IN_INTERPRETER = ("launch_pdl", "maxnreg")
+
+Compiled = Callable[[Any, Any], None]
+"""Called with the kernel and what it was compiled to."""
+
+_on_compiled: Compiled | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
+    """``kernel[grid](*args, **settings)``; an empty grid launches nothing. Constexprs and num_warps, num_stages by name."""
+    if _on_compiled is not None:
+        _on_compiled(kernel, kernel.warmup(*args, grid=grid, **settings))
+        return
+    if 0 in grid:
+        return
+    if INTERPRETED:
+        for name in _NOT_IN_INTERPRETER:
+            settings.pop(name, None)
+    kernel[grid](*args, **settings)
+
+
+@contextmanager
+def compiling_only(on_compiled: Compiled) -> Iterator[None]:
+    """Within it nothing runs: ``launch`` compiles as it would for that call and hands over the result."""
+    global _on_compiled
+    before, _on_compiled = _on_compiled, on_compiled
+    try:
+        yield
+    finally:
+        _on_compiled = before
