@@ -13,12 +13,13 @@ from biphase.engine.batch import BatchBuilder, StepBatch
 from biphase.engine.checkpoint import Checkpoint, open_checkpoint
 from biphase.engine.config import EngineConfig
 from biphase.engine.model import LlamaModel
-from biphase.engine.step import SeqStep, StepPlan, StepResult
+from biphase.engine.plan_limits import PlanLimits
+from biphase.engine.step import DoneStep, PendingStep, SeqStep, StepPlan, StepResult
 from biphase.kernels.kv_layout import KvLayout
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kernels.ops import Kernels, select_kernels
 from biphase.kernels.sample import DrawRow
-from biphase.protos.errors import SetupError, one_line
+from biphase.protos.errors import InvalidRequest, SetupError, one_line
 from biphase.protos.values import ModelInfo
 
 _DEFAULT_KV_BYTES = 4 << 30
@@ -69,10 +70,13 @@ class Engine:
         self._builder = BatchBuilder(
             kernels=kernels,
             layout=self.layout,
+            limits=PlanLimits(
+                block_size=config.block_size,
+                num_blocks=self.num_blocks,
+                vocab_size=model.vocab_size,
+                max_model_len=max_model_len,
+            ),
             num_heads=model.num_heads,
-            num_blocks=self.num_blocks,
-            vocab_size=model.vocab_size,
-            max_model_len=max_model_len,
             sliding_window=model.sliding_window,
         )
 
@@ -102,6 +106,13 @@ class Engine:
         progress("loaded", 1.0)
         return engine
 
+    pipeline_depth = 1
+    """How many steps may be launched and not over: the next one's scheduling overlaps with those."""
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Begin one step; what it cannot compute is raised here or by the pending step's wait()."""
+        return DoneStep(result=self.execute(plan))
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step: k and v of every token into the pool, a token for every sequence that samples.
 
@@ -113,6 +124,9 @@ class Engine:
 
     def prepare(self, plan: StepPlan) -> StepBatch:
         """First half of ``execute``: check the plan and turn it into tensors. Raises InvalidRequest."""
+        for seq in plan.seqs:
+            if seq.continues:
+                raise InvalidRequest(f"sequence {seq.seq_id} continues a running step; this engine has one at a time")
         with torch.inference_mode():
             return self._builder.build(plan)
 
