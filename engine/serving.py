@@ -19,7 +19,7 @@ from biphase.engine.engine_thread import EngineThread
 from biphase.engine.limits import Limits
 from biphase.engine.link import Identity
 from biphase.engine.link_service import LinkService
-from biphase.engine.worker import RunStep, Worker
+from biphase.engine.worker import StepRunner, Worker
 from biphase.engine.worker_config import WorkerConfig
 from biphase.protos import worker_pb2
 from biphase.protos.errors import Internal
@@ -34,7 +34,7 @@ FLUSH_S = 1.0
 _SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 _PROGRESS_EVERY_S = 0.2
 
-Phase = Callable[[WorkerConfig, Engine, Limits, RunStep], AbstractAsyncContextManager[tuple[Worker[Any, Any], str]]]
+Phase = Callable[[WorkerConfig, Engine, Limits, StepRunner], AbstractAsyncContextManager[tuple[Worker[Any, Any], str]]]
 """Makes a phase's worker, and the KV address that its Welcome names; closes what it made when left."""
 
 
@@ -56,7 +56,7 @@ async def serve_worker(config: WorkerConfig, announcer: Announcer, stop: asyncio
             num_blocks=engine.num_blocks,
             block_size=engine.layout.block_size,
         )
-        worker, kv_address = await closing.enter_async_context(phase(config, engine, limits, thread.run))
+        worker, kv_address = await closing.enter_async_context(phase(config, engine, limits, thread))
         service = LinkService(_identity(config, engine, kv_address), worker)
         port, checks = await closing.enter_async_context(_listening(config, service))
         stepping = asyncio.create_task(worker.run())

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 import psutil
@@ -29,8 +29,18 @@ _log = logging.getLogger(__name__)
 CHECK_EVERY_S = 10.0
 """The block pool's books are checked when the last leg has ended, no more often than this."""
 
-RunStep = Callable[[StepPlan], Awaitable[StepResult]]
-"""Gives a plan to the engine thread and waits for its result; what the engine raises is raised."""
+
+class StepRunner(Protocol):
+    """What computes a worker's steps: the engine thread."""
+
+    @property
+    def pipeline_depth(self) -> int:
+        """How many steps may be launched and not over."""
+        ...
+
+    def launch(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        """Begin a step after those launched before; the future raises what the engine raised."""
+        ...
 
 
 class Scheduler(Protocol):
@@ -57,12 +67,12 @@ S = TypeVar("S", bound=Scheduler)
 class Worker(ABC, Generic[S, L]):
     """One instance's loop. A phase adds how a leg is offered and cancelled, and what its own effects mean."""
 
-    def __init__(self, scheduler: S, run_step: RunStep, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, scheduler: S, runner: StepRunner, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.scheduler = scheduler
         self.clock = clock
         self.legs: LegTable[L] = LegTable()
         self.on_drain: Callable[[], None] = lambda: None
-        self._run_step = run_step
+        self._runner = runner
         self._links: list[Link] = []
         self._next_seq = 0
         self._wake = asyncio.Event()
@@ -116,7 +126,7 @@ class Worker(ABC, Generic[S, L]):
                 await self._wake.wait()
                 continue
             try:
-                result = await self._run_step(plan)
+                result = await self._runner.launch(plan)
             except Exception as error:  # noqa: BLE001 -- whatever it is, it costs this step's legs alone
                 _log.exception("a step of %d sequences failed", len(plan.seqs))
                 self._totals["failed_steps"] += 1

@@ -76,7 +76,7 @@ TICKET = worker_pb2.KvTicket(id=b"t" * 16, kv_address="h:1", instance="prefill-0
 async def bench() -> AsyncIterator[Bench]:
     scheduler = DecodeScheduler(BlockPool(64, BLOCK_SIZE), LIMITS, max_num_seqs=8)
     engine, puller = RuleEngine(), HandPuller()
-    worker = DecodeWorker(scheduler, engine.run, puller, pull_timeout_s=5.0)  # type: ignore[arg-type]
+    worker = DecodeWorker(scheduler, engine, puller, pull_timeout_s=5.0)  # type: ignore[arg-type]
     async with serving(worker, "decode") as (address, service), contextlib.AsyncExitStack() as links:
         yield Bench(worker, engine, puller, address, service, links)
         engine.let_go()
