@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -48,6 +49,7 @@ class Scheduler(Protocol):
 
     pool: BlockPool
     draining: bool
+    superfluous_tokens: int
 
     def schedule(self, now_s: float) -> tuple[StepPlan | None, list[Any]]: ...
 
@@ -117,24 +119,41 @@ class Worker(ABC, Generic[S, L]):
     # The step loop.
 
     async def run(self) -> None:
-        """Step until stopped. Ends when a step is over, never in one."""
-        while not self._stopping:
-            plan, effects = self.scheduler.schedule(self.clock())
-            self.perform(effects)
-            if plan is None:
-                self._wake.clear()
+        """Step until stopped. Ends when all steps are over, never in one.
+
+        The next step is scheduled and launched while up to ``pipeline_depth`` - 1 are under way; they are booked in
+        their order. Where nothing can be scheduled ahead, the oldest one's end or any change wakes the loop.
+        """
+        under_way: deque[tuple[StepPlan, asyncio.Future[StepResult]]] = deque()
+        while under_way or not self._stopping:
+            if not self._stopping and len(under_way) < self._runner.pipeline_depth:
+                if not (under_way and under_way[0][1].done()):
+                    self._wake.clear()
+                plan, effects = self.scheduler.schedule(self.clock())
+                self.perform(effects)
+                if plan is not None:
+                    step = self._runner.launch(plan)
+                    if self._runner.pipeline_depth > 1:
+                        step.add_done_callback(lambda _: self.wake())
+                    under_way.append((plan, step))
+                    continue
                 await self._wake.wait()
-                continue
-            try:
-                result = await self._runner.launch(plan)
-            except Exception as error:  # noqa: BLE001 -- whatever it is, it costs this step's legs alone
-                _log.exception("a step of %d sequences failed", len(plan.seqs))
-                self._totals["failed_steps"] += 1
-                self.perform(self.scheduler.fail(plan, f"the engine failed: {one_line(error)}", self.clock()))
-                continue
-            self._totals["steps"] += 1
-            self._totals["prefill_tokens"] += sum(len(seq.token_ids) for seq in plan.seqs if len(seq.token_ids) > 1)
-            self.perform(self.scheduler.complete(plan, result, self.clock()))
+                if not (under_way and under_way[0][1].done()):
+                    continue
+            await self._book(*under_way.popleft())
+
+    async def _book(self, plan: StepPlan, step: asyncio.Future[StepResult]) -> None:
+        """Wait for a step and carry out what follows from it."""
+        try:
+            result = await step
+        except Exception as error:  # noqa: BLE001 -- whatever it is, it costs this step's legs alone
+            _log.exception("a step of %d sequences failed", len(plan.seqs))
+            self._totals["failed_steps"] += 1
+            self.perform(self.scheduler.fail(plan, f"the engine failed: {one_line(error)}", self.clock()))
+            return
+        self._totals["steps"] += 1
+        self._totals["prefill_tokens"] += sum(len(seq.token_ids) for seq in plan.seqs if len(seq.token_ids) > 1)
+        self.perform(self.scheduler.complete(plan, result, self.clock()))
 
     def stop(self) -> None:
         """End every leg and, after the running step, the loop."""
@@ -278,6 +297,7 @@ class Worker(ABC, Generic[S, L]):
             "python_threads": threading.active_count(),
             "open_fds": self._process.num_fds(),
             "rss_bytes": self._process.memory_info().rss,
+            "superfluous_tokens": self.scheduler.superfluous_tokens,
             **self._totals,
             **self.own_counters(),
         }
