@@ -9,14 +9,13 @@ import torch
 
 from biphase.engine.checkpoint import safetensors_file
 from biphase.engine.checkpoint.cache import CachedFile, default_directory
-from biphase.engine.checkpoint.gguf_source import GgufSource
 from biphase.engine.checkpoint.hf_source import HfSource
 from biphase.engine.checkpoint.layout import EngineTensor, engine_tensors
 from biphase.engine.checkpoint.safetensors_file import SafetensorsFile
 from biphase.engine.checkpoint.source import WeightSource, check_complete, model_hash
 from biphase.engine.model_config import ModelConfig
 from biphase.protos.errors import SetupError
-from biphase.protos.model_source import resolve
+from biphase.protos.model_source import ModelSource, resolve
 
 FORMAT = "1"
 """Version of the converted file: counts up when names, fusing or row orders change."""
@@ -46,7 +45,7 @@ def open_checkpoint(model: str, *, dtype: str, cache_dir: Path | None, progress:
     if dtype not in DTYPES:
         raise SetupError(f"dtype {dtype!r} is not supported (supported: {', '.join(DTYPES)})")
     found = resolve(model)
-    source: WeightSource = GgufSource(found.path) if found.kind == "gguf" else HfSource(found.path)
+    source = _opened(found)
     check_complete(source)
     digest = model_hash(source)
     tensors = _by_alignment(engine_tensors(source.config), DTYPES[dtype])
@@ -65,6 +64,14 @@ def open_checkpoint(model: str, *, dtype: str, cache_dir: Path | None, progress:
     return Checkpoint(
         config=source.config, model_hash=digest, tensors={tensor.name: mapped.tensor(tensor.name) for tensor in tensors}
     )
+
+
+def _opened(found: ModelSource) -> WeightSource:
+    if found.kind == "directory":
+        return HfSource(found.path)
+    from biphase.engine.checkpoint.gguf_source import GgufSource  # a machine without GGUF models needs no gguf package
+
+    return GgufSource(found.path)
 
 
 def _by_alignment(tensors: list[EngineTensor], dtype: torch.dtype) -> list[EngineTensor]:
@@ -102,7 +109,7 @@ def _convert(
     def built() -> Iterator[tuple[str, torch.Tensor]]:
         for tensor in tensors:
             parts = [source.read(part.name).to(DTYPES[dtype]) for part in tensor.parts]
-            yield tensor.name, parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield tensor.name, (parts[0] if len(parts) == 1 else torch.cat(parts)).view(tensor.shape)
 
     detail = f"converting weights to {dtype}"
     progress(detail, 0.0)
