@@ -26,8 +26,8 @@ class RolePlan:
     """CPUs an instance asks Ray for; 0 is allowed. The process backend places nothing and ignores it."""
     kv_memory_bytes: int | None = None
     """None: 20 % of free memory / instances on the host, at most 4 GiB."""
-    block_size: int = 32
-    """Tokens per KV block; equal in both roles for now."""
+    block_size: int | None = None
+    """Tokens per KV block, equal in both roles for now; None: 32 on the CPU, 64 on a GPU."""
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     """Token budget of one engine step."""
