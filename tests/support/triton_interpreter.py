@@ -71,8 +71,10 @@ def _values(handle: Any) -> np.ndarray:
 
 
 def _handle(values: np.ndarray, dtype: Any) -> Any:
-    """``values`` computed in float32 where ``dtype`` is held as bits; the outcome of a comparison stays bool."""
-    if dtype in PACKED and values.dtype != np.bool_:
+    """``values`` computed in float32 where ``dtype`` is held as bits."""
+    if values.dtype == np.bool_:
+        return TensorHandle(values, tl.int1)  # a comparison's; with its operands' type a splat would widen it
+    if dtype in PACKED:
         values = encode(values, dtype)
     elif not interpreter._validate_np_data_size(values, dtype):
         values = values.astype(interpreter._get_np_dtype(dtype))
