@@ -28,6 +28,10 @@ class EngineConfig:
     """None: of what is free / instances_on_host, 20 % on the CPU (at most 4 GiB), 90 % on a GPU."""
     num_kv_blocks: int | None = None
     """Overrides kv_memory_bytes."""
+    max_step_tokens: int = 1024
+    """Tokens of the largest step; a GPU's buffers are made for it."""
+    max_step_seqs: int = 64
+    """Sequences of the largest step; likewise."""
     threads: int | None = None
     """Of torch; None: cores / instances_on_host, at least 1."""
     instances_on_host: int = 1
@@ -47,8 +51,9 @@ class EngineConfig:
         if self.device.startswith("cuda") and self.block_size not in (None, *GPU_BLOCK_SIZES):
             sizes = ", ".join(map(str, GPU_BLOCK_SIZES))
             raise ValueError(f"block_size is {self.block_size}, on a GPU it is one of {sizes}")
-        if self.instances_on_host < 1:
-            raise ValueError(f"instances_on_host is {self.instances_on_host}, must be at least 1")
+        for name in ("instances_on_host", "max_step_tokens", "max_step_seqs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         for name in ("block_size", "max_model_len", "kv_memory_bytes", "num_kv_blocks", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -61,6 +66,8 @@ class EngineConfig:
             device = "cuda" if has_cuda else "cpu"
         on_gpu = device != "cpu"
         dtype = ("bfloat16" if on_gpu else "float32") if self.dtype == "auto" else self.dtype
+        if self.kv_dtype not in ("auto", dtype, "float8_e4m3fn"):
+            raise ValueError(f"kv_dtype is {self.kv_dtype!r}, with dtype {dtype} it is {dtype} or float8_e4m3fn")
         return replace(
             self,
             device=device,

@@ -42,7 +42,7 @@ async def serve_worker(config: WorkerConfig, announcer: Announcer, stop: asyncio
     """Run one instance until ``stop`` is set. Raises SetupError for a set-up that cannot work."""
     announcer.update(state="loading", detail="starting the engine", log_file=config.log_file)
     async with AsyncExitStack() as closing:
-        thread = EngineThread(config.engine)
+        thread = EngineThread(config.step_engine)
         closing.push_async_callback(thread.close)
         engine = await _load(thread, announcer, stop)
         if engine is None:
