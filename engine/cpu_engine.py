@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from biphase.engine.batch import BatchBuilder, StepBatch
@@ -13,6 +12,7 @@ from biphase.engine.checkpoint import Checkpoint, open_checkpoint
 from biphase.engine.config import EngineConfig
 from biphase.engine.draw_row import draw_row
 from biphase.engine.engine import Engine, Progress
+from biphase.engine.host_figures import available_memory_bytes
 from biphase.engine.model import LlamaModel
 from biphase.engine.step import DoneStep, PendingStep, SeqStep, StepPlan, StepResult
 from biphase.kernels.kv_pack import CpuKvMemory
@@ -109,6 +109,5 @@ class CpuEngine(Engine):
 
 
 def _kv_budget(config: EngineConfig) -> int:
-    free = psutil.virtual_memory().available
-    default = min(_DEFAULT_KV_BYTES, int(free * _DEFAULT_KV_SHARE / config.instances_on_host))
+    default = min(_DEFAULT_KV_BYTES, int(available_memory_bytes() * _DEFAULT_KV_SHARE / config.instances_on_host))
     return config.kv_memory_bytes or default

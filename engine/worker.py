@@ -14,9 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
-import psutil
-
 from biphase.engine.block_pool import BlockPool
+from biphase.engine.host_figures import ProcessFigures
 from biphase.engine.legs import Leg, LegTable
 from biphase.engine.link import Link, OpenLeg
 from biphase.engine.sequence import Refusal, SeqEnded, TokenOut
@@ -83,7 +82,7 @@ class Worker(ABC, Generic[S, L]):
         self._load_due = False
         self._checked_s = clock()
         self._no_legs = asyncio.Event()
-        self._process = psutil.Process()
+        self._figures = ProcessFigures()
         self._totals = {"steps": 0, "failed_steps": 0, "tokens": 0, "prefill_tokens": 0, "legs_opened": 0, "refused": 0}
 
     # What a phase adds.
@@ -293,10 +292,8 @@ class Worker(ABC, Generic[S, L]):
             "queued_tokens": load.queued_tokens,
             "running": load.running,
             "tasks": len(asyncio.all_tasks()),
-            "threads": self._process.num_threads(),
             "python_threads": threading.active_count(),
-            "open_fds": self._process.num_fds(),
-            "rss_bytes": self._process.memory_info().rss,
+            **self._figures.counters(),
             "superfluous_tokens": self.scheduler.superfluous_tokens,
             **self._totals,
             **self.own_counters(),
