@@ -99,6 +99,12 @@ class PagedKernels:
     decode_workspace: Op
     plan_decode: Op
     decode_attention: Op
+    routing_workspace: Op
+    route: Op
+    grouped_gate_up: Op
+    grouped_down: Op
+    combine: Op
+    sample: Op
     no_more_compiling: Op
     """Called when the step's kernels have all been used: what is compiled from now on is told in the log."""
 
@@ -107,6 +113,7 @@ def paged_kernels(name: str) -> PagedKernels:
     """``triton``: the GPU's kernels (interpreted where TRITON_INTERPRET=1). ``torch``: their references, slow, anywhere."""
     from biphase.kernels.decode_attention.workspace import DecodeWorkspace
     from biphase.kernels.linear.rows import linear_rows
+    from biphase.kernels.moe.routing import RoutingWorkspace
     from biphase.kernels.prefill_attention.tile_plan import plan_prefill
     from biphase.kernels.rope_and_cache.rotation_table import rotation_table
 
@@ -115,6 +122,7 @@ def paged_kernels(name: str) -> PagedKernels:
         "rotation_table": rotation_table,
         "plan_prefill": plan_prefill,
         "decode_workspace": DecodeWorkspace.allocate,
+        "routing_workspace": RoutingWorkspace,
     }
     return PagedKernels(name=name, **shared, **(_triton_ops() if name == "triton" else _reference_ops()))
 
@@ -123,10 +131,12 @@ def _triton_ops() -> dict[str, Op]:
     from biphase.kernels.decode_attention import triton_gpu as decode
     from biphase.kernels.embed.triton_gpu import embed
     from biphase.kernels.gpu import compile_count
+    from biphase.kernels.moe import triton_gpu as moe
     from biphase.kernels.prefill_attention.triton_gpu import prefill_attention as prefill
     from biphase.kernels.rms_norm.triton_gpu import add_rms_norm
     from biphase.kernels.rms_norm.triton_gpu import rms_norm as norm
     from biphase.kernels.rope_and_cache.triton_gpu import rope_and_cache as rope
+    from biphase.kernels.sample.triton_gpu import sample as draw
     from biphase.kernels.silu_mul.triton_gpu import silu_mul as gate
 
     compile_count.install()
@@ -139,6 +149,11 @@ def _triton_ops() -> dict[str, Op]:
         "prefill_attention": prefill,
         "plan_decode": decode.plan_decode,
         "decode_attention": decode.decode_attention,
+        "route": moe.route,
+        "grouped_gate_up": moe.grouped_gate_up,
+        "grouped_down": moe.grouped_down,
+        "combine": moe.combine,
+        "sample": draw,
         "no_more_compiling": compile_count.seal,
     }
 
@@ -146,9 +161,11 @@ def _triton_ops() -> dict[str, Op]:
 def _reference_ops() -> dict[str, Op]:
     from biphase.kernels.decode_attention.reference import decode_attention_paged_reference
     from biphase.kernels.embed.reference import embed_reference
+    from biphase.kernels.moe import reference as moe
     from biphase.kernels.prefill_attention.reference import prefill_attention_paged_reference
     from biphase.kernels.rms_norm.reference import add_rms_norm_rows_reference, rms_norm_rows_reference
     from biphase.kernels.rope_and_cache.reference import rope_and_cache_paged_reference
+    from biphase.kernels.sample.reference import rows_reference
     from biphase.kernels.silu_mul.reference import silu_mul_rows_reference
 
     return {
@@ -160,5 +177,10 @@ def _reference_ops() -> dict[str, Op]:
         "prefill_attention": prefill_attention_paged_reference,
         "plan_decode": lambda context_lens, query_starts, workspace: None,
         "decode_attention": decode_attention_paged_reference,
+        "route": moe.route_rows_reference,
+        "grouped_gate_up": moe.grouped_gate_up_reference,
+        "grouped_down": moe.grouped_down_reference,
+        "combine": moe.combine_reference,
+        "sample": rows_reference,
         "no_more_compiling": lambda: None,
     }

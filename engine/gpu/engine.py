@@ -92,9 +92,7 @@ class GpuEngine(Engine):
             max_model_len=self.model_info.max_model_len,
             device=device,
         )
-        self._sampler = GpuSampler(
-            accelerator, kernels, max_rows=self._max_seqs, vocab_size=model.vocab_size, num_buffers=_NUM_BUFFERS
-        )
+        self._sampler = GpuSampler(kernels, max_rows=self._max_seqs, vocab_size=model.vocab_size, device=device)
         width = self.layout.blocks_for(self.model_info.max_model_len)
         self._inputs = StepInputs(
             accelerator, max_rows=self._max_rows, max_seqs=self._max_seqs, table_width=width, num_buffers=_NUM_BUFFERS
@@ -153,7 +151,7 @@ class GpuEngine(Engine):
         start = self._accelerator.record()
         inputs.upload(bucket if rows.graph else rows.num_seqs)
         num_drawing = len(rows.drawing)
-        self._sampler.prepare([draw_row(plan.seqs[i]) for i in rows.drawing], padded=bucket if rows.graph else num_drawing)
+        self._sampler.prepare([draw_row(plan.seqs[i]) for i in rows.drawing])
         if rows.graph and bucket in self._graphs:
             self._graphs[bucket]()
         else:
@@ -187,13 +185,11 @@ class GpuEngine(Engine):
 
     def _capture(self, bucket: int) -> None:
         """The graph of a decode step of ``bucket`` sequences; all of them padding while it is captured."""
-        nobody = StepRows(
-            num_rows=0, singles=(), chunks=(), drawing=(), chunk_lens=(), chunk_contexts=(), graph=True
-        )
+        nobody = StepRows(num_rows=0, singles=(), chunks=(), drawing=(), chunk_lens=(), chunk_contexts=(), graph=True)
         inputs, shape = self._graph_inputs, self._shape(nobody, bucket)
         fill(inputs.host(), StepPlan(seqs=()), nobody, {}, block_size=self.layout.block_size, padded=bucket)
         inputs.upload(bucket)
-        self._sampler.prepare([], padded=bucket)
+        self._sampler.prepare([])
         self._compute(inputs, shape)  # what libraries set up at their first call must not be captured
         self._accelerator.synchronize()
         if self._accelerator.is_cuda:

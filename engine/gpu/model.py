@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from biphase.engine.gpu.accelerator import Event
+from biphase.engine.gpu.feed_forward import feed_forward_of
 from biphase.engine.gpu.step_inputs import StepInputs
 from biphase.engine.model_config import ModelConfig
 from biphase.kernels.kv_layout import KvLayout
@@ -67,14 +68,12 @@ class GpuModel:
         def rows(features: int, count: int = max_rows) -> torch.Tensor:
             return torch.zeros(count, features, dtype=dtype, device=device)
 
-        inter = config.intermediate_size
         self._residual = rows(config.hidden_size)
         self._normed = rows(config.hidden_size)
         self._hidden = rows(config.hidden_size)
         self._qkv = rows((heads + 2 * kv_heads) * dim)
         self._attended = rows(heads * dim)
-        self._gate_up = rows(2 * inter)
-        self._activated = rows(inter)
+        self._feed_forward = feed_forward_of(config, tensors, kernels, max_rows)
         self.logits = rows(config.vocab_size, max_seqs)
         self.workspace = kernels.decode_workspace(
             max_seqs=max_seqs,
@@ -120,6 +119,7 @@ class GpuModel:
         ops, config, tensors, count = self.kernels, self.config, self._tensors, shape.num_rows
         eps, last = config.rms_norm_eps, config.num_layers - 1
         residual, normed, hidden = self._residual[:count], self._normed[:count], self._hidden[:count]
+        slots: torch.Tensor | None = inputs.slots[:count]
         ops.embed(inputs.token_ids[:count], inputs.sources[:count], drawn, tensors["embed"], residual)
         ops.rms_norm(residual, tensors["layers.0.attn_norm"], eps, normed)
         if shape.num_decode:
@@ -136,10 +136,10 @@ class GpuModel:
                 # of the last layer's output nothing but the sampled rows is ever read
                 picked = inputs.sampled_rows[: shape.num_sampled]
                 attended, residual = attended.index_select(0, picked), residual.index_select(0, picked)
-                normed, hidden = self._normed[: shape.num_sampled], self._hidden[: shape.num_sampled]
+                normed, hidden, slots = self._normed[: shape.num_sampled], self._hidden[: shape.num_sampled], None
             ops.linear(attended, tensors[name + "o"], hidden)
             ops.add_rms_norm(hidden, residual, tensors[name + "mlp_norm"], eps, normed)
-            self._feed_forward(i, normed, hidden)
+            self._feed_forward(i, normed, slots, hidden)
             after = tensors["norm"] if i == last else tensors[f"layers.{i + 1}.attn_norm"]
             ops.add_rms_norm(hidden, residual, after, eps, normed)
         ops.linear(normed[: shape.num_sampled], self._head, self.logits[: shape.num_sampled])
@@ -180,13 +180,6 @@ class GpuModel:
             )
         if shape.prefill is not None:
             self.kernels.prefill_attention(q_NHD, self._pool[i], shape.prefill, out_NHD, **options)
-
-    def _feed_forward(self, i: int, normed_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
-        tensors, name, count = self._tensors, f"layers.{i}.", normed_NF.shape[0]
-        gate_up, activated = self._gate_up[:count], self._activated[:count]
-        self.kernels.linear(normed_NF, tensors[name + "gate_up"], gate_up)
-        self.kernels.silu_mul(gate_up, activated)
-        self.kernels.linear(activated, tensors[name + "down"], out_NF)
 
     def _kv_scale(self, i: int) -> torch.Tensor | None:
         return None if self._kv_scales is None else self._kv_scales[i]

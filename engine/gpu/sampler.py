@@ -4,25 +4,30 @@ from collections.abc import Sequence
 
 import torch
 
-from biphase.engine.gpu.accelerator import Accelerator
 from biphase.kernels.ops import PagedKernels
 from biphase.kernels.sample import DrawRow
+from biphase.kernels.sample.buffers import SampleOut, SampleWorkspace
+from biphase.kernels.sample.params import SampleParams
 
 
 class GpuSampler:
-    """``tokens`` [rows] int64: what the last step drew, at an address that graphs read and write."""
+    """Owns the device memory of draws, at addresses that graphs read and write."""
 
-    def __init__(
-        self, accelerator: Accelerator, kernels: PagedKernels, *, max_rows: int, vocab_size: int, num_buffers: int
-    ) -> None:
-        self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=accelerator.device)
-        self._rows: list[DrawRow] = []
+    def __init__(self, kernels: PagedKernels, *, max_rows: int, vocab_size: int, device: torch.device) -> None:
+        self._kernels = kernels
+        self._params = SampleParams(max_rows=max_rows, vocab_size=vocab_size, device=device)
+        self._out = SampleOut.allocate(max_rows, device)
+        self._workspace = SampleWorkspace(max_rows=max_rows, vocab_size=vocab_size, device=device)
 
-    def prepare(self, rows: Sequence[DrawRow], *, padded: int) -> None:
-        """What the next ``run`` does; rows up to ``padded`` draw nothing."""
-        self._rows = [*rows, *([DrawRow()] * (padded - len(rows)))]
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[rows] int64: what the last step drew, by row of its logits."""
+        return self._out.token_ids
+
+    def prepare(self, rows: Sequence[DrawRow]) -> None:
+        """What the next ``run`` does, row by row; rows behind them draw nothing."""
+        self._params.fill(rows)
 
     def run(self, logits_RV: torch.Tensor) -> None:
-        """Draw one token per row of logits."""
-        from biphase.kernels.sample import sample
-        self.tokens[:len(logits_RV)] = torch.tensor(sample(logits_RV.float().contiguous(), self._rows))
+        """Draw a token for each row of logits that was prepared."""
+        self._kernels.sample(logits_RV, self._params, self._out, self._workspace)
