@@ -37,7 +37,7 @@ _CASES = {
     "phi-3-mini/bf16": _Case(kv_heads=32, head_dim=96, rotary_dim=96),
     "head_dim 256/bf16": _Case(heads=16, head_dim=256, rotary_dim=256),
     "partial/bf16": _Case(rotary_dim=32),
-    "partial/bf16/qk norm": _Case(rotary_dim=96, qk_norm=True),
+    "glm-4.5/bf16": _Case(heads=96, rotary_dim=64, qk_norm=True),
     "smollm2/fp32": _Case(
         heads=9, kv_heads=3, head_dim=64, rotary_dim=64, dtype=torch.float32, pool_dtype=torch.float32
     ),

@@ -44,6 +44,7 @@ def _arguments(case: _Case, device: torch.device) -> dict[str, Any]:
     positions = torch.full((rows,), _NOWHERE, dtype=torch.int32)
     positions[real] = torch.randint(0, 500, (case.tokens,), generator=generator, dtype=torch.int32)
     qkv = torch.full((rows, width + 16), torch.nan)
+    qkv[:, :width] = 7.0
     qkv[real, :width] = torch.randn(case.tokens, width, generator=generator)
     frequencies = [10000.0 ** (-2 * i / case.rotary_dim) for i in range(case.rotary_dim // 2)]
     pool = torch.full((blocks, 2, case.kv_heads, case.block_size, case.head_dim), torch.nan).to(case.pool_dtype)
