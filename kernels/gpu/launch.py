@@ -11,16 +11,19 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _NOT_IN_INTERPRETER = ("launch_pdl", "maxnreg")
 
+Launch = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+"""Called with kernel, grid, arguments, and constexprs and options by name."""
+
 Compiled = Callable[[Any, Any], None]
 """Called with the kernel and what it was compiled to."""
 
-_on_compiled: Compiled | None = None
+_instead: Launch | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
     """``kernel[grid](*args, **settings)``; an empty grid launches nothing. Constexprs and num_warps, num_stages by name."""
-    if _on_compiled is not None:
-        _on_compiled(kernel, kernel.warmup(*args, grid=grid, **settings))
+    if _instead is not None:
+        _instead(kernel, grid, args, settings)
         return
     if 0 in grid:
         return
@@ -31,11 +34,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
 
 
 @contextmanager
-def compiling_only(on_compiled: Compiled) -> Iterator[None]:
-    """Within it nothing runs: ``launch`` compiles as it would for that call and hands over the result."""
-    global _on_compiled
-    before, _on_compiled = _on_compiled, on_compiled
+def launching_instead(instead: Launch) -> Iterator[None]:
+    """Within it nothing runs: what would be launched is handed over."""
+    global _instead
+    before, _instead = _instead, instead
     try:
         yield
     finally:
-        _on_compiled = before
+        _instead = before
+
+
+@contextmanager
+def compiling_only(on_compiled: Compiled) -> Iterator[None]:
+    """Within it nothing runs: ``launch`` compiles as it would for that call and hands over the result."""
+
+    def compile_it(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        on_compiled(kernel, kernel.warmup(*args, grid=grid, **settings))
+
+    with launching_instead(compile_it):
+        yield

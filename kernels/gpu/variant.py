@@ -9,8 +9,10 @@ class Variant:
     """``run`` calls the op's launcher with tensors on ``meta`` (shapes of real models, no memory needed).
 
     ``min_capability``: GPUs below are refused with ValueError. ``quick``: compiled in every test run, else only in the
-    long one. ``traits``: what its machine code must show, checked by the tests: ``async_loads`` (16-byte global loads,
-    cp.async or TMA), ``mma_wide`` (mma.sync, wgmma or tcgen05, by architecture), ``mma_sync`` (everywhere).
+    long one. ``traits``: what its machine code must show, checked by the tests: ``wide_loads`` (16-byte global loads),
+    ``async_loads`` (those, and cp.async or TMA), ``mma_wide`` (mma.sync, wgmma or tcgen05, by architecture),
+    ``mma_sync`` (everywhere). ``other_step``: the same launch in another step, with other numbers of tokens, rows,
+    sequences and blocks (1, a multiple of 16, an odd one); checked to compile nothing that ``run`` had not.
     """
 
     name: str
@@ -18,3 +20,4 @@ class Variant:
     min_capability: int = 80
     quick: bool = False
     traits: frozenset[str] = frozenset()
+    other_step: Callable[[], None] | None = None
