@@ -20,7 +20,7 @@ from biphase.engine.legs import Leg, LegTable
 from biphase.engine.link import Link, OpenLeg
 from biphase.engine.sequence import Refusal, SeqEnded, TokenOut
 from biphase.engine.step import StepPlan, StepResult
-from biphase.protos.errors import one_line
+from biphase.protos.errors import EngineLost, one_line
 from biphase.protos.ids import LegId, SeqId
 from biphase.protos.values import LegOutcome, LegStats, Load
 
@@ -149,6 +149,8 @@ class Worker(ABC, Generic[S, L]):
             _log.exception("a step of %d sequences failed", len(plan.seqs))
             self._totals["failed_steps"] += 1
             self.perform(self.scheduler.fail(plan, f"the engine failed: {one_line(error)}", self.clock()))
+            if isinstance(error, EngineLost):
+                raise
             return
         self._totals["steps"] += 1
         self._totals["prefill_tokens"] += sum(len(seq.token_ids) for seq in plan.seqs if len(seq.token_ids) > 1)

@@ -26,7 +26,7 @@ from biphase.engine.gpu.step_inputs import StepInputs
 from biphase.engine.gpu.warm_up import warm_up_plans
 from biphase.engine.step import PendingStep, StepPlan, StepResult
 from biphase.kernels.ops import Backend, PagedKernels, paged_kernels
-from biphase.protos.errors import InvalidRequest, SetupError
+from biphase.protos.errors import EngineLost, InvalidRequest, SetupError, one_line
 from biphase.protos.ids import SeqId
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,10 @@ class _Launched:
     def wait(self) -> StepResult:
         """Raises what the device reports; tokens are read once, before their buffer is used again."""
         if self._result is None:
-            self.end.wait()
+            try:
+                self.end.wait()
+            except RuntimeError as error:
+                raise EngineLost(f"the GPU failed: {one_line(error)}") from error
             tokens: list[int | None] = [None] * self._num_seqs
             for i, token in zip(self._drawing, self._tokens.tolist(), strict=True):
                 tokens[i] = token
@@ -139,10 +142,19 @@ class GpuEngine(Engine):
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Put one step in the device's queue. Raises InvalidRequest for a malformed plan, with nothing launched."""
+        """Put one step in the device's queue. Raises InvalidRequest for a malformed plan, with nothing launched;
+        EngineLost when the device has failed, here or in an earlier step."""
         self.plan_limits.check(plan)
         rows = rows_of(plan)
         self._check_size(rows)
+        try:
+            return self._launch(plan, rows)
+        except RuntimeError as error:
+            if isinstance(error, torch.AcceleratorError) or "CUDA" in str(error):
+                raise EngineLost(f"the GPU failed: {one_line(error)}") from error
+            raise
+
+    def _launch(self, plan: StepPlan, rows: StepRows) -> PendingStep:
         while len(self._launched) >= _NUM_BUFFERS:
             self._launched.popleft().wait()  # its buffers are needed; whoever launched it reads the kept result
         bucket = self._buckets[bisect_left(self._buckets, rows.num_rows)] if rows.graph else rows.num_rows
