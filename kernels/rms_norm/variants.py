@@ -8,7 +8,7 @@ from biphase.kernels.gpu.variant import Variant
 from biphase.kernels.rms_norm.triton_gpu import add_rms_norm, rms_norm
 
 _FEATURES = {"llama-3-8b": 4096, "smollm2": 576, "llama-3.2-3b": 3072, "llama-3-70b": 8192, "qwen3-32b": 5120}
-_ROWS = 64
+_ROWS, _OTHER_ROWS = 64, 17
 _EPS = 1e-5
 
 
@@ -18,8 +18,9 @@ def variants() -> list[Variant]:
         Variant(
             name=f"{'add_' if add else ''}rms_norm/{model}/bf16",
             run=partial(_run, features, add, torch.bfloat16),
+            other_step=partial(_run, features, add, torch.bfloat16, _OTHER_ROWS),
             quick=add and model == "llama-3-8b",
-            traits=frozenset({"async_loads"}),
+            traits=frozenset({"wide_loads"}),
         )
         for model, features in _FEATURES.items()
         for add in (False, True)
@@ -31,8 +32,8 @@ def variants() -> list[Variant]:
     ]
 
 
-def _run(features: int, add: bool, dtype: torch.dtype) -> None:
-    x, residual = (torch.empty(_ROWS, features, dtype=dtype, device="meta") for _ in range(2))
+def _run(features: int, add: bool, dtype: torch.dtype, rows: int = _ROWS) -> None:
+    x, residual = (torch.empty(rows, features, dtype=dtype, device="meta") for _ in range(2))
     weight = torch.empty(features, dtype=dtype, device="meta")
     if add:
         add_rms_norm(x, residual, weight, _EPS, x)

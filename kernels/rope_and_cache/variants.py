@@ -8,7 +8,7 @@ import torch
 from biphase.kernels.gpu.variant import Variant
 from biphase.kernels.rope_and_cache.triton_gpu import rope_and_cache
 
-_TOKENS, _BLOCKS, _POSITIONS = 64, 32, 8192
+_TOKENS, _OTHER_TOKENS, _BLOCKS, _POSITIONS = 64, 17, 32, 8192
 _FP8 = torch.float8_e4m3fn
 
 
@@ -50,24 +50,25 @@ def variants() -> list[Variant]:
     return [
         Variant(
             name=f"rope_and_cache/{name}",
-            run=partial(_run, case),
+            run=partial(_run, case, _TOKENS),
+            other_step=partial(_run, case, _OTHER_TOKENS),
             min_capability=89 if case.pool_dtype == _FP8 else 80,
             quick=name in _QUICK,
-            traits=frozenset({"async_loads"}),
+            traits=frozenset({"wide_loads"}),
         )
         for name, case in _CASES.items()
     ]
 
 
-def _run(case: _Case) -> None:
+def _run(case: _Case, tokens: int) -> None:
     def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     norm = tensor(case.head_dim, dtype=case.dtype) if case.qk_norm else None
     rope_and_cache(
-        tensor(_TOKENS, (case.heads + 2 * case.kv_heads) * case.head_dim, dtype=case.dtype),
-        tensor(_TOKENS, dtype=torch.int32),
-        tensor(_TOKENS, dtype=torch.int64),
+        tensor(tokens, (case.heads + 2 * case.kv_heads) * case.head_dim, dtype=case.dtype),
+        tensor(tokens, dtype=torch.int32),
+        tensor(tokens, dtype=torch.int64),
         tensor(_POSITIONS, 2, case.rotary_dim // 2, dtype=torch.float32),
         tensor(_BLOCKS, 2, case.kv_heads, case.block_size, case.head_dim, dtype=case.pool_dtype),
         num_heads=case.heads,
