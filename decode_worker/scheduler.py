@@ -135,9 +135,24 @@ class DecodeScheduler:
         decoding = self._with_room_to_decode()
         if decoding is None:
             return None, []
-        steps = [self._decode_step(sequence, now_s) for sequence in decoding]
+        steps: list[SeqStep] = []
+        for sequence in decoding:
+            if sequence.joined_s is None:
+                sequence.joined_s = now_s
+                if sequence.handed_off_s is not None:
+                    sequence.exposed_ms += sequence.elapsed_ms(sequence.handed_off_s, now_s)
+            steps.append(sequence.step(1, self.limits))
         effects = self._admit(now_s)
-        budget = self.local_prefill_tokens if steps else self.max_num_batched_tokens
+        if len(steps) < len(self._running):
+            steps += self._prefill_steps(self.local_prefill_tokens if steps else self.max_num_batched_tokens)
+        if not steps:
+            return None, effects
+        self._steps_in_flight += 1
+        return StepPlan(seqs=tuple(steps)), effects
+
+    def _prefill_steps(self, budget: int) -> list[SeqStep]:
+        """Chunks of those that do not decode yet, oldest first."""
+        steps: list[SeqStep] = []
         for sequence in self._running:
             if budget == 0:
                 break
@@ -147,10 +162,7 @@ class DecodeScheduler:
             chunk = min(budget, unscheduled)
             steps.append(sequence.step(chunk, self.limits))
             budget -= chunk
-        if not steps:
-            return None, effects
-        self._steps_in_flight += 1
-        return StepPlan(seqs=tuple(steps)), effects
+        return steps
 
     def _with_room_to_decode(self) -> list[DecodeSequence] | None:
         """Those that decode, each with a block to write to; may preempt from the young end.
@@ -161,7 +173,7 @@ class DecodeScheduler:
         position = 0
         while position < len(self._running):
             sequence = self._running[position]
-            if sequence.unscheduled > 1 or not self._goes_on(sequence):
+            if sequence.unscheduled > 1 or (sequence.drawing and self._ends_with_draw(sequence)) or sequence.ending:
                 position += 1
             elif self._grow(sequence):
                 decoding.append(sequence)
@@ -172,26 +184,17 @@ class DecodeScheduler:
                 self._preempt(self._running[-1])
         return decoding
 
-    def _goes_on(self, sequence: DecodeSequence) -> bool:
-        """Whether it may have a next step, as far as is known while its token is being drawn."""
-        if sequence.ending is not None:
-            return False
-        return not sequence.drawing or not self.limits.is_last(
+    def _ends_with_draw(self, sequence: DecodeSequence) -> bool:
+        """Whether the token that is being drawn is its last, whatever it is."""
+        return self.limits.is_last(
             num_prompt=sequence.num_prompt_tokens, num_output=sequence.next_index, sampling=sequence.sampling
         )
 
-    def _decode_step(self, sequence: DecodeSequence, now_s: float) -> SeqStep:
-        if sequence.joined_s is None:
-            sequence.joined_s = now_s
-            if sequence.handed_off_s is not None:
-                sequence.exposed_ms += sequence.elapsed_ms(sequence.handed_off_s, now_s)
-        return sequence.step(1, self.limits)
-
     def _grow(self, sequence: DecodeSequence) -> bool:
         """Make its blocks cover all its tokens; False when none is free."""
-        missing = self._blocks_of(sequence) - len(sequence.blocks)
-        if missing > 0:
-            blocks = self.pool.allocate(missing)
+        held = len(sequence.blocks)
+        if held * self.pool.block_size < sequence.num_tokens:
+            blocks = self.pool.allocate(self._blocks_of(sequence) - held)
             if blocks is None:
                 return False
             sequence.blocks += blocks
@@ -284,24 +287,26 @@ class DecodeScheduler:
             if sequence.ending is None:
                 sequence.record_hashes(self.pool)
                 if step.sampling is not None:
-                    effects += self._drawn(sequence, step.output_index, token, now_s)
+                    self._drawn(sequence, step.output_index, token, now_s, effects)
             elif sequence.ended_s is not None:
                 self.superfluous_tokens += step.sampling is not None
-            if sequence.may_go(now_s):
+            if sequence.ending is not None and sequence.may_go(now_s):
                 effects.append(self._end(sequence, now_s))
         return effects
 
-    def _drawn(self, sequence: DecodeSequence, index: int, token: int | None, now_s: float) -> list[DecodeEffect]:
+    def _drawn(
+        self, sequence: DecodeSequence, index: int, token: int | None, now_s: float, effects: list[DecodeEffect]
+    ) -> None:
         if token is None:
             sequence.ending = ("failed", "the engine drew no token")
-            return []
+            return
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
         finish = self._finish_of(sequence, token, index)
         if finish is not None:
             sequence.ending = ("done", "")
         sequence.token_ids.append(token)
-        return [TokenOut(seq_id=sequence.seq_id, index=index, token_id=token, finish=finish)]
+        effects.append(TokenOut(seq_id=sequence.seq_id, index=index, token_id=token, finish=finish))
 
     def fail(self, plan: StepPlan, detail: str, now_s: float) -> list[DecodeEffect]:
         """The oldest step under way raised: every sequence in it ends, the cancelled ones as cancelled."""

@@ -80,7 +80,7 @@ class Sequence:
     @property
     def unscheduled(self) -> int:
         """Tokens that the next step may take; 1 for a sequence that decodes, whether that one is known or being drawn."""
-        return self.num_tokens - self.scheduled
+        return len(self.token_ids) + self.drawing - self.scheduled
 
     @property
     def next_index(self) -> int:
@@ -90,8 +90,9 @@ class Sequence:
     def step(self, num_tokens: int, limits: Limits) -> SeqStep:
         """Its part in the next step: ``num_tokens`` more of its tokens, a draw when these are its last known ones."""
         start = self.scheduled
-        index = self.next_index
-        draws = num_tokens == self.unscheduled
+        known = len(self.token_ids) + self.drawing
+        index = known - self.num_prompt_tokens
+        draws = start + num_tokens == known
         continues = self.drawing > 0
         part = SeqStep(
             seq_id=self.seq_id,
@@ -114,9 +115,7 @@ class Sequence:
         self.drawing -= part.sampling is not None
 
     def may_go(self, now_s: float) -> bool:
-        """After a step of it: whether it is ending and nothing uses its blocks any more."""
-        if self.ending is None:
-            return False
+        """After a step of an ending one: whether nothing uses its blocks any more."""
         if self.ended_s is None:
             self.ended_s = now_s
         return not self.in_steps

@@ -193,7 +193,7 @@ class PrefillScheduler:
                     effects += self._drawn(sequence, step.output_index, token)
             elif sequence.ended_s is not None:
                 self.superfluous_tokens += step.sampling is not None
-            if sequence.may_go(now_s):
+            if sequence.ending is not None and sequence.may_go(now_s):
                 effects.append(self._end(sequence, now_s))
         return effects
 
