@@ -11,15 +11,15 @@ from biphase.kernels.silu_mul import silu_mul
 
 
 def route(logits_EN: torch.Tensor, num_taken: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each token's experts of the highest softmax, the lower id first among equals: ids and weights ``[k, N]``.
+    """Each token's experts of the highest logits, the lower id first among equals: ids and weights ``[k, N]``.
 
-    ``renormalize``: the weights of a token are divided by their sum.
+    The weights are the softmax over all experts; ``renormalize``: over those taken.
     """
-    taken = logits_EN.float().softmax(dim=0).sort(dim=0, descending=True, stable=True)
-    weights_KN = taken.values[:num_taken]
+    taken = logits_EN.sort(dim=0, descending=True, stable=True)
+    ids_KN, logits_KN = taken.indices[:num_taken], taken.values[:num_taken]
     if renormalize:
-        weights_KN = weights_KN / weights_KN.sum(dim=0)
-    return taken.indices[:num_taken], weights_KN
+        return ids_KN, logits_KN.softmax(dim=0)
+    return ids_KN, logits_EN.softmax(dim=0).gather(0, ids_KN)
 
 
 def add_experts(
