@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from biphase.kernels.kv_layout import KvBox
-from biphase.kernels.kv_pack import CpuKvMemory
+from biphase.kernels.kv_pack import KvMemory
 from biphase.kvtransfer import frames
 from biphase.kvtransfer.allocator import keep_freed_memory
 from biphase.kvtransfer.exports import short
@@ -68,7 +68,7 @@ class KvPuller:
     def __init__(
         self,
         *,
-        memory: CpuKvMemory,
+        memory: KvMemory,
         signature: KvSignatureValue,
         transport: Transport | None = None,
         decoding: Callable[[], bool] = lambda: False,

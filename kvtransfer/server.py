@@ -16,7 +16,7 @@ import grpc.aio
 from google.protobuf.message_factory import GetMessageClass
 
 from biphase.kernels.kv_layout import KvBox
-from biphase.kernels.kv_pack import CpuKvMemory
+from biphase.kernels.kv_pack import KvMemory
 from biphase.kvtransfer import frames
 from biphase.kvtransfer.allocator import keep_freed_memory
 from biphase.kvtransfer.exports import ExportEnded, ExportRefused, ExportTable, Pull, Refusal, short
@@ -56,7 +56,7 @@ class KvServer:
         self,
         *,
         exports: ExportTable,
-        memory: CpuKvMemory,
+        memory: KvMemory,
         signature: KvSignatureValue,
         on_ended: Callable[[ExportEnded], None],
     ) -> None:

@@ -1,5 +1,6 @@
 """The one place where a Triton kernel is launched, so that the same launcher runs it, or compiles it without a GPU."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter on the CPU (TRITON_INTERPRET=1 at import)."""
 
 _NOT_IN_INTERPRETER = ("launch_pdl", "maxnreg")
+_interpreter = threading.Lock()  # it exchanges parts of triton.language while a kernel runs; threads take turns
 
 Launch = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 """Called with kernel, grid, arguments, and constexprs and options by name."""
@@ -30,6 +32,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
     if INTERPRETED:
         for name in _NOT_IN_INTERPRETER:
             settings.pop(name, None)
+        with _interpreter:
+            kernel[grid](*args, **settings)
+        return
     kernel[grid](*args, **settings)
 
 
