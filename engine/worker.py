@@ -139,13 +139,19 @@ class Worker(ABC, Generic[S, L]):
                 await self._wake.wait()
                 if not (under_way and under_way[0][1].done()):
                     continue
-            await self._book(*under_way.popleft())
+            try:
+                await self._book(*under_way.popleft())
+            except EngineLost:
+                for plan, step in under_way:  # no leg of theirs may stay
+                    with contextlib.suppress(EngineLost):
+                        await self._book(plan, step)
+                raise
 
     async def _book(self, plan: StepPlan, step: asyncio.Future[StepResult]) -> None:
-        """Wait for a step and carry out what follows from it."""
+        """Wait for a step and carry out what follows from it. Raises EngineLost after that."""
         try:
             result = await step
-        except Exception as error:  # noqa: BLE001 -- whatever it is, it costs this step's legs alone
+        except Exception as error:  # whatever it is, it costs this step's legs alone
             _log.exception("a step of %d sequences failed", len(plan.seqs))
             self._totals["failed_steps"] += 1
             self.perform(self.scheduler.fail(plan, f"the engine failed: {one_line(error)}", self.clock()))

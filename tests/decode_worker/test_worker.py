@@ -116,9 +116,11 @@ async def test_an_engine_error_ends_the_legs_of_its_step_and_no_others(bench: Be
     assert (await link.stats())["failed_steps"] == 1
 
 
-async def test_a_lost_device_ends_the_step_loop_so_that_the_process_ends() -> None:
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_a_lost_device_ends_the_step_loop_so_that_the_process_ends(depth: int) -> None:
     scheduler = DecodeScheduler(BlockPool(64, BLOCK_SIZE), LIMITS, max_num_seqs=8)
     engine = RuleEngine()
+    engine.pipeline_depth = depth
     worker = DecodeWorker(scheduler, engine, HandPuller(), pull_timeout_s=5.0)  # type: ignore[arg-type]
     engine.error = EngineLost("the GPU failed: an illegal memory access")
     leg = OpenLeg(
@@ -133,7 +135,7 @@ async def test_a_lost_device_ends_the_step_loop_so_that_the_process_ends() -> No
     worker.open_leg(Link(1, "test", "router"), leg)
     with pytest.raises(EngineLost, match="an illegal memory access"):
         await worker.run()
-    assert (len(worker.legs), scheduler.pool.num_used) == (0, 0)
+    assert (len(engine.plans), len(worker.legs), scheduler.pool.num_used) == (depth, 0, 0)
 
 
 async def test_a_cancel_during_a_step_ends_with_it_and_its_token_is_not_said(bench: Bench) -> None:
