@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from biphase.kernels.gpu.target import Target
+from biphase.kernels.gpu.target import INTERPRETER, Target
 
 TABLE = Path(__file__).with_name("tuning_table.json")
 
@@ -44,6 +44,8 @@ def answering(answer: Answer) -> Iterator[None]:
 
 @functools.cache
 def _from_table(op: str, target: Target, key: str) -> Settings | None:
+    if target == INTERPRETER:  # whose capability is borrowed
+        return None
     for device in (target.name, f"sm_{target.capability}"):
         settings = table().get(device, {}).get(op, {}).get(key)
         if settings is not None:
