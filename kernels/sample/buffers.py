@@ -9,8 +9,8 @@ from biphase.kernels.sample.draw_row import MAX_TOP_LOGPROBS, Drawn
 
 MAX_SPLITS = 64
 """Programs that share one row, at most."""
-GROUP = 64
-"""Tokens whose largest logit is kept, for the searches of top-k and of the best n."""
+MAX_GROUPS = 2048
+"""Of a row's tokens, whose largest logits are kept for the searches of top-k and of the best n."""
 FIRST_BINS, MIDDLE_BINS, LAST_BINS = 1 << 12, 1 << 11, 1 << 8
 """The 31 bits of -z, taken from the top in three digits."""
 STATE_WORDS = 16
@@ -76,7 +76,7 @@ class SampleWorkspace:
         self.counts = self.edits.view(torch.int32)
         self.row_max = zeros(max_rows, dtype=torch.float32)
         self.state = zeros(max_rows, STATE_WORDS, dtype=torch.int64)
-        self.partial_values = zeros(max_rows, 3, MAX_SPLITS, dtype=torch.float32)
+        self.partial_values = zeros(max_rows, 2, MAX_SPLITS, dtype=torch.float32)
         self.partial_ids = zeros(max_rows, 2, MAX_SPLITS, dtype=torch.int32)
         self.partial_sums = zeros(max_rows, MAX_SPLITS, dtype=torch.int64)
         self.groups = zeros(max_rows, 2, num_groups(vocab_size), dtype=torch.float32)
@@ -85,9 +85,18 @@ class SampleWorkspace:
         self.ties_before = zeros(max_rows, MAX_SPLITS, dtype=torch.int32)
 
 
+def group_size(vocab_size: int) -> int:
+    """Tokens of one group."""
+    return max(64, _power_of_two(-(-vocab_size // MAX_GROUPS)))
+
+
 def num_groups(vocab_size: int) -> int:
     """Groups of one row, up to the next power of two."""
-    return 1 << max(0, -(-vocab_size // GROUP) - 1).bit_length()
+    return _power_of_two(-(-vocab_size // group_size(vocab_size)))
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << max(0, at_least - 1).bit_length()
 
 
 def merge_shards(scores_SR: torch.Tensor, token_ids_SR: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ def draw_kernel(
     logits_ptr += row * logits_stride
     first = split * tiles_per_split * TILE
     last = min(first + tiles_per_split * TILE, vocab_size)
-    values_ptr = partial_values_ptr + (row * 3 + 2) * MAX_SPLITS
+    values_ptr = partial_values_ptr + (row * 2 + 1) * MAX_SPLITS
     ids_ptr = partial_ids_ptr + (row * 2 + 1) * MAX_SPLITS
     sums_ptr = partial_sums_ptr + row * MAX_SPLITS
     raw_max = tl.load(state_ptr + RAW_MAX).to(tl.int32).to(tl.float32, bitcast=True)
@@ -106,11 +106,11 @@ def draw_kernel(
         tl.store(values_ptr + split, own_score)
         tl.store(ids_ptr + split, own_token)
     if with_logprobs:
-        total = tl.zeros([TILE], tl.int64)
+        total = tl.full((), 0, tl.int64)
         for start in range(first, last, TILE):
             offsets = start + tl.arange(0, TILE)
-            total += fixed_mass(raw_logits(logits_ptr, offsets, offsets < last) - raw_max)
-        tl.store(sums_ptr + split, tl.sum(total, axis=0))
+            total += tl.sum(fixed_mass(raw_logits(logits_ptr, offsets, offsets < last) - raw_max), axis=0)
+        tl.store(sums_ptr + split, total)
 
     if ends_last(state_ptr):
         splits = tl.arange(0, MAX_SPLITS)

@@ -14,12 +14,12 @@ from biphase.kernels.gpu.target import Target, target_of
 from biphase.kernels.gpu.tuning import Settings, tuned
 from biphase.kernels.sample.buffers import (
     FIRST_BINS,
-    GROUP,
     LAST_BINS,
     MAX_SPLITS,
     MIDDLE_BINS,
     SampleOut,
     SampleWorkspace,
+    group_size,
     num_groups,
 )
 from biphase.kernels.sample.draw_row import MAX_TOP_LOGPROBS
@@ -60,7 +60,7 @@ def sample(
     tiles_per_split = -(-num_tiles // min(chosen["splits"], MAX_SPLITS))
     grid = (num_rows, -(-num_tiles // tiles_per_split))
     common: dict[str, Any] = {"TILE": tile, "MAX_SPLITS": MAX_SPLITS, "num_warps": warps, "enable_fp_fusion": False}
-    searched = {"GROUP": GROUP, "NUM_GROUPS": num_groups(workspace.vocab_size)}
+    searched = {"GROUP": group_size(vocab_size), "NUM_GROUPS": num_groups(vocab_size)}
     row_data = (logits_RV, logits_RV.stride(0), params.words, workspace.edits)
     launch(
         prepare_kernel,
@@ -124,6 +124,7 @@ def sample(
         vocab_size,
         tiles_per_split,
         MAX_TOP=MAX_TOP_LOGPROBS,
+        maxnreg=128,
         **common,
         **searched,
     )
@@ -143,14 +144,14 @@ def default(target: Target, num_rows: int) -> Settings:
 def candidates(target: Target, key: str) -> list[Settings]:
     """Settings worth measuring for ``key``."""
     rows = int(key[1:])
-    every = [
+    fewest, most = target.num_sms, 32 * target.num_sms
+    return [
         {"TILE": tile, "splits": splits, "num_warps": warps}
         for tile in (1024, 2048)
         for warps in (4, 8)
-        for splits in (4, 8, 16, 32, 64)
-        if target.num_sms <= rows * splits <= 32 * target.num_sms or splits == MAX_SPLITS and rows < 4
+        for splits in (2, 4, 8, 16, 32, 64)
+        if min(fewest, rows * MAX_SPLITS) <= rows * splits <= max(most, rows * 2)
     ]
-    return every
 
 
 def _check(

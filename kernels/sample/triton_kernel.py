@@ -51,7 +51,7 @@ def prepare_kernel(
     late_ids_ptr,  # int64
     row_max_ptr,  # [R] float32, out
     state_ptr,  # [R, STATE] int64
-    partial_values_ptr,  # [R, 3, MAX_SPLITS] float32
+    partial_values_ptr,  # [R, 2, MAX_SPLITS] float32
     partial_ids_ptr,  # [R, 2, MAX_SPLITS] int32
     groups_ptr,  # [R, 2, NUM_GROUPS] float32: largest logit of GROUP tokens, edited and raw
     vocab_start,
@@ -89,7 +89,6 @@ def prepare_kernel(
     group_lanes = tl.arange(0, TILE // GROUP)
     best = tl.full([TILE], NEGATIVE, tl.float32)
     best_id = first + lanes
-    raw_best = tl.full([TILE], NEGATIVE, tl.float32)
     for start in range(first, last, TILE):
         offsets = start + lanes
         x = row_logits(logits_ptr, edits_ptr, offsets, offsets < last, edited)
@@ -101,14 +100,12 @@ def prepare_kernel(
             tl.store(groups_ptr + group, tl.max(tl.reshape(x, [TILE // GROUP, GROUP]), axis=1), mask=group < NUM_GROUPS)
         if with_raw:
             raw = raw_logits(logits_ptr, offsets, offsets < last)
-            raw_best = tl.maximum(raw_best, raw)
             of_group = tl.max(tl.reshape(raw, [TILE // GROUP, GROUP]), axis=1)
             tl.store(groups_ptr + NUM_GROUPS + group, of_group, mask=group < NUM_GROUPS)
     highest = tl.max(best, axis=0)
-    values_ptr = partial_values_ptr + row * 3 * MAX_SPLITS
+    values_ptr = partial_values_ptr + row * 2 * MAX_SPLITS
     ids_ptr = partial_ids_ptr + row * 2 * MAX_SPLITS
     tl.store(values_ptr + split, highest)
-    tl.store(values_ptr + MAX_SPLITS + split, tl.max(raw_best, axis=0))
     tl.store(ids_ptr + split, tl.min(tl.where(best == highest, best_id, NO_ID), axis=0))
 
     if ends_last(state_ptr):
@@ -120,8 +117,9 @@ def prepare_kernel(
         tl.store(row_max_ptr + row, row_max)
         tl.store(state_ptr + BEST, row_max.to(tl.int32, bitcast=True).to(tl.int64))
         tl.store(state_ptr + BEST_ID, tl.min(tl.where(used & (values == row_max), ids, NO_ID), axis=0).to(tl.int64))
-        raw_values = tl.load(values_ptr + MAX_SPLITS + splits, mask=used, other=NEGATIVE, cache_modifier=".cg")
-        tl.store(state_ptr + RAW_MAX, tl.max(raw_values, axis=0).to(tl.int32, bitcast=True).to(tl.int64))
+        if with_raw:
+            raw_maxima = _groups(groups_ptr + NUM_GROUPS, tl.cdiv(vocab_size, GROUP), NUM_GROUPS)
+            tl.store(state_ptr + RAW_MAX, tl.max(raw_maxima, axis=0).to(tl.int32, bitcast=True).to(tl.int64))
         limit = tl.full((), INFINITY_KEY, tl.int32)
         if with_groups:
             least = _kth_group(groups_ptr, tl.load(record_ptr + TOP_K), tl.cdiv(vocab_size, GROUP), NUM_GROUPS)
@@ -131,11 +129,15 @@ def prepare_kernel(
 
 
 @triton.jit
+def _groups(groups_ptr, used_groups, NUM_GROUPS: tl.constexpr):
+    groups = tl.arange(0, NUM_GROUPS)
+    return tl.load(groups_ptr + groups, mask=groups < used_groups, other=NEGATIVE, cache_modifier=".cg")
+
+
+@triton.jit
 def _kth_group(groups_ptr, top_k, used_groups, NUM_GROUPS: tl.constexpr):
     """The top_k-th largest of the groups' maxima: no less than top_k tokens reach it. -inf where groups are too few."""
-    groups = tl.arange(0, NUM_GROUPS)
-    x = tl.load(groups_ptr + groups, mask=groups < used_groups, other=NEGATIVE, cache_modifier=".cg")
-    order = rising(x).to(tl.uint32, bitcast=True) ^ 0x80000000
+    order = rising(_groups(groups_ptr, used_groups, NUM_GROUPS)).to(tl.uint32, bitcast=True) ^ 0x80000000
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(32):
