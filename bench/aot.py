@@ -22,7 +22,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import aot_report
-from aot_jobs import KERNELS, all_jobs, run_jobs
+from aot_jobs import KERNELS, all_jobs, entries_nobody_asks_for, run_jobs
 
 TARGETS = (80, 89, 90, 100)
 
@@ -49,9 +49,11 @@ def main() -> int:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.write:
         aot_report.write(report, outcomes)
-    problems = [(outcome, problem) for outcome in outcomes for problem in outcome.problems]
-    for outcome, problem in problems:
-        print(f"FAILED {outcome.job}: {problem}")
+    problems = [f"{outcome.job}: {problem}" for outcome in outcomes for problem in outcome.problems]
+    if arguments.op is None and arguments.kernels == KERNELS:
+        problems += [f"tuning table: no variant asks for {entry}" for entry in entries_nobody_asks_for(KERNELS)]
+    for problem in problems:
+        print(f"FAILED {problem}")
     print(
         f"{len(outcomes)} compiled or refused, {len(problems)} problems, {report['seconds']} s, triton {report['triton']}"
     )

@@ -17,6 +17,9 @@ from biphase.kernels.gpu.target import Target, compiling_for
 from biphase.kernels.gpu.tuning import Settings, answering
 from biphase.kernels.gpu.variant import Variant
 
+Key = tuple[str, str]
+"""In the tuning table: an op's name and a shape class of it."""
+
 _WIDE_MMA = {80: "mma_sync", 89: "mma_sync", 90: "wgmma", 100: "tcgen05"}
 TRAITS = frozenset({"wide_loads", "async_loads", "mma_wide", "mma_sync"})
 
@@ -52,10 +55,10 @@ class NamedGpu:
 
 
 @contextlib.contextmanager
-def for_target(target: Target, op: str, settings: dict[str, Settings]) -> Iterator[None]:
-    """``settings`` by key speak for the tuning table of ``op``; where there is none, the op's defaults do."""
+def for_target(target: Target, settings: dict[Key, Settings]) -> Iterator[None]:
+    """``settings`` speak for the tuning table; where they have nothing, the ops' defaults do."""
     driver.set_active(NamedGpu(target.capability))
-    with compiling_for(target), answering(lambda asked, _, key: settings.get(key) if asked == op else None):
+    with compiling_for(target), answering(lambda op, _, key: settings.get((op, key))):
         yield
 
 
@@ -130,18 +133,25 @@ def specialisations(run: Any) -> set[tuple[str, str]]:
     return found
 
 
-def keys_asked(variant: Variant, target: Target, op: str) -> set[str]:
-    """The keys of the tuning table that the variant's launchers look up."""
-    keys: set[str] = set()
-
-    def answer(asked: str, _: Target, key: str) -> None:
-        if asked == op:
-            keys.add(key)
-
+def keys_asked(variant: Variant, target: Target) -> set[Key]:
+    """What the variant's launchers look up in the tuning table."""
+    keys: set[Key] = set()
     if target.capability >= variant.min_capability:
-        with compiling_for(target), answering(answer), launching_instead(lambda *_: None):
+        with (
+            compiling_for(target),
+            answering(lambda op, _, key: keys.add((op, key))),
+            launching_instead(lambda *_: None),
+        ):
             variant.run()
     return keys
+
+
+def settings_launched(variant: Variant, target: Target, settings: dict[Key, Settings]) -> list[str]:
+    """Constexprs and options of each launch: where they are the default's, so is the code."""
+    launched: list[str] = []
+    with for_target(target, settings), launching_instead(lambda kernel, _, __, given: launched.append(f"{given}")):
+        variant.run()
+    return launched
 
 
 def _kernel_code(compiled: Any, log: str) -> KernelCode:

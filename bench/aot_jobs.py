@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from aot_compile import KernelCode, check_code, check_same_kernels, compile_variant, for_target, keys_asked
+from aot_compile import (
+    KernelCode,
+    Key,
+    check_code,
+    check_same_kernels,
+    compile_variant,
+    for_target,
+    keys_asked,
+    settings_launched,
+)
 
 from biphase.kernels.gpu.target import AOT_TARGETS
 from biphase.kernels.gpu.tuning import Settings, table
@@ -35,17 +44,21 @@ _CAPABILITIES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One variant for one architecture; ``entry`` (key, settings) for settings other than the op's default."""
+    """One variant for one architecture; ``entry``: in the tuning table, (op, key), for settings other than the default."""
 
     kernels: Path
     op: str
     variant: str
     capability: int
-    entry: tuple[str, tuple[tuple[str, int], ...]] | None = None
+    entry: Key | None = None
     device: str = ""
 
+    @property
+    def settings(self) -> dict[Key, Settings]:
+        return {self.entry: table()[self.device][self.entry[0]][self.entry[1]]} if self.entry else {}
+
     def __str__(self) -> str:
-        tuned = f" with the tuning table's {self.device} {self.entry[0]}" if self.entry else ""
+        tuned = f" with the tuning table's {self.device} {self.entry[0]} {self.entry[1]}" if self.entry else ""
         return f"{self.variant} on sm_{self.capability}{tuned}"
 
 
@@ -96,8 +109,7 @@ def run_job(job: Job) -> Outcome:
         target = AOT_TARGETS[job.capability]
         if job.capability < variant.min_capability:
             return _refusal(job, variant)
-        settings = {job.entry[0]: dict(job.entry[1])} if job.entry else {}
-        with for_target(target, job.op, settings):
+        with for_target(target, job.settings):
             kernels = compile_variant(variant)
             problems = [*check_code(variant, target, kernels), *check_same_kernels(variant)]
         return Outcome(job=job, kernels=tuple(kernels), problems=tuple(problems))
@@ -125,7 +137,7 @@ def _variant(job: Job) -> Variant:
 def _refusal(job: Job, variant: Variant) -> Outcome:
     needed = "{}.{}".format(*divmod(variant.min_capability, 10))
     try:
-        with for_target(AOT_TARGETS[job.capability], job.op, {}):
+        with for_target(AOT_TARGETS[job.capability], {}):
             compile_variant(variant)
     except ValueError as error:
         said = str(error)
@@ -134,23 +146,37 @@ def _refusal(job: Job, variant: Variant) -> Outcome:
     return Outcome(job=job, problems=(f"not refused, though it needs {needed}",))
 
 
-def _entry_jobs(kernels: Path, ops: Sequence[str], capabilities: Sequence[int]) -> list[Job]:
+def _entry_jobs(kernels: Path, folders: Sequence[str], capabilities: Sequence[int]) -> list[Job]:
+    """Entries that give a launch what its op's default would have given need no job of their own."""
+    variants = [(folder, variant) for folder in folders for variant in load(kernels, folder).variants()]
     jobs = []
-    for device, by_op in table().items():
-        capability = _capability(device)
-        for op in (op for op in ops if op in by_op and capability in capabilities):
-            asked = {v.name: keys_asked(v, AOT_TARGETS[capability], op) for v in load(kernels, op).variants()}
-            for key, settings in by_op[op].items():
-                users = [name for name, keys in asked.items() if key in keys]
-                if not users:
-                    raise SystemExit(f"tuning table, {device}, {op}: no variant asks for {key!r}")
-                jobs += [_entry_job(kernels, op, name, capability, key, settings, device) for name in users]
+    for device in (name for name in table() if _capability(name) in capabilities):
+        target = AOT_TARGETS[_capability(device)]
+        for folder, variant in variants:
+            for entry in sorted(keys_asked(variant, target)):
+                if entry[1] in table()[device].get(entry[0], {}):
+                    job = Job(
+                        kernels=kernels,
+                        op=folder,
+                        variant=variant.name,
+                        capability=target.capability,
+                        entry=entry,
+                        device=device,
+                    )
+                    if settings_launched(variant, target, job.settings) != settings_launched(variant, target, {}):
+                        jobs.append(job)
     return jobs
 
 
-def _entry_job(kernels: Path, op: str, variant: str, capability: int, key: str, settings: Settings, device: str) -> Job:
-    entry = (key, tuple(settings.items()))
-    return Job(kernels=kernels, op=op, variant=variant, capability=capability, entry=entry, device=device)
+def entries_nobody_asks_for(kernels: Path) -> list[str]:
+    """Of the tuning table: keys that no variant of an op looks up, so that they are never compiled ahead of time."""
+    variants = [v for path in sorted(kernels.glob("*/variants.py")) for v in load(kernels, path.parent.name).variants()]
+    wrong = []
+    for device, by_op in table().items():
+        target = AOT_TARGETS[_capability(device)]
+        asked = set().union(*(keys_asked(variant, target) for variant in variants))
+        wrong += [f"{device} {op} {key}" for op, keys in by_op.items() for key in keys if (op, key) not in asked]
+    return wrong
 
 
 def _capability(device: str) -> int:

@@ -65,7 +65,7 @@ def _records(outcome: Outcome) -> list[dict[str, Any]]:
             "variant": job.variant,
             "kernel": kernel.name,
             "sm": job.capability,
-            "tuning": f"{job.device} {job.entry[0]}" if job.entry else "default",
+            "tuning": f"{job.device} {job.entry[0]} {job.entry[1]}" if job.entry else "default",
             "num_warps": kernel.num_warps,
             "num_stages": kernel.num_stages,
             "registers": kernel.code.registers,
@@ -79,7 +79,10 @@ def _records(outcome: Outcome) -> list[dict[str, Any]]:
 
 def _rows(outcome: Outcome) -> list[list[str]]:
     job = outcome.job
-    name, sm = job.variant + (f" ({job.device} {job.entry[0]})" if job.entry else ""), str(job.capability)
+    name, sm = (
+        job.variant + (f" ({job.device} {job.entry[0]} {job.entry[1]})" if job.entry else ""),
+        str(job.capability),
+    )
     remark = "; ".join(outcome.problems) or ("refused" if outcome.refused else "")
     if not outcome.kernels:
         return [[name, "", sm, *[""] * (len(_HEAD) - 4), remark]]

@@ -12,17 +12,16 @@ describe() {
   cat <<'END'
 usage: scripts/long.sh [PART...]     (no part: all, one after the other)
 
-  tokens    the tests marked slow: tokens against the reference and between modes, leaks after cancelled requests
-  kernels   every kernel test in Triton's interpreter (on the GPU where there is one), the long ones too, under the
-            installed triton and under the oldest supported one
-  aot       bench/aot.py: every kernel compiled for sm_80, 89, 90 and 100 without a GPU, under both tritons; writes the
-            report under bench/results/aot
-  mutations every kernel broken on purpose, in a copy: its tests must turn red
-  engine    bench/engine.py: the engine's speed against ceilings measured in the same run
-  handoff   bench/handoff.py: KV payload rate beside a bare gRPC stream and a bare socket; decode gaps during a pull
-  start     bench/start.py: from `biphase serve` to the first token, first and later starts; idle processor use
-  faults    bench/faults.py: workers killed and stopped, idle and busy; what the client sees and how soon
-
+  tokens     the tests marked slow: tokens against the reference and between modes, leaks after cancelled requests
+  kernels    every kernel test in Triton's interpreter (on the GPU where there is one), the long ones too, under the
+             installed triton and under the oldest supported one
+  aot        bench/aot.py: every kernel compiled for sm_80, 89, 90 and 100 without a GPU, under both tritons; writes the
+             report under bench/results/aot
+  mutations  every kernel broken on purpose, in a copy: its tests must turn red
+  engine     bench/engine.py: the engine's speed against ceilings measured in the same run
+  handoff    bench/handoff.py: KV payload rate beside a bare gRPC stream and a bare socket; decode gaps during a pull
+  start      bench/start.py: from `biphase serve` to the first token, first and later starts; idle processor use
+  faults     bench/faults.py: workers killed and stopped, idle and busy; what the client sees and how soon
 Each part prints its figures and exits with 1 when a bound is missed. Run them on a machine with nothing else to do.
 END
 }
