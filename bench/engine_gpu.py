@@ -19,6 +19,7 @@ import report
 import torch
 from gpu_timing import Ceilings
 from gpu_worker_load import host_gap
+from smoke import enter_smoke
 
 from biphase.engine.config import EngineConfig
 from biphase.engine.engine import Engine
@@ -154,6 +155,8 @@ def launches_per_layer(engine: Engine) -> float | None:
 
 def main() -> int:
     arguments = parse()
+    if arguments.smoke:
+        enter_smoke()
     out = report.Report(bench="engine_gpu", columns=("measure", "value", "unit", "note"))
     with tempfile.TemporaryDirectory() as folder:
         model = shrunk(arguments.model, Path(folder), arguments.num_layers, smoke=arguments.smoke)

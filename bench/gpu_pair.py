@@ -25,6 +25,7 @@ from typing import Any
 import report
 import torch
 from engine_gpu import DEFAULT_MODEL, shrunk
+from smoke import enter_smoke
 
 from biphase.engine.config import EngineConfig
 from biphase.engine.engine import Engine
@@ -215,6 +216,8 @@ def kv_bytes(engine: Engine, blocks: Sequence[BlockId], num_tokens: int) -> byte
 
 def main() -> int:
     arguments = parse()
+    if arguments.smoke:
+        enter_smoke()
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(
             arguments, shrunk(arguments.model, Path(folder), arguments.num_layers, smoke=arguments.smoke)
