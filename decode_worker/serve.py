@@ -42,6 +42,7 @@ async def decode_phase(
         incarnation=config.incarnation,
         model_hash=engine.model_info.model_hash,
         rope=engine.rope_signature,
+        content_digest=engine.kv_memory.content_digest,
     )
     puller = KvPuller(memory=engine.kv_memory, signature=signature, decoding=lambda: scheduler.num_running > 0)
     worker = DecodeWorker(scheduler, runner, puller, pull_timeout_s=config.pull_timeout_s)

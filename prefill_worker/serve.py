@@ -45,6 +45,7 @@ async def prefill_phase(
         incarnation=config.incarnation,
         model_hash=engine.model_info.model_hash,
         rope=engine.rope_signature,
+        content_digest=engine.kv_memory.content_digest,
     )
     server = KvServer(exports=exports, memory=engine.kv_memory, signature=signature, on_ended=worker.export_ended)
     worker.transfer_counters = server.counters

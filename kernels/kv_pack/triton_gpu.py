@@ -67,7 +67,7 @@ def default_settings(target: Target, key: str) -> Settings:
     if key == "raw":
         return {"TILE": 2048, "num_warps": 4}
     elements = int(key.removeprefix("quantized"))
-    return {"num_warps": min(16, max(4, elements // 1024))}
+    return {"num_warps": min(32, max(4, elements // 1024))}
 
 
 def candidates(target: Target, key: str) -> list[Settings]:
