@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "float8_e4m3fn")
+LOAD_FORMATS = ("auto", "dummy")
 GPU_BLOCK_SIZES = (16, 32, 64, 128)
 
 
@@ -12,6 +13,8 @@ GPU_BLOCK_SIZES = (16, 32, 64, 128)
 class EngineConfig:
     model: str
     """GGUF file, Hugging Face directory, or hub name."""
+    load_format: str = "auto"
+    """``auto``: the model's files; ``dummy``: random weights of its configuration, which may be a bare config.json."""
     served_name: str = ""
     """Name that requests use; empty: the file's or directory's name."""
     device: str = "auto"
@@ -40,6 +43,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, its value and its bound."""
+        if self.load_format not in LOAD_FORMATS:
+            raise ValueError(f"load_format {self.load_format!r} is not supported; there are: {', '.join(LOAD_FORMATS)}")
         if re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise ValueError(f"device {self.device!r} is not supported; there are: auto, cpu, cuda, cuda:N")
         for name, known in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):

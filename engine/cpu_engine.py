@@ -62,6 +62,7 @@ class CpuEngine(Engine):
             dtype=config.dtype,
             cache_dir=cache_dir,
             progress=lambda text, done: progress(text, 0.8 * done),
+            load_format=config.load_format,
         )
         progress("allocating the KV pool", 0.8)
         engine = CpuEngine(config, checkpoint, cpu_kernels())

@@ -13,7 +13,7 @@ from biphase.engine.model_config import ModelConfig
 from biphase.engine.plan_limits import PlanLimits
 from biphase.engine.step import PendingStep, StepPlan, StepResult
 from biphase.kernels.kv_layout import KvLayout, KvScales
-from biphase.kernels.kv_pack import CpuKvMemory
+from biphase.kernels.kv_pack.memory import KvMemory
 from biphase.kernels.ops import choose_backend
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.values import ModelInfo
@@ -34,7 +34,7 @@ class Engine(ABC):
     layout: KvLayout
     num_blocks: int
     kv_bytes: int
-    kv_memory: CpuKvMemory
+    kv_memory: KvMemory
     rope_signature: str
     plan_limits: PlanLimits
     threads: int
@@ -104,7 +104,7 @@ class Engine(ABC):
         if backend.token_major:
             from biphase.engine.gpu.engine import GpuEngine
 
-            return GpuEngine.load(resolved, backend, progress)
+            return GpuEngine.load(resolved, progress, backend.name)
         from biphase.engine.cpu_engine import CpuEngine
 
         return CpuEngine.load(resolved, progress)

@@ -43,5 +43,5 @@ class PlanLimits:
         if seq.sampling is not None and not seq.sampling.temperature >= 0:
             raise InvalidRequest(f"temperature is {seq.sampling.temperature}, must be at least 0")
         if min(seq.token_ids) < 0 or max(seq.token_ids) >= self.vocab_size:
-            bad = next(token for token in seq.token_ids if not 0 <= token < self.vocab_size)
-            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
+            bad_token = next(token for token in seq.token_ids if not 0 <= token < self.vocab_size)
+            raise InvalidRequest(f"token id {bad_token} is outside the vocabulary of {self.vocab_size}")

@@ -57,6 +57,7 @@ def make_parser(role: Role) -> argparse.ArgumentParser:
 
     engine = parser.add_argument_group("engine")
     engine.add_argument("--model", required=True, help="GGUF file, Hugging Face directory, or hub name")
+    engine.add_argument("--load-format", help="auto (default); dummy: random weights, --model gives the configuration")
     engine.add_argument("--served-name", help="what requests call the model")
     engine.add_argument("--device", help="auto (default), cpu, cuda, cuda:N")
     engine.add_argument("--dtype", help="auto (default), float32, bfloat16, float16")

@@ -74,8 +74,8 @@ def choose_backend(device: str) -> Backend:
     name = asked or ("triton" if on_gpu else "torch")
     if name not in ("torch", "triton"):
         raise ValueError(f"BIPHASE_KERNELS={name!r} has no kernels; backends: torch, triton")
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        raise ValueError(f"Triton kernels on {device} need the package triton: pip install 'biphase[gpu]'")
+    if (name == "triton" or on_gpu) and importlib.util.find_spec("triton") is None:
+        raise ValueError(f"device {device} with {name} kernels needs the package triton: pip install 'biphase[gpu]'")
     if name == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("Triton kernels on the cpu run in Triton's interpreter only: set TRITON_INTERPRET=1")
     reason = f"BIPHASE_KERNELS={asked} says" if asked else f"the default of device {device}"

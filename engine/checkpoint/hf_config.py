@@ -20,9 +20,9 @@ _THETA, _MIXTRAL_THETA = 1e4, 1e6
 """Likewise, of the rotary base."""
 
 
-def config_of(folder: Path) -> ModelConfig:
-    """Raises SetupError, one line, for what the engine cannot run."""
-    path = folder / "config.json"
+def config_of(found: Path) -> ModelConfig:
+    """Of a directory, or of a file as good as its config.json. Raises SetupError, one line, for what cannot run."""
+    path = found / "config.json" if found.is_dir() else found
     fields = read_json(path)
     architecture = fields.get("model_type")
     if architecture not in SUPPORTED_ARCHITECTURES:
@@ -30,7 +30,7 @@ def config_of(folder: Path) -> ModelConfig:
             f"{path}: architecture {architecture!r} is not supported (supported: {', '.join(SUPPORTED_ARCHITECTURES)})"
         )
     _refuse_unknown_parts(path, fields)
-    eos_token_ids, bos_token_id = directory_special_ids(fields, read_json_if_there(folder / "generation_config.json"))
+    eos_token_ids, bos_token_id = directory_special_ids(fields, read_json_if_there(path.parent / "generation_config.json"))
     try:
         hidden, num_heads = fields["hidden_size"], fields["num_attention_heads"]
         head_dim = fields.get("head_dim") or hidden // num_heads

@@ -9,6 +9,7 @@ import torch
 
 from biphase.engine.checkpoint import safetensors_file
 from biphase.engine.checkpoint.cache import CachedFile, default_directory
+from biphase.engine.checkpoint.dummy import dummy_config, dummy_hash, dummy_tensors
 from biphase.engine.checkpoint.hf_source import HfSource
 from biphase.engine.checkpoint.layout import EngineTensor, engine_tensors
 from biphase.engine.checkpoint.safetensors_file import SafetensorsFile
@@ -26,7 +27,8 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A model ready to run. ``tensors`` are views of a mapped file that all processes of a host share: do not write.
+    """A model ready to run. ``tensors`` are views of a mapped file that all processes of a host share: do not write
+    (dummy ones are this process's own).
 
     Names and shapes: layout.py. ``model_hash``: 16 bytes, the same whatever the dtype.
     """
@@ -36,14 +38,26 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
 
 
-def open_checkpoint(model: str, *, dtype: str, cache_dir: Path | None, progress: Progress) -> Checkpoint:
+def open_checkpoint(
+    model: str,
+    *,
+    dtype: str,
+    cache_dir: Path | None,
+    progress: Progress,
+    load_format: str = "auto",
+    device: torch.device | None = None,
+) -> Checkpoint:
     """Map a model's weights in ``dtype``, converting them first when no process of this host has done so.
 
     ``cache_dir`` None: the default directory. ``progress(detail, fraction)`` is called while converting, or while
-    another process does. Raises SetupError, one line, for everything that can be wrong with files, model or disk.
+    another process does. ``load_format`` dummy: random weights instead (dummy.py), made on ``device``. Raises SetupError, one line, for everything that can be wrong with files, model or disk.
     """
     if dtype not in DTYPES:
         raise SetupError(f"dtype {dtype!r} is not supported (supported: {', '.join(DTYPES)})")
+    if load_format == "dummy":
+        config = dummy_config(model)
+        made = dummy_tensors(config, DTYPES[dtype], device or torch.device("cpu"), progress)
+        return Checkpoint(config=config, model_hash=dummy_hash(config), tensors=made)
     found = resolve(model)
     source = _opened(found)
     check_complete(source)

@@ -25,7 +25,7 @@ from biphase.engine.gpu.step_batch import StepRows, fill, rows_of
 from biphase.engine.gpu.step_inputs import StepInputs
 from biphase.engine.gpu.warm_up import warm_up_plans
 from biphase.engine.step import PendingStep, StepPlan, StepResult
-from biphase.kernels.ops import Backend, PagedKernels, paged_kernels
+from biphase.kernels.ops import PagedKernels, paged_kernels
 from biphase.protos.errors import EngineLost, InvalidRequest, SetupError, one_line
 from biphase.protos.ids import SeqId
 
@@ -105,18 +105,17 @@ class GpuEngine(Engine):
             accelerator, max_rows=self._max_seqs, max_seqs=self._max_seqs, table_width=width, num_buffers=_NUM_BUFFERS
         )
         self._size_pool(self._kv_budget())
-        self.kv_memory = self._model.bind_pool(self.num_blocks, after=self._written)
+        self.kv_memory = self._model.bind_pool(self.num_blocks)
         self._buckets = buckets_up_to(self._max_seqs)
         self._graphs: dict[int, Callable[[], None]] = {}
         host = accelerator.host_buffer(_NUM_BUFFERS * self._max_seqs * 8).view(torch.int64)
         self._tokens = deque(host.view(_NUM_BUFFERS, self._max_seqs).unbind(0))
         self._launched: deque[_Launched] = deque(maxlen=_NUM_BUFFERS)
         self._drawn_rows: dict[SeqId, int] = {}
-        self._last_write = Event()
 
     @staticmethod
-    def load(config: EngineConfig, backend: Backend, progress: Progress) -> "GpuEngine":
-        """As Engine.load, for a resolved config."""
+    def load(config: EngineConfig, progress: Progress, kernels: str = "triton") -> "GpuEngine":
+        """As Engine.load, for a resolved config; ``kernels``: the backend's name."""
         accelerator = Accelerator(torch.device(config.device))
         accelerator.enter()
         progress("opening weights", 0.0)
@@ -125,14 +124,15 @@ class GpuEngine(Engine):
             dtype=config.dtype,
             cache_dir=Path(config.weights_cache) if config.weights_cache else None,
             progress=lambda text, done: progress(text, 0.5 * done),
+            load_format=config.load_format,
+            device=accelerator.device,
         )
         progress(f"weights to {config.device}", 0.5)
-        kernels = paged_kernels(backend.name)
         with torch.inference_mode():
             try:
                 moved = {name: tensor.to(accelerator.device) for name, tensor in checkpoint.tensors.items()}
                 on_device = Checkpoint(config=checkpoint.config, model_hash=checkpoint.model_hash, tensors=moved)
-                engine = GpuEngine(config, on_device, kernels, accelerator)
+                engine = GpuEngine(config, on_device, paged_kernels(kernels), accelerator)
             except torch.OutOfMemoryError as error:
                 raise SetupError(f"{config.device} has too little memory for {config.model}: {error}") from error
         progress("kernels and graphs", 0.7)
@@ -168,7 +168,6 @@ class GpuEngine(Engine):
             self._graphs[bucket]()
         else:
             self._compute(inputs, self._shape(rows, bucket))
-        self._last_write = self._accelerator.record()
         self._drawn_rows = {plan.seqs[i].seq_id: row for row, i in enumerate(rows.drawing)}
         tokens = self._tokens[0][:num_drawing]
         self._tokens.rotate(-1)
@@ -234,10 +233,6 @@ class GpuEngine(Engine):
             raise InvalidRequest(f"the step has {rows.num_rows} tokens, this engine was made for {self._max_rows}")
         if rows.num_seqs > self._max_seqs:
             raise InvalidRequest(f"the step has {rows.num_seqs} sequences, this engine was made for {self._max_seqs}")
-
-    def _written(self) -> Event:
-        """After it, everything that was launched has been written to the pool."""
-        return self._last_write
 
     def _kv_budget(self) -> int:
         if self.config.kv_memory_bytes is not None:

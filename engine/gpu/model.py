@@ -6,17 +6,17 @@ q/k/v product, rotation fused with the cache write, attention and its reduction,
 SiLU, down product.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from biphase.engine.gpu.accelerator import Event
 from biphase.engine.gpu.feed_forward import feed_forward_of
 from biphase.engine.gpu.step_inputs import StepInputs
 from biphase.engine.model_config import ModelConfig
 from biphase.kernels.kv_layout import KvLayout
+from biphase.kernels.kv_pack.gpu_memory import GpuKvMemory
 from biphase.kernels.ops import PagedKernels
 
 
@@ -87,15 +87,16 @@ class GpuModel:
             window=config.sliding_window,
         )
 
-    def bind_pool(self, num_blocks: int, after: Callable[[], Event]) -> "GpuKvMemory":
-        """Allocate the KV pool ``[layers, blocks, 2, K, block_size, D]``; ``after``: the event that its readers wait for."""
+    def bind_pool(self, num_blocks: int) -> GpuKvMemory:
+        """Allocate the KV pool ``[layers, blocks, 2, K, block_size, D]``.
+
+        A transfer waits for nothing: it reads tokens whose step is over, and writes blocks that no step has.
+        """
         shape, dtype = self._layout.pool_shape(num_blocks), getattr(torch, self._layout.dtype)
         self._pool = torch.zeros(shape, dtype=dtype, device=self._device)
         if self._layout.kv_scales is not None:
             self._kv_scales = torch.tensor(self._layout.kv_scales, dtype=torch.float32, device=self._device)
-        from biphase.kernels.kv_pack.gpu_memory import GpuKvMemory
-
-        return GpuKvMemory(self._pool, self._layout, after=after)
+        return GpuKvMemory(self._pool, self._layout)
 
     def plan_prefill(
         self, inputs: StepInputs, chunk_lens: Sequence[int], contexts: Sequence[int], num_decode: int

@@ -15,7 +15,6 @@ from biphase.engine.cpu_engine import CpuEngine
 from biphase.engine.engine import Engine
 from biphase.engine.gpu.engine import GpuEngine, buckets_up_to
 from biphase.engine.step import SeqStep, StepPlan
-from biphase.kernels.ops import Backend
 from biphase.protos.errors import InvalidRequest
 from biphase.protos.ids import BlockId, SeqId
 from biphase.protos.values import Sampling
@@ -52,7 +51,7 @@ def config_for(folder: Path, **settings: object) -> EngineConfig:
             weights_cache=str(folder / "cache"),
             block_size=16,
             num_kv_blocks=12,
-            max_step_tokens=40,
+            max_step_tokens=24,
             max_step_seqs=4,
             threads=1,
             dtype="float32",
@@ -63,8 +62,7 @@ def config_for(folder: Path, **settings: object) -> EngineConfig:
 
 @pytest.fixture(scope="module", params=["triton", "torch"])
 def engine(request: pytest.FixtureRequest, model_dir: Path) -> GpuEngine:
-    backend = Backend(name=request.param, token_major=True, reason="the test says")
-    return GpuEngine.load(config_for(model_dir), backend, lambda detail, done: None)
+    return GpuEngine.load(config_for(model_dir), lambda detail, done: None, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +180,8 @@ def test_padding_writes_nothing(engine: GpuEngine) -> None:
 
 
 def test_what_cannot_be_computed_is_refused_before_anything_is_launched(engine: GpuEngine) -> None:
-    with pytest.raises(InvalidRequest, match="the step has 41 tokens, this engine was made for 40"):
-        engine.launch(plan(seq(1, [4] * 41, blocks=[0, 1, 2])))
+    with pytest.raises(InvalidRequest, match="the step has 41 tokens, this engine was made for 24"):
+        engine.launch(plan(seq(1, [4] * 25, blocks=[0, 1])))
     with pytest.raises(InvalidRequest, match="the step has 5 sequences, this engine was made for 4"):
         engine.launch(plan(*(seq(i, [4], blocks=[i]) for i in range(5))))
     with pytest.raises(InvalidRequest, match="sequence 77 continues a step that drew nothing for it"):
