@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from biphase.kernels.gpu.variant import Variant
 
 Key = tuple[str, str]
 """In the tuning table: an op's name and a shape class of it."""
+
+_FIXED_BY_MODEL = ("_stride", "_size")
+"""Endings of arguments that may be specialised."""
 
 _WIDE_MMA = {80: "mma_sync", 89: "mma_sync", 90: "wgmma", 100: "tcgen05"}
 TRAITS = frozenset({"wide_loads", "async_loads", "mma_wide", "mma_sync"})
@@ -111,26 +114,38 @@ def _has(trait: str, capability: int, code: MachineCode) -> bool:
     raise ValueError(f"trait {trait!r} is not one of {', '.join(sorted(TRAITS))}")
 
 
-def check_same_kernels(variant: Variant) -> list[str]:
-    """Another step of the same model must find its kernels compiled."""
-    if variant.other_step is None:
-        return []
-    before, after = specialisations(variant.run), specialisations(variant.other_step)
-    return [f"another step compiles anew: {kernel} {what}" for kernel, what in sorted(after - before)]
+def check_one_version(variant: Variant) -> list[str]:
+    """Another step of the same model must find its kernels compiled: integers that a model does not fix are not among
+    what Triton tells versions apart by (it asks of each whether it is 1 or a multiple of 16)."""
+    before, specialised = _versions(variant.run)
+    problems = [
+        f"{kernel}: {name} is specialised; name it in do_not_specialize, or ...{' or ...'.join(_FIXED_BY_MODEL)} if the "
+        "model fixes it"
+        for kernel, name in sorted(specialised)
+        if not name.endswith(_FIXED_BY_MODEL)
+    ]
+    if variant.other_step is not None:
+        after, _ = _versions(variant.other_step)
+        problems += [f"another step compiles anew: {kernel} {what}" for kernel, what in sorted(after - before)]
+    return problems
 
 
-def specialisations(run: Any) -> set[tuple[str, str]]:
-    """(kernel, what Triton tells its compiled versions apart by) of each launch."""
-    found: set[tuple[str, str]] = set()
+def _versions(run: Callable[[], None]) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+    """Of each launch: (kernel, what tells its compiled versions apart), and (kernel, integer argument that does)."""
+    versions: set[tuple[str, str]] = set()
+    integers: set[tuple[str, str]] = set()
 
     def record(kernel: Any, grid: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
         *_, binder = kernel.device_caches[driver.active.get_current_device()]
-        _, specialization, options = binder(*args, debug=False, **settings)
-        found.add((kernel.__name__, f"{specialization} {options}"))
+        bound, specialization, options = binder(*args, debug=False, **settings)
+        versions.add((kernel.__name__, f"{specialization} {options}"))
+        for parameter in kernel.params:
+            if type(bound[parameter.name]) is int and not (parameter.is_constexpr or parameter.do_not_specialize):
+                integers.add((kernel.__name__, parameter.name))
 
     with launching_instead(record):
         run()
-    return found
+    return versions, integers
 
 
 def keys_asked(variant: Variant, target: Target) -> set[Key]:

@@ -16,7 +16,7 @@ from aot_compile import (
     KernelCode,
     Key,
     check_code,
-    check_same_kernels,
+    check_one_version,
     compile_variant,
     for_target,
     keys_asked,
@@ -111,7 +111,7 @@ def run_job(job: Job) -> Outcome:
             return _refusal(job, variant)
         with for_target(target, job.settings):
             kernels = compile_variant(variant)
-            problems = [*check_code(variant, target, kernels), *check_same_kernels(variant)]
+            problems = [*check_code(variant, target, kernels), *check_one_version(variant)]
         return Outcome(job=job, kernels=tuple(kernels), problems=tuple(problems))
     except Exception as error:  # noqa: BLE001 - a kernel that does not compile is one row of the report
         return Outcome(job=job, problems=(f"{type(error).__name__}: {' '.join(str(error).split())[-600:]}",))

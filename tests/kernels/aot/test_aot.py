@@ -57,6 +57,7 @@ def test_the_harness_objects_to_bad_kernels(tmp_path: Path) -> None:
         "refused otherwise": "refused without naming 10.3 in one line: no",
         "narrow": "no kernel shows wide_loads",
         "compiles again": "another step compiles anew: copy_kernel",
+        "specialised": "fill_kernel: num_tokens is specialised",
         "does not compile": "Error",
         "launches nothing": "launches no kernel",
     }

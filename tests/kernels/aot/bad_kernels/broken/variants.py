@@ -13,9 +13,9 @@ from biphase.kernels.gpu.variant import Variant
 
 
 @triton.jit
-def copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+def copy_kernel(x_ptr, y_ptr, row_size, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < row_size), mask=i < row_size)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -27,6 +27,12 @@ def product_kernel(a_ptr, b_ptr, c_ptr, n, M: tl.constexpr, N: tl.constexpr, K: 
         b = tl.load(b_ptr + (start + k)[:, None] * 4096 + column[None, :])
         sums = tl.dot(a, b, sums)
     tl.store(c_ptr + m[:, None] * N + column[None, :], sums)
+
+
+@triton.jit
+def fill_kernel(x_ptr, num_tokens, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, 1.0, mask=i < num_tokens)
 
 
 @triton.jit
@@ -50,6 +56,7 @@ def variants() -> list[Variant]:
         _variant("narrow", partial(_copy, 4097), traits=tall),
         _variant("not asynchronous", partial(_copy, 4096), traits=frozenset({"async_loads", "mma_sync"})),
         _variant("compiles again", partial(_copy, 4096), other_step=partial(_copy, 1)),
+        _variant("specialised", _fill),
         _variant("does not compile", partial(_product, 1024, 48)),
         _variant("launches nothing", lambda: None),
     ]
@@ -69,6 +76,10 @@ def _variant(
 def _copy(n: int) -> None:
     x = torch.empty(n, device="meta")
     launch(copy_kernel, (1,), x, x, n, BLOCK=1024, num_warps=4)
+
+
+def _fill() -> None:
+    launch(fill_kernel, (1,), torch.empty(64, device="meta"), 64, BLOCK=64)
 
 
 def _share_of_sum() -> None:
