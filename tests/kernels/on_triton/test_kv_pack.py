@@ -232,24 +232,26 @@ def test_a_swap_changes_the_sum(axis: str, device: torch.device) -> None:
     assert run(triton_gpu, "pack", swapped, pool, buffer) != before
 
 
-@pytest.mark.parametrize("codec", ["raw", "int4"])
-def test_a_pool_past_2_to_the_31(codec: str, device: torch.device) -> None:
-    """Words are 4 bytes: 8 GiB reserved for raw packing, of which three blocks are ever touched."""
+@pytest.mark.parametrize(("codec", "layers"), [("raw", 1), ("int4", 1), ("int4", 3)])
+def test_a_pool_past_2_to_the_31(codec: str, layers: int, device: torch.device) -> None:
+    """By its block, or by its layer. Raw packing counts words of 4 bytes: 8 GiB reserved, two blocks ever touched."""
     size, dim = 128, 256
     per_block = 2 * size * dim
-    blocks = (2**32 if codec == "raw" else 2**31) // (3 * per_block) + 2
-    pool = torch.empty(3, blocks, 2, 1, size, dim, dtype=torch.bfloat16, device=device)
+    least = 2**32 if codec == "raw" else 2**31
+    blocks = least // max(1, layers - 1) // per_block + 2
+    pool = torch.empty(layers, blocks, 2, 1, size, dim, dtype=torch.bfloat16, device=device)
+    last = layers - 1
     used = [blocks - 1, 0]
-    pool[2, used] = torch.randn(2, 2, 1, size, dim, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
-    case = Case(dtype="bf16", codec=codec, layers=(2, 3), heads=(0, 1), tokens=(100, 140), table=tuple(used))
+    pool[last, used] = torch.randn(2, 2, 1, size, dim, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    case = Case(dtype="bf16", codec=codec, layers=(last, layers), heads=(0, 1), tokens=(100, 140), table=tuple(used))
     count = packed_bytes(torch_pool.layout_of(pool), case.box, codec)
     packed, expected = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(2))
     assert run(triton_gpu, "pack", case, pool, packed) == run(torch_pool, "pack", case, pool, expected)
     assert torch.equal(packed, expected)
-    before = pool[2, used].clone()
-    pool[2, used] = 0
+    before = pool[last, used].clone()
+    pool[last, used] = 0
     run(triton_gpu, "unpack", case, pool, packed)
-    after = pool[2, used]
+    after = pool[last, used]
     moved = torch.zeros(256, dtype=torch.bool, device=device)
     moved[100:140] = True
     difference = (

@@ -15,7 +15,6 @@ MUTATIONS = [
     (_KERNEL, "(layer_start + plane // (2 * num_heads)).to(tl.int64)", "(layer_start + plane // (2 * num_heads))", _TEST),
     # raw
     (_KERNEL, "is_row = rows < num_rows", "is_row = rows < num_rows - 1", _TEST),
-    (_KERNEL, "is_row = rows < num_rows", "is_row = rows < num_rows + 1", _TEST),
     (_KERNEL, "mask=is_row, other=0).to(tl.int64)", "mask=is_row, other=0)", _TEST),
     (_KERNEL, "token % BLOCK_SIZE * WORDS", "rows // PARTS % BLOCK_SIZE * WORDS", _TEST),
     (_KERNEL, "rows % PARTS * CHUNK", "rows % PARTS", _TEST),
