@@ -11,7 +11,6 @@ import numpy as np
 
 from biphase.engine.gpu.step_inputs import HostInputs
 from biphase.engine.step import SeqStep, StepPlan
-from biphase.protos.errors import InvalidRequest
 from biphase.protos.ids import SeqId
 
 
@@ -55,7 +54,7 @@ def fill(
     host: HostInputs, plan: StepPlan, rows: StepRows, drawn_rows: Mapping[SeqId, int], *, block_size: int, padded: int
 ) -> None:
     """Write the step into pinned memory; rows up to ``padded`` become padding. ``drawn_rows``: where the last launched
-    step put what it drew for a sequence. Raises InvalidRequest where a sequence continues what was not drawn."""
+    step put what it drew for a sequence."""
     for row, i in enumerate(rows.singles):
         seq = plan.seqs[i]
         host.token_ids[row] = seq.token_ids[0]
@@ -100,9 +99,6 @@ def _fill_chunks(host: HostInputs, plan: StepPlan, rows: StepRows, block_size: i
 
 
 def _source(seq: SeqStep, drawn_rows: Mapping[SeqId, int]) -> int:
-    if not seq.continues:
-        return -1
-    row = drawn_rows.get(seq.seq_id)
-    if row is None:
-        raise InvalidRequest(f"sequence {seq.seq_id} continues a step that drew nothing for it")
-    return row
+    """Where the step before failed to launch, nothing was drawn: the scheduler ends that sequence and drops this token,
+    so any input will do, and the others of this step are spared."""
+    return drawn_rows.get(seq.seq_id, -1) if seq.continues else -1
