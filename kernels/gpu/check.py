@@ -1,4 +1,7 @@
-"""Argument checks of launchers: one line that names the argument, its value and what was expected."""
+"""Argument checks of launchers: one line that names the argument, its value and what was expected.
+
+A prefill step makes thousands of them between launches that the GPU waits for, so what passes, passes in plain loops.
+"""
 
 import torch
 
@@ -12,23 +15,29 @@ def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
 
 def check_shape(name: str, tensor: torch.Tensor, *shape: int | None) -> None:
     """None stands for any size."""
-    if tensor.dim() != len(shape) or any(
-        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
-    ):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]")
+    sizes = tensor.shape
+    if len(sizes) == len(shape):
+        for axis, wanted in enumerate(shape):
+            if wanted is not None and wanted != sizes[axis]:
+                break
+        else:
+            return
+    expected = ", ".join("any" if size is None else str(size) for size in shape)
+    raise ValueError(f"{name} has shape {list(sizes)}, expected [{expected}]")
 
 
 def check_rows(name: str, tensor: torch.Tensor) -> None:
     """Last dimension contiguous; base and every other stride a multiple of 16 bytes (vector loads rely on it)."""
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension, it must be contiguous")
+    *strides, last = tensor.stride()
+    if last != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} has stride {last} in its last dimension, it must be contiguous")
     if tensor.data_ptr() % ALIGNMENT:
         raise ValueError(f"{name} starts {tensor.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}")
-    for axis, stride in enumerate(tensor.stride()[:-1]):
-        if tensor.shape[axis] > 1 and stride * tensor.element_size() % ALIGNMENT:
+    itemsize = tensor.element_size()
+    for axis, stride in enumerate(strides):
+        if stride * itemsize % ALIGNMENT and tensor.shape[axis] > 1:
             raise ValueError(
-                f"{name} has a stride of {stride * tensor.element_size()} bytes in dimension {axis}, "
+                f"{name} has a stride of {stride * itemsize} bytes in dimension {axis}, "
                 f"it must be a multiple of {ALIGNMENT}"
             )
 
@@ -41,9 +50,17 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_same_device(**tensors: torch.Tensor | None) -> None:
+    first = None
+    for tensor in tensors.values():
+        if tensor is not None:
+            if first is None:
+                first = tensor.device
+            elif tensor.device != first:
+                break
+    else:
+        return
     given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(given.values())) > 1:
-        raise ValueError(f"tensors on several devices: {', '.join(f'{n} on {d}' for n, d in given.items())}")
+    raise ValueError(f"tensors on several devices: {', '.join(f'{n} on {d}' for n, d in given.items())}")
 
 
 def check_one_of(name: str, value: int, allowed: tuple[int, ...]) -> None:
