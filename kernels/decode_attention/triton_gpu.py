@@ -2,7 +2,8 @@
 
 import torch
 
-from biphase.kernels.decode_attention.triton_kernel import join_kernel, plan_kernel, split_kernel
+from biphase.kernels.decode_attention.plan_kernel import plan_kernel
+from biphase.kernels.decode_attention.triton_kernel import join_kernel, split_kernel
 from biphase.kernels.decode_attention.workspace import (
     FP8,
     OP,
@@ -12,6 +13,7 @@ from biphase.kernels.decode_attention.workspace import (
     key_of,
     rows_of_program,
 )
+from biphase.kernels.gpu import table_check
 from biphase.kernels.gpu.check import (
     check_contiguous,
     check_dtype,
@@ -25,8 +27,8 @@ from biphase.kernels.gpu.target import target_of
 
 __all__ = ["OP", "DecodeWorkspace", "candidates", "decode_attention", "default_settings", "key_of", "plan_decode"]
 
-_RUNS = 32
-_PARTS = 16
+_PARTS = 32
+"""Partial results that the join reads at once."""
 
 
 def plan_decode(context_lens: torch.Tensor, query_starts: torch.Tensor, workspace: DecodeWorkspace) -> None:
@@ -40,9 +42,10 @@ def plan_decode(context_lens: torch.Tensor, query_starts: torch.Tensor, workspac
     if num_seqs == 0:
         return
     max_seqs = max(32, 1 << (workspace.max_seqs - 1).bit_length())
+    runs = min(32, 8192 // max_seqs)
     launch(
         plan_kernel,
-        (-(-workspace.num_programs // _RUNS),),
+        (-(-workspace.num_programs // runs),),
         context_lens,
         query_starts,
         workspace.rows,
@@ -54,8 +57,9 @@ def plan_decode(context_lens: torch.Tensor, query_starts: torch.Tensor, workspac
         RESIDENT=workspace.resident,
         LONG_RUN=workspace.settings["LONG_RUN"],
         MAX_SEQS=max_seqs,
-        RUNS=_RUNS,
+        RUNS=runs,
         num_warps=4 if max_seqs <= 512 else 8,
+        **dependent_launch(target_of(context_lens.device)),
     )
 
 
@@ -74,7 +78,15 @@ def decode_attention(
     kv_scale: torch.Tensor | None = None,
     max_query_len: int = 1,
 ) -> None:
-    """``out = softmax(scale * q k) v``; query token j of a sequence sees what was in the cache when it was written."""
+    """``out = softmax(scale * q k) v`` for each sequence's last tokens, after ``plan_decode``. Two launches.
+
+    ``q``, ``out`` [N, H, D], rows aligned to 16 bytes (views of a wider product are fine); ``pool_layer`` [blocks, 2, K,
+    block_size, D] of their dtype or e4m3; ``block_tables`` [B, W] int32; ``kv_scale`` [2, K] float32 with e4m3 only.
+    Query token j of the q that a sequence has sees its tokens up to ``context - q + j``, of those the last ``window``;
+    with ``soft_cap``, logits x become ``cap * tanh(x / cap)``. Lengths are read on the device only: grids and arguments
+    are the same for all of them, so a graph of these launches serves any. ``max_query_len`` is one of those arguments.
+    Rows of padding sequences (context 0) are left alone. Raises ValueError naming the argument.
+    """
     check_shape("pool_layer", pool_layer, None, 2, workspace.num_kv_heads, workspace.block_size, workspace.head_dim)
     check_dtype("pool_layer", pool_layer, workspace.kv_dtype)
     check_contiguous("pool_layer", pool_layer)
@@ -121,6 +133,8 @@ def decode_attention(
     )
     if num_seqs == 0 or num_tokens == 0:
         return
+    if table_check.DEBUG and not q_NHD.is_meta:
+        _check_tables(pool_layer, block_tables, context_lens, query_starts, window)
     target = target_of(q_NHD.device)
     if is_fp8:
         target.require_fp8("an fp8 KV cache")
@@ -130,9 +144,11 @@ def decode_attention(
     row_tiles = -(-query_rows // program_rows)
     dim = 1 << (head_dim - 1).bit_length()
     settings = workspace.settings
+    # no sequence is longer than its row of the table: with short tables, fewer programs can have work at all
+    most_tiles = num_seqs * -(-block_tables.shape[1] * block_size // settings["TILE"])
     launch(
         split_kernel,
-        (workspace.num_programs, num_kv_heads * row_tiles),
+        (num_kv_heads * row_tiles, min(workspace.num_programs, most_tiles)),
         q_NHD,
         pool_layer.view(torch.int16) if is_fp8 else pool_layer,
         block_tables,
@@ -160,14 +176,13 @@ def decode_attention(
         FP8=is_fp8,
         WINDOWED=window is not None,
         CAPPED=soft_cap is not None,
-        PRECISION="ieee",
         num_warps=settings["num_warps"],
         num_stages=settings["num_stages"],
         **dependent_launch(target),
     )
     launch(
         join_kernel,
-        (num_seqs, num_kv_heads * query_rows),
+        (num_kv_heads * query_rows, num_seqs),
         workspace.rows,
         workspace.part_out,
         workspace.part_lse,
@@ -181,6 +196,23 @@ def decode_attention(
         PARTS=_PARTS,
         num_warps=4,
         **dependent_launch(target),
+    )
+
+
+def _check_tables(
+    pool_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    window: int | None,
+) -> None:
+    contexts, query_lens = context_lens.tolist(), query_starts.diff().tolist()
+    table_check.check_block_tables(
+        block_tables,
+        [0 if window is None else max(0, c - q + 1 - window) for c, q in zip(contexts, query_lens, strict=True)],
+        contexts,
+        block_size=pool_layer.shape[3],
+        num_blocks=pool_layer.shape[0],
     )
 
 

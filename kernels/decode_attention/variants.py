@@ -25,6 +25,7 @@ class _Case:
     window: int | None = None
     soft_cap: float | None = None
     query_len: int = 1
+    max_seqs: int = 256
 
 
 _CASES = {
@@ -32,6 +33,8 @@ _CASES = {
     "llama-3-8b/fp8": _Case(kv_dtype=FP8),
     "llama-3-8b/fp16": _Case(dtype=torch.float16, kv_dtype=torch.float16),
     "llama-3-8b/fp32": _Case(dtype=torch.float32, kv_dtype=torch.float32),
+    "llama-3-8b/bf16/seqs1024": _Case(max_seqs=1024),
+    "llama-3-8b/bf16/seqs4096": _Case(max_seqs=4096),
     "llama-3-8b/bf16/block16": _Case(block_size=16),
     "llama-3-8b/bf16/block32": _Case(block_size=32),
     "llama-3-8b/bf16/block128": _Case(block_size=128),
@@ -51,6 +54,9 @@ _CASES = {
     "gemma-2-9b/bf16/cap": _Case(heads=16, head_dim=256, soft_cap=50.0),
     "gemma-2-9b/bf16/cap/window": _Case(heads=16, head_dim=256, soft_cap=50.0, window=4096),
     "gemma-2-9b/fp8/cap": _Case(heads=16, head_dim=256, soft_cap=50.0, kv_dtype=FP8),
+    "gemma-2-9b/fp8/cap/window/query8": _Case(
+        heads=16, head_dim=256, soft_cap=50.0, window=4096, kv_dtype=FP8, query_len=8
+    ),
     "tiny/fp32": _Case(heads=4, kv_heads=2, head_dim=64, dtype=torch.float32, kv_dtype=torch.float32, block_size=16),
 }
 _QUICK = ("llama-3-8b/bf16", "llama-3-8b/fp8")
@@ -60,7 +66,8 @@ def variants() -> list[Variant]:
     return [
         Variant(
             name=f"decode_attention/{name}",
-            run=partial(_run, case),
+            run=partial(_run, case, 64, 512, 8),
+            other_step=partial(_run, case, 1, 1001, 1001),
             min_capability=89 if case.kv_dtype == FP8 else 80,
             quick=name in _QUICK,
             traits=_TRAITS if case.dtype != torch.float32 else frozenset({"async_loads"}),
@@ -69,10 +76,10 @@ def variants() -> list[Variant]:
     ]
 
 
-def _run(case: _Case) -> None:
-    num_seqs, device = 64, torch.device("meta")
+def _run(case: _Case, num_seqs: int, table_width: int, num_blocks: int) -> None:
+    device = torch.device("meta")
     workspace = DecodeWorkspace.allocate(
-        max_seqs=256,
+        max_seqs=case.max_seqs,
         max_query_len=case.query_len,
         num_heads=case.heads,
         num_kv_heads=case.kv_heads,
@@ -89,8 +96,8 @@ def _run(case: _Case) -> None:
     plan_decode(lens, starts, workspace)
     decode_attention(
         qkv[:, : case.heads * case.head_dim].view(tokens, case.heads, case.head_dim),
-        torch.empty(8, 2, case.kv_heads, case.block_size, case.head_dim, device=device, dtype=case.kv_dtype),
-        torch.empty(num_seqs, 512, dtype=torch.int32, device=device),
+        torch.empty(num_blocks, 2, case.kv_heads, case.block_size, case.head_dim, device=device, dtype=case.kv_dtype),
+        torch.empty(num_seqs, table_width, dtype=torch.int32, device=device),
         lens,
         starts,
         workspace,

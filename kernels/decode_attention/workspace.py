@@ -5,6 +5,7 @@ attention must agree on them.
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,12 @@ BLOCK_SIZES = (16, 32, 64, 128)
 FP8 = torch.float8_e4m3fn
 POOL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8)
 MAX_SEQS = 4096
-MAX_ROWS = 64
+MAX_ROWS = 32
 _MIN_ROWS = 16
 _PLAN_FIELDS = 8
 _RUN_FIELDS = 4
+_SCRATCH_BYTES = 12 << 10
+"""Shared memory beside the tiles: the queries, the weights, what reductions exchange."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,43 +131,43 @@ def key_of(head_dim: int, kv_dtype: torch.dtype, block_size: int) -> str:
 
 
 def default_settings(target: Target, key: str) -> Settings:
-    """Two programs on a multiprocessor, so that one loads while the other joins or begins; tiles of about 16 KiB of K and
-    as much of V; as many in flight as then fit."""
-    head_dim, itemsize = _parse(key)
-    padded = 1 << (head_dim - 1).bit_length()
-    room = target.shared_bytes // 2 - 2048
-    tile = max(16, min(128 if itemsize == 1 else 64, (16 << 10) // (padded * itemsize)))
-    while tile > 16 and 2 * 2 * tile * padded * itemsize > room:
+    """Two programs on a multiprocessor, so that one loads while the other begins, joins or computes. Tiles of 16 KiB of K
+    and as much of V (fp8: half, its conversions need the registers); at least one more tile on its way per program."""
+    row_bytes, is_fp8 = _parse(key)
+    room = target.shared_bytes // 2 - _SCRATCH_BYTES
+    tile = max(16, min(128, (8 << 10 if is_fp8 else 16 << 10) // row_bytes))
+    while tile > 16 and 2 * 2 * tile * row_bytes > room:
         tile //= 2
-    stages = max(2, min(4, room // (2 * tile * padded * itemsize)))
-    return {"TILE": tile, "num_warps": 4, "num_stages": stages, "resident": 2, "waves": 4, "LONG_RUN": 8}
+    stages = max(2, min(4, room // (2 * tile * row_bytes) + 1))
+    return _settings(tile, 4, stages, 2, 2)
 
 
 def candidates(target: Target, key: str) -> list[Settings]:
-    """What scripts/tune_kernels.py measures: everything that fits in shared memory."""
-    head_dim, itemsize = _parse(key)
-    padded = 1 << (head_dim - 1).bit_length()
+    """What scripts/tune_kernels.py measures: all that fit in shared memory, as many programs a multiprocessor as then do."""
+    row_bytes, _ = _parse(key)
     found = []
-    for tile in (32, 64, 128):
-        for warps in (2, 4, 8):
-            for stages in (2, 3, 4, 5):
-                used = 2 * tile * padded * itemsize * stages + 2048
-                if used <= target.shared_bytes:
-                    for resident in {max(1, min(3, target.shared_bytes // used)), 1}:
-                        for waves in (1, 4):
-                            found.append(
-                                {
-                                    "TILE": tile,
-                                    "num_warps": warps,
-                                    "num_stages": stages,
-                                    "resident": resident,
-                                    "waves": waves,
-                                    "LONG_RUN": 8,
-                                }
-                            )
+    for tile, warps, stages in itertools.product((16, 32, 64, 128), (4, 8), (3, 4, 5)):
+        used = 2 * tile * row_bytes * (stages - 1) + _SCRATCH_BYTES
+        if used <= target.shared_bytes:
+            resident = min(4, target.shared_bytes // used)
+            found += [_settings(tile, warps, stages, resident, waves) for waves in (1, 2, 4)]
     return found
 
 
-def _parse(key: str) -> tuple[int, int]:
+def _settings(tile: int, warps: int, stages: int, resident: int, waves: int) -> Settings:
+    """``resident``: programs a multiprocessor. ``waves``: of all programs, in turns. ``LONG_RUN``: see plan_kernel.py."""
+    return {
+        "TILE": tile,
+        "num_warps": warps,
+        "num_stages": stages,
+        "resident": resident,
+        "waves": waves,
+        "LONG_RUN": 8,
+    }
+
+
+def _parse(key: str) -> tuple[int, bool]:
+    """Bytes of a tile per position, of K or of V; whether they are fp8."""
     dim, dtype = key.split()[:2]
-    return int(dim[1:]), {"float32": 4, "float8_e4m3fn": 1}.get(dtype, 2)
+    padded = 1 << (int(dim[1:]) - 1).bit_length()
+    return padded * {"float32": 4, "float8_e4m3fn": 1}.get(dtype, 2), dtype == "float8_e4m3fn"
