@@ -100,7 +100,7 @@ def rows_reference(
     """As ``triton_gpu.sample``, on any device; rows are read back and drawn one by one on the host."""
     logits = np.nan_to_num(logits_RV.float().cpu().numpy(), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     num_rows, vocab_size = logits.shape
-    rows = [None if row is None else _of_shard(row, vocab_start, vocab_size) for row in params.rows(late_ids)]
+    rows = [None if row is None else of_shard(row, vocab_start, vocab_size) for row in params.rows(late_ids)]
     rows = rows[:num_rows]
     raw = logits.copy()
     for row, draw in enumerate(rows):
@@ -138,7 +138,7 @@ def _best(logits_V: np.ndarray, peak: np.float32, row: DrawRow, vocab_start: int
     return vocab_start + int(ids[best]), float(scores[best])
 
 
-def _of_shard(row: DrawRow, vocab_start: int, vocab_size: int) -> DrawRow:
+def of_shard(row: DrawRow, vocab_start: int, vocab_size: int) -> DrawRow:
     """The row with the ids of one shard, counted from its start."""
 
     def own(ids: Sequence[int] | np.ndarray) -> np.ndarray:

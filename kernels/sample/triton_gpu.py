@@ -31,6 +31,8 @@ from biphase.kernels.sample.triton_select import digit_kernel
 OP = "sample"
 VOCAB_START_MULTIPLE = 32
 """A shard begins at a whole word of the bitmask, which is a whole philox block too."""
+_MAX_REGISTERS = 128
+"""Left alone, ptxas aims lower and spills a few bytes."""
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,7 +61,13 @@ def sample(
     num_tiles = -(-vocab_size // tile)
     tiles_per_split = -(-num_tiles // min(chosen["splits"], MAX_SPLITS))
     grid = (num_rows, -(-num_tiles // tiles_per_split))
-    common: dict[str, Any] = {"TILE": tile, "MAX_SPLITS": MAX_SPLITS, "num_warps": warps, "enable_fp_fusion": False}
+    common: dict[str, Any] = {
+        "TILE": tile,
+        "MAX_SPLITS": MAX_SPLITS,
+        "num_warps": warps,
+        "enable_fp_fusion": False,  # edits and z are rounded as on the CPU
+        "maxnreg": _MAX_REGISTERS,
+    }
     searched = {"GROUP": group_size(vocab_size), "NUM_GROUPS": num_groups(vocab_size)}
     row_data = (logits_RV, logits_RV.stride(0), params.words, workspace.edits)
     launch(
@@ -124,7 +132,6 @@ def sample(
         vocab_size,
         tiles_per_split,
         MAX_TOP=MAX_TOP_LOGPROBS,
-        maxnreg=128,
         **common,
         **searched,
     )

@@ -14,8 +14,9 @@ from biphase.kernels.gpu.target import AOT_TARGETS
 from biphase.kernels.sample import DrawRow, allowed_words, buffers, sample_with_logprobs
 from biphase.kernels.sample.buffers import SampleOut, SampleWorkspace, merge_shards
 from biphase.kernels.sample.edits import edit
+from biphase.kernels.sample.filters import keep_candidates
 from biphase.kernels.sample.params import SampleParams
-from biphase.kernels.sample.reference import rows_reference
+from biphase.kernels.sample.reference import of_shard, rows_reference
 from biphase.kernels.sample.triton_gpu import candidates, default, key, sample
 
 _long = pytest.mark.long
@@ -23,10 +24,18 @@ _SMALL = {"TILE": 256, "splits": 3, "num_warps": 4}
 _UNTOUCHED = -77
 
 
-def logits_of(device: torch.device, rows: int, vocab: int, *, spread: float = 2.0, seed: int = 0) -> torch.Tensor:
-    """Float32, rows further apart than their length, NaN between them."""
-    padded = torch.full((rows, vocab + 24), torch.nan, device=device)
-    padded[:, :vocab] = spread * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+def logits_of(
+    device: torch.device,
+    rows: int,
+    vocab: int,
+    *,
+    spread: float = 2.0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Rows further apart than their length, NaN between them."""
+    padded = torch.full((rows, vocab + 24), torch.nan, device=device, dtype=dtype)
+    padded[:, :vocab] = (spread * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))).to(dtype)
     return padded[:, :vocab]
 
 
@@ -58,7 +67,33 @@ def draw(logits: torch.Tensor, rows: list[DrawRow], *, spare: int = 1, **options
     torch.testing.assert_close(out.top_logprobs, expected.top_logprobs, rtol=2e-6, atol=2e-6, equal_nan=True)
     assert out.token_ids.tolist() == expected.token_ids.tolist()
     assert out.top_ids.tolist() == expected.top_ids.tolist()
+    check_steps(logits, params, workspace, options.get("late_ids"), options.get("vocab_start", 0))
     return out
+
+
+def check_steps(
+    logits: torch.Tensor, params: SampleParams, workspace: SampleWorkspace, late_ids: torch.Tensor | None, start: int
+) -> None:
+    """Edited logits equal the CPU's bit for bit, and the thresholds leave the tokens that the CPU's filters leave:
+    few draws would tell."""
+    vocab = logits.shape[1]
+    raw, peaks = logits.float().cpu().numpy(), workspace.row_max.cpu().numpy()
+    for index, row in enumerate(params.rows(late_ids)[: len(raw)]):
+        if row is None:
+            continue
+        x = np.where(np.isnan(raw[index]), np.float32(-np.inf), raw[index])
+        if row.edited:
+            edit(x, of_shard(row, start, vocab))
+            assert np.array_equal(workspace.edits[index, :vocab].cpu().numpy(), x)
+        if row.temperature > 0 and (0 < row.top_k < vocab or row.top_p < 1):
+            z = (x - peaks[index]) / np.float32(row.temperature)
+            expected = keep_candidates(z, top_k=row.top_k, top_p=row.top_p, min_p=0.0)
+            assert expected is not None
+            limit, need = workspace.state[index, 3:5].tolist()
+            keys = z.view(np.int32) & 0x7FFFFFFF
+            kept = np.flatnonzero((keys < limit) | (keys == limit) & (np.cumsum(keys == limit) <= need))
+            # a GPU's exponential is not numpy's: where the mass ends on a token's edge, that token may differ
+            assert len(np.setxor1d(kept, expected)) <= (1 if row.top_p < 1 and logits.is_cuda else 0)
 
 
 def every_kind(vocab: int) -> list[DrawRow]:
@@ -81,6 +116,7 @@ def every_kind(vocab: int) -> list[DrawRow]:
         DrawRow(temperature=1.0, min_p=0.05, seed=6, position=3),
         DrawRow(temperature=0.9, top_k=30, top_p=0.8, min_p=0.01, seed=7, logprobs=3, **edits),
         DrawRow(logprobs=5, **edits),
+        DrawRow(temperature=0.6, top_k=5, seed=8),
         DrawRow(temperature=2.0, top_k=vocab // 2, top_p=0.999, seed=1, frequency_penalty=2.0, output_ids=[1, 1, 1]),
     ]
 
@@ -99,8 +135,7 @@ def every_kind(vocab: int) -> list[DrawRow]:
 )
 def test_every_kind_of_row_side_by_side(device: torch.device, vocab: int, dtype: torch.dtype, spread: float) -> None:
     rows = every_kind(vocab) if vocab > 60 else [DrawRow(), DrawRow(temperature=1.0, top_p=0.5, top_k=1, logprobs=20)]
-    logits = logits_of(device, len(rows) + 1, vocab, spread=spread)
-    out = draw(logits.to(dtype), rows)
+    out = draw(logits_of(device, len(rows) + 1, vocab, spread=spread, dtype=dtype), rows)
     assert out.token_ids[-1] == _UNTOUCHED and out.top_logprobs[-1].isnan().all()
 
 
@@ -122,7 +157,7 @@ def test_among_equals_the_lowest_ids_are_kept(
     logits = logits_of(device, len(rows), vocab, spread=spread).mul_(4).round_().div_(4)
     # many draws of each row, or the one token too many would not show
     many = [replace(row, position=position) for row in rows for position in range(2)]
-    draw(logits.repeat_interleave(2, dim=0), many, spare=0)
+    draw(torch.cat((logits.repeat_interleave(2, dim=0), logits[:1])), [*many, DrawRow()], spare=0)
 
 
 def test_a_draw_depends_on_nothing_but_its_row(device: torch.device) -> None:
