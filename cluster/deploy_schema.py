@@ -73,6 +73,7 @@ else:
 
 class _DeploymentSchema(_Strict):
     model: str = Field(min_length=1)
+    load_format: Literal["auto", "dummy"] = _DEPLOYMENT.load_format
     name: str = Field(_DEPLOYMENT.name, pattern=NAME_PATTERN)
     served_model_name: str = _DEPLOYMENT.served_model_name
     mode: Literal["auto", "strict"] = _DEPLOYMENT.mode

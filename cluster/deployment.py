@@ -11,6 +11,7 @@ from biphase.protos.values import Mode, Role
 from biphase.router.config import RequestLimits
 
 BackendName = Literal["ray", "process"]
+LoadFormat = Literal["auto", "dummy"]
 
 DEFAULT_PORT = 8700
 
@@ -40,6 +41,8 @@ class Deployment:
     """Everything `biphase serve` needs to know."""
 
     model: str
+    load_format: LoadFormat = "auto"
+    """``dummy``: random weights of the model's configuration; its tokenizer is the real one."""
     name: str = "biphase"
     served_model_name: str = ""
     mode: Mode = "auto"

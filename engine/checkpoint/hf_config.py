@@ -30,7 +30,9 @@ def config_of(found: Path) -> ModelConfig:
             f"{path}: architecture {architecture!r} is not supported (supported: {', '.join(SUPPORTED_ARCHITECTURES)})"
         )
     _refuse_unknown_parts(path, fields)
-    eos_token_ids, bos_token_id = directory_special_ids(fields, read_json_if_there(path.parent / "generation_config.json"))
+    eos_token_ids, bos_token_id = directory_special_ids(
+        fields, read_json_if_there(path.parent / "generation_config.json")
+    )
     try:
         hidden, num_heads = fields["hidden_size"], fields["num_attention_heads"]
         head_dim = fields.get("head_dim") or hidden // num_heads

@@ -41,8 +41,8 @@ def settings_for(target: Target, shape: PrefillShape) -> Settings:
 
 def default(target: Target, shape: PrefillShape) -> Settings:
     if shape.kv_dtype == torch.float32:
-        return _settings(target, shape, m=32, n=32, warps=4, stages=2)
-    return _settings(target, shape, m=128, n=64, warps=8, stages=3)
+        return _settings(target, shape, m=16, n=16, warps=4, stages=2)
+    return _settings(target, shape, m=128, n=64, warps=8, stages=2)
 
 
 def candidates(target: Target, shape: PrefillShape) -> list[Settings]:
@@ -53,4 +53,12 @@ def candidates(target: Target, shape: PrefillShape) -> list[Settings]:
 def _settings(target: Target, shape: PrefillShape, *, m: int, n: int, warps: int, stages: int) -> Settings:
     # one bulk copy takes a whole tile where the tile lies in one block
     bulk_copies = target.capability >= 90 and target.capability < 120 and shape.block_size % n == 0
-    return {"BLOCK_M": m, "BLOCK_N": n, "USE_TMA": int(bulk_copies), "num_warps": warps, "num_stages": stages}
+    return {
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "EDGE_N": min(n, 64),
+        "USE_TMA": int(bulk_copies),
+        "OVERLAP": int(target.capability // 10 == 9 and shape.kv_dtype != torch.float32),
+        "num_warps": warps,
+        "num_stages": stages,
+    }

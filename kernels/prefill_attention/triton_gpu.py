@@ -68,7 +68,7 @@ def prefill_attention(
     if pool_layer.dtype == torch.float8_e4m3fn:
         target.require_fp8("an fp8 KV cache")
     dim_padded = triton.next_power_of_2(dim)
-    use_tma = bool(settings.pop("USE_TMA"))
+    use_tma = bool(settings["USE_TMA"])
     cap_in = cap_out = score_scale = scale * _LOG2E
     if soft_cap is not None:
         # cap * tanh(x / cap) = cap - 2 * cap / (1 + exp(2 * x / cap)), times log2(e)
@@ -99,7 +99,6 @@ def prefill_attention(
         BLOCK_SIZE=block_size,
         HAS_WINDOW=window is not None,
         HAS_CAP=soft_cap is not None,
-        USE_TMA=use_tma,
         **settings,
     )
 

@@ -171,7 +171,6 @@ def test_a_missing_gpu_is_told_in_one_line(model_dir: Path) -> None:
         Engine.load(config_for(model_dir, device="cuda", block_size=16), lambda detail, done: None)
 
 
-
 async def test_the_thread_loads_runs_and_outlives_errors(model_dir: Path) -> None:
     thread = EngineThread(config_for(model_dir))
     plan = StepPlan(seqs=(step([1, 2, 3], sampling=Sampling()),))

@@ -13,7 +13,7 @@ from biphase.kernels.gpu.target import AOT_TARGETS, compiling_for
 from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack import torch_pool, triton_gpu
 from biphase.kernels.kv_pack.checksum import MASK, sum64
-from biphase.kernels.kv_pack.codec import CODECS, packed_bytes
+from biphase.kernels.kv_pack.codec import CODECS, LEAST_AMAX, packed_bytes
 
 LAYERS, BLOCKS, HEADS = 3, 6, 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -99,7 +99,7 @@ def check(case: Case, device: torch.device) -> None:
 def check_error(case: Case, pool: torch.Tensor, received: torch.Tensor) -> None:
     """Each value within half a step of its group's codes, and the rounding of its dtype."""
     groups, sent = received.float().nan_to_num(), pool.float().nan_to_num()
-    amax = sent.abs().amax(dim=(-2, -1), keepdim=True)
+    amax = sent.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=LEAST_AMAX)
     limit = CODECS[case.codec].limit
     step = amax / limit if case.codec != "fp8" else (sent.abs() / 16).maximum(amax / limit * 2.0**-9)
     rounding = {"fp32": 2.0**-22, "bf16": 2.0**-8, "fp16": 2.0**-10}[case.dtype] * amax

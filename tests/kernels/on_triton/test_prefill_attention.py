@@ -189,18 +189,24 @@ def test_it_equals_the_reference_in_more_cases(name: str, device: torch.device) 
 
 
 LOADS = {
-    "bulk copies, a block per tile": {"BLOCK_N": 64, "USE_TMA": 1},
-    "bulk copies, half a block per tile": {"BLOCK_N": 32, "USE_TMA": 1},
-    "pointers, a block per tile": {"BLOCK_N": 64, "USE_TMA": 0},
-    "pointers, half a block per tile": {"BLOCK_N": 32, "USE_TMA": 0},
-    "pointers, two blocks per tile": {"BLOCK_N": 128, "USE_TMA": 0},
+    "bulk copies, a block per tile": {"BLOCK_N": 64, "USE_TMA": 1, "OVERLAP": 1},
+    "bulk copies, half a block per tile": {"BLOCK_N": 32, "USE_TMA": 1, "OVERLAP": 0},
+    "pointers, a block per tile": {"BLOCK_N": 64, "USE_TMA": 0, "OVERLAP": 0},
+    "pointers, half a block per tile": {"BLOCK_N": 32, "USE_TMA": 0, "OVERLAP": 1},
+    "pointers, two blocks per tile": {"BLOCK_N": 128, "USE_TMA": 0, "OVERLAP": 1},
+    "pointers, two blocks per tile, no overlap": {"BLOCK_N": 128, "USE_TMA": 0, "OVERLAP": 0},
 }
 
 
 @pytest.mark.parametrize("loads", LOADS)
-@pytest.mark.parametrize("window", [pytest.param(None, id="causal"), pytest.param(81, marks=pytest.mark.long)])
-def test_every_way_to_load_gives_the_same(loads: str, window: int | None, device: torch.device, use) -> None:  # type: ignore[no-untyped-def]
-    use(BLOCK_M=64, num_warps=4, num_stages=2, **LOADS[loads])
+@pytest.mark.parametrize("window", [None, 81], ids=["causal", "window"])
+@pytest.mark.parametrize("edge", [32, 64])
+def test_every_way_to_load_gives_the_same(  # type: ignore[no-untyped-def]
+    loads: str, window: int | None, edge: int, device: torch.device, use
+) -> None:
+    if edge > LOADS[loads]["BLOCK_N"]:
+        pytest.skip("an edge's tile is no larger than a tile")
+    use(BLOCK_M=64, EDGE_N=edge, num_warps=4, num_stages=2, **LOADS[loads])
     check(Case(query_lens=(50, 7), context_lens=(200, 129), dtype=BF16, window=window), device)
 
 

@@ -21,9 +21,9 @@ MUTATIONS = [
     (_KERNEL, "position = (plane * num_rows + rows)", "position = (plane * num_tokens + rows)", _TEST),
     # quantised
     (_KERNEL, "block = tl.load(block_table_ptr + nth).to(tl.int64)", "block = tl.load(block_table_ptr + nth)", _TEST),
-    (_KERNEL, "(token >= 0) & (token < num_tokens)", "(token < num_tokens)", _TEST),
-    (_KERNEL, "(token >= 0) & (token < num_tokens)", "(token >= 0)", _TEST),
-    (_KERNEL, "is_token & (dims < HEAD_DIM)", "is_token & (dims < DIM)", _TEST),
+    (_KERNEL, "(token >= 0) & (token < num_tokens)", "(token > 0) & (token < num_tokens)", _TEST),
+    (_KERNEL, "(token >= 0) & (token < num_tokens)", "(token >= 0) & (token < num_tokens - 1)", _TEST),
+    (_KERNEL, "is_token & (dims < HEAD_DIM)", "is_token & (dims < HEAD_DIM - 1)", _TEST),
     (_KERNEL, "is_token & (columns < WORDS)", "is_token & (columns <= WORDS)", _TEST),
     (_KERNEL, "plane * num_spanned + index", "plane * num_spanned", _TEST),
     (_KERNEL, "tl.max(tl.abs(values), axis=1)", "tl.max(values, axis=1)", _TEST),
