@@ -135,10 +135,11 @@ def default_settings(target: Target, key: str) -> Settings:
     and as much of V (fp8: half, its conversions need the registers); at least one more tile on its way per program."""
     row_bytes, is_fp8 = _parse(key)
     room = target.shared_bytes // 2 - _SCRATCH_BYTES
-    tile = max(16, min(128, (8 << 10 if is_fp8 else 16 << 10) // row_bytes))
+    tile = max(16, min(64 if is_fp8 else 128, (8 << 10 if is_fp8 else 16 << 10) // row_bytes))
     while tile > 16 and 2 * 2 * tile * row_bytes > room:
         tile //= 2
-    stages = max(2, min(4, room // (2 * tile * row_bytes) + 1))
+    # a fourth stage of rows this long makes ptxas spill
+    stages = max(2, min(4 if row_bytes <= 256 else 3, room // (2 * tile * row_bytes) + 1))
     return _settings(tile, 4, stages, 2, 2)
 
 
