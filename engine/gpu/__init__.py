@@ -1,1 +1,0 @@
-"""The step on a GPU: token-major activations, Triton kernels, CUDA graphs, steps that overlap."""
