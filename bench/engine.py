@@ -24,7 +24,7 @@ from engine_peer import Peer, write_hf_dir
 
 from biphase.engine.checkpoint import Checkpoint, open_checkpoint
 from biphase.engine.config import EngineConfig
-from biphase.engine.engine import Engine
+from biphase.engine.cpu_engine import CpuEngine
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.values import Sampling
 
@@ -78,7 +78,7 @@ def progress(number: int, rounds: int, name: str, *values: float) -> None:
 class Ceilings:
     """The loads on one engine, each beside what the machine gives at best, taken right before and after it."""
 
-    def __init__(self, engine: Engine, checkpoint: Checkpoint) -> None:
+    def __init__(self, engine: CpuEngine, checkpoint: Checkpoint) -> None:
         self._colocated = Colocated(engine)
         self._products = {
             1: Products(checkpoint, 1, 1),
@@ -138,7 +138,7 @@ class Ceilings:
         }
 
 
-def against_ceilings(engine: Engine, checkpoint: Checkpoint, rounds: int, out: report.Report) -> None:
+def against_ceilings(engine: CpuEngine, checkpoint: Checkpoint, rounds: int, out: report.Report) -> None:
     ceilings = Ceilings(engine, checkpoint)
     one, many, prompts = LOADS
     parts: tuple[Callable[[], dict[str, float]], ...] = (
@@ -166,7 +166,7 @@ def against_ceilings(engine: Engine, checkpoint: Checkpoint, rounds: int, out: r
     out.goal("sampled_over_greedy_16", max(middle[f"sampled step / greedy, {name}"] for name in SAMPLED), 1.10)
 
 
-def against_peer(engine: Engine, peer: Peer, rounds: int, out: report.Report) -> None:
+def against_peer(engine: CpuEngine, peer: Peer, rounds: int, out: report.Report) -> None:
     colocated = Colocated(engine)
     ours: dict[str, list[float]] = defaultdict(list)
     theirs: dict[str, list[float]] = defaultdict(list)
@@ -194,8 +194,8 @@ def main() -> int:
             max_model_len=4096,
             kv_memory_bytes=2 << 30,
             weights_cache=arguments.weights_cache,
-        )
-        engine = Engine.load(config, lambda detail, done: None)
+        ).resolved(has_cuda=False)
+        engine = CpuEngine.load(config, lambda detail, done: None)
         cache = Path(arguments.weights_cache) if arguments.weights_cache else None
         checkpoint = open_checkpoint(
             config.model, dtype=config.dtype, cache_dir=cache, progress=lambda detail, done: None

@@ -10,7 +10,7 @@ import numpy as np
 from biphase.decode_worker.requests import DecodeRequest
 from biphase.decode_worker.scheduler import DecodeScheduler
 from biphase.engine.block_pool import BlockPool
-from biphase.engine.engine import Engine
+from biphase.engine.cpu_engine import CpuEngine
 from biphase.engine.limits import Limits
 from biphase.engine.step import SeqStep, StepPlan, StepResult
 from biphase.kernels.kv_layout import KvBox
@@ -62,7 +62,7 @@ class Run:
 class Colocated:
     """A decode worker's core without its network: local prefill and decode in this thread."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: CpuEngine) -> None:
         self.engine = engine
         self._rng = random.Random(0)
         self._next_id = 0
@@ -131,7 +131,7 @@ class Colocated:
 class LongContext:
     """Decode steps of ``requests`` sequences whose ``context`` tokens of KV were put there, blocks in random order."""
 
-    def __init__(self, engine: Engine, requests: int, context: int) -> None:
+    def __init__(self, engine: CpuEngine, requests: int, context: int) -> None:
         self._engine = engine
         self._context = context
         layout = engine.layout

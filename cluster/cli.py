@@ -43,6 +43,7 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     serve.add_argument("deploy_file", nargs="?", metavar="deploy.yaml", help="what to run; see examples/")
     serve.add_argument("--model", help="GGUF file, Hugging Face directory, hub name, or smollm2 (the packaged model)")
+    serve.add_argument("--load-format", choices=("auto", "dummy"), help="dummy: random weights (default auto)")
     serve.add_argument("--served-model-name", help="what clients call it")
     serve.add_argument("--name", help="the deployment's name, for status and stop (default: biphase)")
     serve.add_argument("--prefill", type=int, metavar="N", help="prefill instances (default 1; 0: colocated)")

@@ -48,7 +48,7 @@ class _RolePlanSchema(_Strict):
     threads: int | None = Field(_PLAN.threads, ge=1, le=1024)
     cpus: float = Field(_PLAN.cpus, ge=0, le=1024)
     kv_memory: Bytes | None = _PLAN.kv_memory_bytes
-    block_size: int = Field(_PLAN.block_size, ge=1, le=1024)
+    block_size: int | None = Field(_PLAN.block_size, ge=1, le=1024)
     max_num_seqs: int = Field(_PLAN.max_num_seqs, ge=1, le=4096)
     max_num_batched_tokens: int = Field(_PLAN.max_num_batched_tokens, ge=1, le=1_000_000)
     max_queued_tokens: int | None = Field(_PLAN.max_queued_tokens, ge=1, le=100_000_000)
@@ -73,6 +73,7 @@ else:
 
 class _DeploymentSchema(_Strict):
     model: str = Field(min_length=1)
+    load_format: Literal["auto", "dummy"] = _DEPLOYMENT.load_format
     name: str = Field(_DEPLOYMENT.name, pattern=NAME_PATTERN)
     served_model_name: str = _DEPLOYMENT.served_model_name
     mode: Literal["auto", "strict"] = _DEPLOYMENT.mode
@@ -156,8 +157,8 @@ def _contradiction(deployment: Deployment) -> str | None:
     if deployment.mode == "strict" and deployment.prefill.replicas == 0:
         return "mode is strict with prefill.replicas 0: strict needs at least 1 prefill instance"
     if deployment.prefill.replicas and deployment.prefill.block_size != deployment.decode.block_size:
-        sizes = f"{deployment.prefill.block_size} and {deployment.decode.block_size}"
-        return f"prefill.block_size and decode.block_size are {sizes}: they must be equal"
+        sizes = [size or "the default" for size in (deployment.prefill.block_size, deployment.decode.block_size)]
+        return f"prefill.block_size and decode.block_size are {sizes[0]} and {sizes[1]}: they must be equal"
     return None
 
 

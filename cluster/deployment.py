@@ -11,6 +11,7 @@ from biphase.protos.values import Mode, Role
 from biphase.router.config import RequestLimits
 
 BackendName = Literal["ray", "process"]
+LoadFormat = Literal["auto", "dummy"]
 
 DEFAULT_PORT = 8700
 
@@ -26,8 +27,8 @@ class RolePlan:
     """CPUs an instance asks Ray for; 0 is allowed. The process backend places nothing and ignores it."""
     kv_memory_bytes: int | None = None
     """None: 20 % of free memory / instances on the host, at most 4 GiB."""
-    block_size: int = 32
-    """Tokens per KV block; equal in both roles for now."""
+    block_size: int | None = None
+    """Tokens per KV block, equal in both roles for now; None: 32 on the CPU, 64 on a GPU."""
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     """Token budget of one engine step."""
@@ -40,6 +41,8 @@ class Deployment:
     """Everything `biphase serve` needs to know."""
 
     model: str
+    load_format: LoadFormat = "auto"
+    """``dummy``: random weights of the model's configuration; its tokenizer is the real one."""
     name: str = "biphase"
     served_model_name: str = ""
     mode: Mode = "auto"

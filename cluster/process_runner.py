@@ -78,6 +78,7 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
         host=spec.host,
         engine=EngineConfig(
             model=deployment.model,
+            load_format=deployment.load_format,
             served_name=deployment.served_model_name,
             block_size=plan.block_size,
             max_model_len=deployment.max_model_len,

@@ -72,8 +72,8 @@ def deployment_of(arguments: argparse.Namespace) -> Deployment:
 def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """The given flags as a deploy file would say them."""
     given = {key: value for key, value in vars(arguments).items() if value is not None}
-    top = ("model", "served_model_name", "name", "backend", "mode", "host", "port", "max_model_len", "weights_cache")
-    values: dict[str, Any] = {key: given[key] for key in (*top, "drain_s") if key in given}
+    top = ("model", "load_format", "served_model_name", "name", "backend", "mode", "host", "port", "max_model_len")
+    values: dict[str, Any] = {key: given[key] for key in (*top, "weights_cache", "drain_s") if key in given}
     per_role = ("threads", "cpus", "kv_memory", "block_size", "max_num_seqs", "max_num_batched_tokens")
     shared = {key: given[key] for key in per_role if key in given}
     for role in ("prefill", "decode"):
@@ -85,6 +85,8 @@ def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _checked(deployment: Deployment) -> Deployment:
     """Refuse early what would fail late: the model's files. Paths become absolute."""
+    if deployment.load_format == "dummy" and Path(deployment.model).suffix == ".json":
+        raise SetupError(f"{deployment.model}: a lone configuration has no tokenizer; give a directory that has both")
     source = model_source.resolve(deployment.model, weights=False)
     if source.kind == "gguf":
         gguf_config.config_of(GgufFile(source.path))

@@ -8,6 +8,12 @@ Out of blocks, the youngest running sequence is preempted: its blocks are freed,
 front of the queue, and its known tokens, emitted ones included, are computed again here, so its output goes on where
 it stood. A sequence under a pull is never preempted; the one that needs the block gives way itself when no younger
 one runs. The oldest therefore always advances, and a request alone gets the whole pool.
+
+The next step may be scheduled while those before it run: a sequence whose token is being drawn takes part again, that
+token its input, unless it is certain to end with it. Steps are booked in order. One that turns out to end with step n
+(a stop token, a cancel, an error) and is in step n + 1 already ran it in vain: its end is said with its last token,
+what n + 1 draws for it is dropped, and its blocks are freed after n + 1. Nobody is preempted while a step is under
+way: where blocks are short then, nothing is scheduled ahead.
 """
 
 from bisect import insort
@@ -52,6 +58,7 @@ class DecodeScheduler:
         self.local_prefill_tokens = local_prefill_tokens
         self.watermark_blocks = max(1, pool.num_blocks // 100) if watermark_blocks is None else watermark_blocks
         self.draining = False
+        self.superfluous_tokens = 0
         self.preemptions = 0
         self.preemptions_handed_off = 0
         self._waiting: deque[DecodeSequence] = deque()
@@ -59,6 +66,7 @@ class DecodeScheduler:
         self._running: list[DecodeSequence] = []
         self._by_id: dict[SeqId, DecodeSequence] = {}
         self._next_order = 0
+        self._steps_in_flight = 0
 
     def __len__(self) -> int:
         """Sequences that it knows."""
@@ -123,44 +131,70 @@ class DecodeScheduler:
         return None
 
     def schedule(self, now_s: float) -> tuple[StepPlan | None, list[DecodeEffect]]:
-        """The next step (None when nothing can be computed) and the pulls to start. No step may be under way."""
-        steps = self._decode_steps(now_s)
+        """The next step, None when nothing can be computed now, and the pulls to start. Steps may be under way."""
+        decoding = self._with_room_to_decode()
+        if decoding is None:
+            return None, []
+        steps: list[SeqStep] = []
+        for sequence in decoding:
+            if sequence.joined_s is None:
+                sequence.joined_s = now_s
+                if sequence.handed_off_s is not None:
+                    sequence.exposed_ms += sequence.elapsed_ms(sequence.handed_off_s, now_s)
+            steps.append(sequence.step(1, self.limits))
         effects = self._admit(now_s)
-        budget = self.local_prefill_tokens if steps else self.max_num_batched_tokens
+        if len(steps) < len(self._running):
+            steps += self._prefill_steps(self.local_prefill_tokens if steps else self.max_num_batched_tokens)
+        if not steps:
+            return None, effects
+        self._steps_in_flight += 1
+        return StepPlan(seqs=tuple(steps)), effects
+
+    def _prefill_steps(self, budget: int) -> list[SeqStep]:
+        """Chunks of those that do not decode yet, oldest first."""
+        steps: list[SeqStep] = []
         for sequence in self._running:
             if budget == 0:
                 break
-            if sequence.in_step:
+            unscheduled = sequence.unscheduled
+            if (unscheduled == 1 and sequence.scheduled) or sequence.ending is not None:
                 continue
-            chunk = min(budget, sequence.remaining)
+            chunk = min(budget, unscheduled)
             steps.append(sequence.step(chunk, self.limits))
             budget -= chunk
-        return (StepPlan(seqs=tuple(steps)) if steps else None), effects
+        return steps
 
-    def _decode_steps(self, now_s: float) -> list[SeqStep]:
-        """One token of each sequence that decodes, each with a block to write to; may preempt from the young end."""
-        steps: list[SeqStep] = []
+    def _with_room_to_decode(self) -> list[DecodeSequence] | None:
+        """Those that decode, each with a block to write to; may preempt from the young end.
+
+        None: a block is missing, and whoever would have to give way may be in a step under way.
+        """
+        decoding: list[DecodeSequence] = []
         position = 0
         while position < len(self._running):
             sequence = self._running[position]
-            if sequence.remaining > 1:
+            if sequence.unscheduled > 1 or (sequence.drawing and self._ends_with_draw(sequence)) or sequence.ending:
                 position += 1
             elif self._grow(sequence):
-                if sequence.joined_s is None:
-                    sequence.joined_s = now_s
-                    if sequence.handed_off_s is not None:
-                        sequence.exposed_ms += sequence.elapsed_ms(sequence.handed_off_s, now_s)
-                steps.append(sequence.step(1, self.limits))
+                decoding.append(sequence)
                 position += 1
+            elif self._steps_in_flight:
+                return None
             else:
                 self._preempt(self._running[-1])
-        return steps
+        return decoding
+
+    def _ends_with_draw(self, sequence: DecodeSequence) -> bool:
+        """Whether the token that is being drawn is its last, whatever it is."""
+        return self.limits.is_last(
+            num_prompt=sequence.num_prompt_tokens, num_output=sequence.next_index, sampling=sequence.sampling
+        )
 
     def _grow(self, sequence: DecodeSequence) -> bool:
         """Make its blocks cover all its tokens; False when none is free."""
-        missing = self._blocks_of(sequence) - len(sequence.blocks)
-        if missing > 0:
-            blocks = self.pool.allocate(missing)
+        held = len(sequence.blocks)
+        if held * self.pool.block_size < sequence.num_tokens:
+            blocks = self.pool.allocate(self._blocks_of(sequence) - held)
             if blocks is None:
                 return False
             sequence.blocks += blocks
@@ -219,10 +253,10 @@ class DecodeScheduler:
         A sequence cancelled meanwhile ends here, unless it was to be left alone once handed off.
         """
         sequence = self._pulling.pop(seq_id)
-        sequence.computed = len(sequence.token_ids)
+        sequence.computed = sequence.scheduled = len(sequence.token_ids)
         sequence.transfer_bytes, sequence.transfer_ms, sequence.exposed_ms = num_bytes, transfer_ms, exposed_ms
         if sequence.ending is not None and sequence.ending[0] != "handoff_failed":
-            return [self._end(sequence, *sequence.ending, now_s)]
+            return [self._end(sequence, now_s)]
         sequence.ending = None
         sequence.handed_off = True
         sequence.handed_off_s = now_s
@@ -231,48 +265,60 @@ class DecodeScheduler:
         sequence.token_ids.append(first_token)
         self._join(sequence)
         if self._finish_of(sequence, first_token, index) is not None:
-            return [self._end(sequence, "done", "", now_s)]
+            sequence.ending = ("done", "")
+            return [self._end(sequence, now_s)]
         return []
 
     def pull_failed(self, seq_id: SeqId, detail: str, now_s: float) -> list[DecodeEffect]:
         """The pull has ended without success and nothing writes into its blocks any more."""
         sequence = self._pulling.pop(seq_id)
-        outcome, why = sequence.ending or ("handoff_failed", detail)
-        return [self._end(sequence, outcome, why, now_s)]
+        if sequence.ending is None:
+            sequence.ending = ("handoff_failed", detail)
+        return [self._end(sequence, now_s)]
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> list[DecodeEffect]:
-        """Book a finished step. Sequences cancelled meanwhile end here, their tokens unsaid."""
+        """Book the oldest step under way. Sequences cancelled meanwhile end with their last one, their tokens unsaid."""
         effects: list[DecodeEffect] = []
+        self._steps_in_flight -= 1
         for step, token in zip(plan.seqs, result.tokens, strict=True):
             sequence = self._by_id[step.seq_id]
-            sequence.in_step = False
+            sequence.step_over(step)
             sequence.computed += len(step.token_ids)
-            if sequence.ending is not None:
-                effects.append(self._end(sequence, *sequence.ending, now_s))
-                continue
-            sequence.record_hashes(self.pool)
-            if step.sampling is None:
-                continue
-            if token is None:
-                effects.append(self._end(sequence, "failed", "the engine drew no token", now_s))
-                continue
-            if sequence.first_token_s is None:
-                sequence.first_token_s = now_s
-            finish = self._finish_of(sequence, token, step.output_index)
-            sequence.token_ids.append(token)
-            effects.append(TokenOut(seq_id=sequence.seq_id, index=step.output_index, token_id=token, finish=finish))
-            if finish is not None:
-                effects.append(self._end(sequence, "done", "", now_s))
+            if sequence.ending is None:
+                sequence.record_hashes(self.pool)
+                if step.sampling is not None:
+                    self._drawn(sequence, step.output_index, token, now_s, effects)
+            elif sequence.ended_s is not None:
+                self.superfluous_tokens += step.sampling is not None
+            if sequence.ending is not None and sequence.may_go(now_s):
+                effects.append(self._end(sequence, now_s))
         return effects
 
+    def _drawn(
+        self, sequence: DecodeSequence, index: int, token: int | None, now_s: float, effects: list[DecodeEffect]
+    ) -> None:
+        if token is None:
+            sequence.ending = ("failed", "the engine drew no token")
+            return
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+        finish = self._finish_of(sequence, token, index)
+        if finish is not None:
+            sequence.ending = ("done", "")
+        sequence.token_ids.append(token)
+        effects.append(TokenOut(seq_id=sequence.seq_id, index=index, token_id=token, finish=finish))
+
     def fail(self, plan: StepPlan, detail: str, now_s: float) -> list[DecodeEffect]:
-        """The step raised: every sequence in it ends, the cancelled ones as cancelled."""
+        """The oldest step under way raised: every sequence in it ends, the cancelled ones as cancelled."""
         effects: list[DecodeEffect] = []
+        self._steps_in_flight -= 1
         for step in plan.seqs:
             sequence = self._by_id[step.seq_id]
-            sequence.in_step = False
-            outcome, why = sequence.ending or ("failed", detail)
-            effects.append(self._end(sequence, outcome, why, now_s))
+            sequence.step_over(step)
+            if sequence.ending is None:
+                sequence.ending = ("failed", detail)
+            if sequence.may_go(now_s):
+                effects.append(self._end(sequence, now_s))
         return effects
 
     def cancel(
@@ -284,7 +330,7 @@ class DecodeScheduler:
         detail: str = "",
         unless_handed_off: bool = False,
     ) -> list[DecodeEffect]:
-        """End a sequence: now, or when its step or its pull is over. Unknown ones are left alone.
+        """End a sequence: now, or when its last step or its pull is over. Unknown ones are left alone.
 
         ``unless_handed_off``: its prefill instance is lost; one that has its KV, or computes it here, goes on.
         """
@@ -297,13 +343,10 @@ class DecodeScheduler:
                 return []
             sequence.ending = ending
             return [CancelPull(seq_id=seq_id)]
+        sequence.ending = ending
         if sequence.phase is Phase.PULLING:
-            sequence.ending = ending
             return [CancelPull(seq_id=seq_id, source_lost=unless_handed_off)]
-        if sequence.in_step:
-            sequence.ending = ending
-            return []
-        return [self._end(sequence, *ending, now_s)]
+        return [] if sequence.in_steps else [self._end(sequence, now_s)]
 
     def phase_of(self, seq_id: SeqId) -> Literal["queued", "pulling", "local_prefill", "first_step", "decoding"]:
         """Where a sequence that it knows is; a preempted one is queued."""
@@ -322,17 +365,21 @@ class DecodeScheduler:
             token, num_prompt=sequence.num_prompt_tokens, num_output=index + 1, sampling=sequence.sampling
         )
 
-    def _end(self, sequence: DecodeSequence, outcome: LegOutcome, detail: str, now_s: float) -> SeqEnded:
+    def _end(self, sequence: DecodeSequence, now_s: float) -> SeqEnded:
+        """Forget an ending sequence."""
+        assert sequence.ending is not None
+        outcome, detail = sequence.ending
+        stats = sequence.stats(now_s if sequence.ended_s is None else sequence.ended_s)
         del self._by_id[sequence.seq_id]
         if sequence.phase is Phase.WAITING:
             self._waiting.remove(sequence)
         elif sequence.phase is Phase.RUNNING:
             self._running.remove(sequence)
         sequence.free(self.pool)
-        return SeqEnded(seq_id=sequence.seq_id, outcome=outcome, detail=detail, stats=sequence.stats(now_s))
+        return SeqEnded(seq_id=sequence.seq_id, outcome=outcome, detail=detail, stats=stats)
 
     def _blocks_of(self, sequence: DecodeSequence) -> int:
-        return self.pool.blocks_for(len(sequence.token_ids))
+        return self.pool.blocks_for(sequence.num_tokens)
 
     def __repr__(self) -> str:
         counts = f"{len(self._waiting)} waiting, {len(self._pulling)} pulling, {len(self._running)} running"

@@ -11,7 +11,7 @@ from biphase.engine.block_pool import BlockPool
 from biphase.engine.engine import Engine
 from biphase.engine.limits import Limits
 from biphase.engine.serving import serve_worker
-from biphase.engine.worker import RunStep
+from biphase.engine.worker import StepRunner
 from biphase.engine.worker_config import WorkerConfig
 from biphase.kvtransfer.puller import KvPuller
 from biphase.kvtransfer.signature import KvSignatureValue
@@ -25,7 +25,7 @@ async def serve(config: WorkerConfig, announcer: Announcer, stop: asyncio.Event)
 
 @asynccontextmanager
 async def decode_phase(
-    config: WorkerConfig, engine: Engine, limits: Limits, run_step: RunStep
+    config: WorkerConfig, engine: Engine, limits: Limits, runner: StepRunner
 ) -> AsyncIterator[tuple[DecodeWorker, str]]:
     """The decode worker with its puller. Nobody pulls from it: its KV address is empty."""
     pool = BlockPool(engine.num_blocks, engine.layout.block_size, hash_key=secrets.token_bytes(16))
@@ -42,9 +42,10 @@ async def decode_phase(
         incarnation=config.incarnation,
         model_hash=engine.model_info.model_hash,
         rope=engine.rope_signature,
+        content_digest=engine.kv_memory.content_digest,
     )
     puller = KvPuller(memory=engine.kv_memory, signature=signature, decoding=lambda: scheduler.num_running > 0)
-    worker = DecodeWorker(scheduler, run_step, puller, pull_timeout_s=config.pull_timeout_s)
+    worker = DecodeWorker(scheduler, runner, puller, pull_timeout_s=config.pull_timeout_s)
     try:
         yield worker, ""
     finally:

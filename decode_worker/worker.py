@@ -12,7 +12,7 @@ from biphase.decode_worker.scheduler import DecodeScheduler
 from biphase.engine.legs import Leg
 from biphase.engine.link import Link, OpenLeg
 from biphase.engine.sequence import Refusal, SeqEnded
-from biphase.engine.worker import RunStep, Worker
+from biphase.engine.worker import StepRunner, Worker
 from biphase.kvtransfer.puller import KvPuller, PullResult
 from biphase.protos.errors import HandoffFailed, one_line
 from biphase.protos.ids import SeqId
@@ -39,13 +39,13 @@ class DecodeWorker(Worker[DecodeScheduler, DecodeLeg]):
     def __init__(
         self,
         scheduler: DecodeScheduler,
-        run_step: RunStep,
+        runner: StepRunner,
         puller: KvPuller,
         *,
         pull_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(scheduler, run_step, clock=clock)
+        super().__init__(scheduler, runner, clock=clock)
         self._puller = puller
         self._pull_timeout_s = pull_timeout_s
         self._pulls: set[asyncio.Task[None]] = set()

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from biphase.engine.plan_limits import PlanLimits
 from biphase.engine.step import SeqStep, StepPlan
 from biphase.kernels.decode_attention import DecodeBatch
 from biphase.kernels.kv_layout import KvLayout
 from biphase.kernels.ops import Kernels
 from biphase.kernels.prefill_attention import PrefillChunk
-from biphase.protos.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,27 +45,20 @@ class BatchBuilder:
         *,
         kernels: Kernels,
         layout: KvLayout,
+        limits: PlanLimits,
         num_heads: int,
-        num_blocks: int,
-        vocab_size: int,
-        max_model_len: int,
         sliding_window: int | None,
     ) -> None:
         self._kernels = kernels
         self._layout = layout
+        self._limits = limits
         self._num_heads = num_heads
-        self._num_blocks = num_blocks
-        self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
         self._window = sliding_window
         self._gather_buffer = torch.empty(0)
 
     def build(self, plan: StepPlan) -> StepBatch:
         """Raises InvalidRequest, naming value and limit, for a plan that cannot be computed."""
-        if not plan.seqs:
-            raise InvalidRequest("the step plan is empty, at least 1 sequence is needed")
-        for seq in plan.seqs:
-            self._check(seq)
+        self._limits.check(plan)
         singles = [i for i, seq in enumerate(plan.seqs) if len(seq.token_ids) == 1]
         singles.sort(key=lambda i: -plan.seqs[i].start)
         order = [*singles, *(i for i, seq in enumerate(plan.seqs) if len(seq.token_ids) > 1)]
@@ -90,9 +83,6 @@ class BatchBuilder:
                 sampled.append(i)
 
         ids = torch.tensor(token_ids)
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
-            bad = next(token for token in token_ids if not 0 <= token < self._vocab_size)
-            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {self._vocab_size}")
         num_tokens = len(token_ids)
         padding = (0, self._kernels.linear.padded_tokens(num_tokens) - num_tokens)
         places = torch.tensor(positions)
@@ -133,24 +123,3 @@ class BatchBuilder:
             window=self._window,
         )
         return chunk
-
-    def _check(self, seq: SeqStep) -> None:
-        count = len(seq.token_ids)
-        end = seq.start + count
-        if count < 1:
-            raise InvalidRequest(f"sequence {seq.seq_id} has {count} tokens in the step, at least 1 is needed")
-        if seq.start < 0:
-            raise InvalidRequest(f"sequence {seq.seq_id} starts at {seq.start}, the first position is 0")
-        if end > self._max_model_len:
-            raise InvalidRequest(f"sequence {seq.seq_id} reaches {end} tokens, the context holds {self._max_model_len}")
-        needed = self._layout.blocks_for(end)
-        if len(seq.blocks) < needed:
-            raise InvalidRequest(f"sequence {seq.seq_id} has {len(seq.blocks)} blocks, {end} tokens need {needed}")
-        if min(seq.blocks) < 0 or max(seq.blocks) >= self._num_blocks:
-            bad = next(block for block in seq.blocks if not 0 <= block < self._num_blocks)
-            raise InvalidRequest(f"sequence {seq.seq_id} has block {bad}, the pool holds 0 .. {self._num_blocks - 1}")
-        for token in seq.forbid_ids:
-            if not 0 <= token < self._vocab_size:
-                raise InvalidRequest(f"forbidden token id {token} is outside the vocabulary of {self._vocab_size}")
-        if seq.sampling is not None and not seq.sampling.temperature >= 0:
-            raise InvalidRequest(f"temperature is {seq.sampling.temperature}, must be at least 0")

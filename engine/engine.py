@@ -1,172 +1,127 @@
-"""The step runner: model, KV pool and sampler. Everything here runs in the engine thread."""
+"""What the rest of an instance knows of its engine: facts about the model, a KV memory, and steps."""
 
-import os
-import time
+import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import psutil
 import torch
 
-from biphase.engine.batch import BatchBuilder, StepBatch
-from biphase.engine.checkpoint import Checkpoint, open_checkpoint
+from biphase.engine.checkpoint import Checkpoint
 from biphase.engine.config import EngineConfig
-from biphase.engine.model import LlamaModel
-from biphase.engine.step import SeqStep, StepPlan, StepResult
-from biphase.kernels.kv_layout import KvLayout
-from biphase.kernels.kv_pack import CpuKvMemory
-from biphase.kernels.ops import Kernels, select_kernels
-from biphase.kernels.sample import DrawRow
+from biphase.engine.model_config import ModelConfig
+from biphase.engine.plan_limits import PlanLimits
+from biphase.engine.step import PendingStep, StepPlan, StepResult
+from biphase.kernels.kv_layout import KvLayout, KvScales
+from biphase.kernels.kv_pack.memory import KvMemory
+from biphase.kernels.ops import choose_backend
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.values import ModelInfo
 
-_DEFAULT_KV_BYTES = 4 << 30
-_DEFAULT_KV_SHARE = 0.2
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 """(what is being done, how much of all is done: 0 .. 1)."""
 
 
-class Engine:
+class Engine(ABC):
     """One loaded model with its KV pool. Owned by the engine thread; the pool's blocks are whoever holds them."""
 
-    def __init__(self, config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels) -> None:
-        """Raises SetupError when the pool cannot hold one request of max_model_len."""
+    config: EngineConfig
+    """Resolved: device, dtypes and block size are what it runs with."""
+    model_config: ModelConfig
+    model_info: ModelInfo
+    layout: KvLayout
+    num_blocks: int
+    kv_bytes: int
+    kv_memory: KvMemory
+    rope_signature: str
+    plan_limits: PlanLimits
+    threads: int
+    pipeline_depth: int
+    """How many steps may be launched and not over: the next one's scheduling overlaps with those."""
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
+        """The facts of the model. Raises SetupError when max_model_len is beyond it."""
         model = checkpoint.config
+        assert config.block_size is not None
         self.config = config
         self.model_config = model
-        self.threads = torch.get_num_threads()
         self.layout = KvLayout(
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             block_size=config.block_size,
-            dtype=config.dtype,
+            dtype=config.kv_dtype,
+            kv_scales=_unit_scales(model) if config.kv_dtype == "float8_e4m3fn" else None,
         )
-        max_model_len = _max_model_len(config, model.max_position_embeddings)
-        self.num_blocks = _num_blocks(config, self.layout, max_model_len)
-        self.kv_bytes = self.num_blocks * self.layout.block_bytes
+        limit = model.max_position_embeddings
+        if config.max_model_len is not None and config.max_model_len > limit:
+            raise SetupError(f"max_model_len is {config.max_model_len}, the model's limit is {limit}")
         self.rope_signature = f"theta {model.rope.theta} dim {model.rope.rotary_dim} scaling {model.rope.scaling}"
         self.model_info = ModelInfo(
             name=config.served_name or Path(config.model).name,
             model_hash=checkpoint.model_hash,
             vocab_size=model.vocab_size,
-            max_model_len=max_model_len,
+            max_model_len=config.max_model_len or limit,
             eos_token_ids=model.eos_token_ids,
             architecture=model.architecture,
             dtype=config.dtype,
         )
-        try:
-            # numpy's zeros are mapped on first touch; torch's would write gigabytes here
-            memory = np.zeros(self.layout.pool_shape(self.num_blocks), dtype=np.float32)
-        except MemoryError as error:
-            raise SetupError(f"no memory for {self.num_blocks} KV blocks, {self.kv_bytes} bytes") from error
-        self.kv_memory = CpuKvMemory(memory, self.layout)
-        pool = torch.from_numpy(memory)
-        self._kernels = kernels
-        self._model = LlamaModel(model, checkpoint.tensors, pool, kernels)
-        self._builder = BatchBuilder(
-            kernels=kernels,
-            layout=self.layout,
-            num_heads=model.num_heads,
-            num_blocks=self.num_blocks,
-            vocab_size=model.vocab_size,
+
+    def _size_pool(self, kv_budget_bytes: int) -> None:
+        """Sets the number of blocks. Raises SetupError when they cannot hold one request of max_model_len."""
+        num_blocks = self.config.num_kv_blocks or kv_budget_bytes // self.layout.block_bytes
+        max_model_len = self.model_info.max_model_len
+        needed = self.layout.blocks_for(max_model_len)
+        if num_blocks < needed:
+            raise SetupError(
+                f"the KV pool holds {num_blocks} blocks of {self.layout.block_bytes} bytes, max_model_len "
+                f"{max_model_len} needs {needed}: give more kv memory or a smaller max_model_len"
+            )
+        self.num_blocks = num_blocks
+        self.kv_bytes = num_blocks * self.layout.block_bytes
+        self.plan_limits = PlanLimits(
+            block_size=self.layout.block_size,
+            num_blocks=num_blocks,
+            vocab_size=self.model_info.vocab_size,
             max_model_len=max_model_len,
-            sliding_window=model.sliding_window,
         )
 
     @staticmethod
     def load(config: EngineConfig, progress: Progress) -> "Engine":
-        """Call it in the thread that will execute: torch's thread count is a property of the calling thread.
-
-        Raises SetupError, one line.
-        """
-        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.instances_on_host))
+        """The engine of the configured device. Call it in the thread that will launch: torch keeps thread counts and
+        streams per thread. Raises SetupError, one line."""
+        has_cuda = config.device != "cpu" and torch.cuda.is_available()
+        if config.device.startswith("cuda") and not has_cuda:
+            raise SetupError(f"device {config.device!r} was asked for, and torch {torch.__version__} finds no CUDA GPU")
         try:
-            kernels = select_kernels(config.device)
+            resolved = config.resolved(has_cuda=has_cuda)
+            backend = choose_backend(resolved.device)
         except ValueError as error:
             raise SetupError(one_line(error)) from error
-        progress("opening weights", 0.0)
-        cache_dir = Path(config.weights_cache) if config.weights_cache else None
-        checkpoint = open_checkpoint(
-            config.model,
-            dtype=config.dtype,
-            cache_dir=cache_dir,
-            progress=lambda text, done: progress(text, 0.8 * done),
-        )
-        progress("allocating the KV pool", 0.8)
-        engine = Engine(config, checkpoint, kernels)
-        progress("first step", 0.9)
-        engine._warm_up()
-        progress("loaded", 1.0)
-        return engine
+        _log.info("kernels: %s, as %s", backend.name, backend.reason)
+        if backend.token_major:
+            from biphase.engine.gpu.engine import GpuEngine
+
+            return GpuEngine.load(resolved, progress, backend.name)
+        from biphase.engine.cpu_engine import CpuEngine
+
+        return CpuEngine.load(resolved, progress)
+
+    @abstractmethod
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Begin one step: k and v of every token into the pool, a token for every sequence that samples.
+
+        What it cannot compute is raised here, then nothing was written (InvalidRequest), or by the pending step's wait().
+        """
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step: k and v of every token into the pool, a token for every sequence that samples.
-
-        Raises InvalidRequest for a malformed plan; then nothing was written.
-        """
-        start_s = time.perf_counter()
-        tokens = self.compute(plan, self.prepare(plan))
-        return StepResult(tokens=tokens, step_ms=(time.perf_counter() - start_s) * 1e3)
-
-    def prepare(self, plan: StepPlan) -> StepBatch:
-        """First half of ``execute``: check the plan and turn it into tensors. Raises InvalidRequest."""
-        with torch.inference_mode():
-            return self._builder.build(plan)
-
-    def compute(self, plan: StepPlan, batch: StepBatch) -> tuple[int | None, ...]:
-        """Second half of ``execute``: forward pass and draws. ``batch`` is the latest that ``prepare`` made."""
-        tokens: list[int | None] = [None] * len(plan.seqs)
-        with torch.inference_mode():
-            logits_RV = self._model.forward(batch)
-            if logits_RV is not None:
-                drawn = self._kernels.sample.sample(logits_RV, [_draw_row(plan.seqs[i]) for i in batch.sampled_seqs])
-                for i, token in zip(batch.sampled_seqs, drawn, strict=True):
-                    tokens[i] = token
-        return tuple(tokens)
-
-    def _warm_up(self) -> None:
-        """One step through all weights, so that the first request does not wait for page faults. Block 0 is free yet."""
-        count = min(self.layout.block_size, self.model_info.max_model_len)
-        seq = SeqStep(seq_id=-1, token_ids=[0] * count, start=0, blocks=[0])  # type: ignore[arg-type, list-item]
-        self.execute(StepPlan(seqs=(seq,)))
+        """Compute one step from launch to result."""
+        return self.launch(plan).wait()
 
 
-def _draw_row(seq: SeqStep) -> DrawRow:
-    sampling = seq.sampling
-    if sampling is None or sampling.temperature == 0:
-        return DrawRow(forbid_ids=seq.forbid_ids)
-    return DrawRow(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        branch=sampling.branch,
-        position=seq.output_index,
-        forbid_ids=seq.forbid_ids,
-    )
-
-
-def _max_model_len(config: EngineConfig, model_limit: int) -> int:
-    if config.max_model_len is not None and config.max_model_len > model_limit:
-        raise SetupError(f"max_model_len is {config.max_model_len}, the model's limit is {model_limit}")
-    return config.max_model_len or model_limit
-
-
-def _num_blocks(config: EngineConfig, layout: KvLayout, max_model_len: int) -> int:
-    if config.num_kv_blocks is not None:
-        num_blocks = config.num_kv_blocks
-    else:
-        free = psutil.virtual_memory().available
-        default = min(_DEFAULT_KV_BYTES, int(free * _DEFAULT_KV_SHARE / config.instances_on_host))
-        num_blocks = (config.kv_memory_bytes or default) // layout.block_bytes
-    needed = layout.blocks_for(max_model_len)
-    if num_blocks < needed:
-        raise SetupError(
-            f"the KV pool holds {num_blocks} blocks of {layout.block_bytes} bytes, max_model_len {max_model_len} needs "
-            f"{needed}: give more kv memory or a smaller max_model_len"
-        )
-    return num_blocks
+def _unit_scales(model: ModelConfig) -> KvScales:
+    """fp8 KV as it is: keys and values of common models lie far within e4m3's +-448, and it has no fixed step."""
+    heads = (1.0,) * model.num_kv_heads
+    return tuple((heads, heads) for _ in range(model.num_layers))

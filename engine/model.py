@@ -1,4 +1,4 @@
-"""The forward pass of the Llama family over one packed step: RMS norm, rotary attention, gated SiLU, residuals.
+"""The forward pass of the Llama family over one packed step: RMS norm, rotary attention, gated SiLU or experts.
 
 Shapes: F hidden features, H query heads, K kv heads, G = H / K, D head_dim, I intermediate features, N tokens of the
 step (padded), R sampled tokens, V vocabulary. Activations are feature-major, ``[features, N]`` (kernels/ops.py).
@@ -24,6 +24,8 @@ class Layer:
     k_norm: torch.Tensor | None
     o: torch.Tensor
     mlp_norm: torch.Tensor
+    router: torch.Tensor | None
+    """With experts: [E, F]; then ``gate_up`` [E, 2 * I, F] and ``down`` [E, F, I] are those of all experts."""
     gate_up: torch.Tensor
     down: torch.Tensor
 
@@ -97,6 +99,9 @@ class LlamaModel:
                 )
             ops.linear.linear_add(layer.o, buffers.attended_FN, h_FN)
             ops.rms_norm.rms_norm(h_FN, layer.mlp_norm, eps, buffers.normed_FN)
+            if layer.router is not None:
+                self._add_experts(layer, layer.router, buffers.normed_FN, h_FN)
+                continue
             ops.linear.linear(layer.gate_up, buffers.normed_FN, buffers.gate_up_IN)
             ops.linear.linear_add(layer.down, ops.silu_mul.silu_mul(buffers.gate_IN, buffers.up_IN), h_FN)
         if batch.sampled_columns is None:
@@ -105,6 +110,12 @@ class LlamaModel:
         ops.rms_norm.rms_norm(last_FR, self._norm, eps, last_FR)
         logits_RV: torch.Tensor = ops.linear.linear_logits(self._head, last_FR)
         return logits_RV
+
+    def _add_experts(self, layer: Layer, router_EF: torch.Tensor, x_FN: torch.Tensor, h_FN: torch.Tensor) -> None:
+        ops, config = self._kernels, self.config
+        logits_EN = ops.linear.linear(router_EF, x_FN, x_FN.new_empty(config.num_experts, x_FN.shape[1]))
+        ids_KN, weights_KN = ops.moe.route(logits_EN, config.num_experts_per_tok, config.norm_topk_prob)
+        ops.moe.add_experts(x_FN, ids_KN, weights_KN, layer.gate_up, layer.down, h_FN)
 
     def _buffers_for(self, num_tokens: int) -> Buffers:
         found = self._buffers.get(num_tokens)
@@ -148,6 +159,9 @@ def _layer(tensors: dict[str, torch.Tensor], i: int) -> Layer:
     def column(name: str) -> torch.Tensor:
         return tensors[f"layers.{i}.{name}"].unsqueeze(1)
 
+    router = tensors.get(f"layers.{i}.router")
+    experts = "" if router is None else "experts_"
+
     def column_or_none(name: str) -> torch.Tensor | None:
         return column(name) if f"layers.{i}.{name}" in tensors else None
 
@@ -159,6 +173,7 @@ def _layer(tensors: dict[str, torch.Tensor], i: int) -> Layer:
         k_norm=column_or_none("k_norm"),
         o=tensors[f"layers.{i}.o"],
         mlp_norm=column("mlp_norm"),
-        gate_up=tensors[f"layers.{i}.gate_up"],
-        down=tensors[f"layers.{i}.down"],
+        router=router,
+        gate_up=tensors[f"layers.{i}.{experts}gate_up"],
+        down=tensors[f"layers.{i}.{experts}down"],
     )

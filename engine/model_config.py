@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,9 @@ def _llama3(frequency: float, scaling: Llama3Scaling) -> float:
 class ModelConfig:
     """A decoder-only transformer: RMS norm, rotary attention with grouped heads, gated SiLU feed-forward.
 
+    ``num_experts`` 0: one feed-forward part of ``intermediate_size`` in each layer. Else each layer has that many of
+    ``moe_intermediate_size`` (``intermediate_size`` says nothing then); a token takes the ``num_experts_per_tok`` of
+    the highest softmax, weighted by it, divided by the sum over those taken where ``norm_topk_prob`` says so.
     ``attention_bias``: q, k and v have biases (qwen2). ``qk_norm``: q and k heads are RMS-normalised before the
     rotation (qwen3). ``sliding_window``: a token sees itself and the window - 1 tokens before it; None: all.
     ``tie_word_embeddings``: the output head is the embedding; there is no ``lm_head`` tensor.
@@ -99,6 +102,10 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool = False
     qk_norm: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
     sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -121,6 +128,14 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.num_experts < 0:
+            raise ValueError(f"num_experts is {self.num_experts}, must be at least 0")
+        if self.num_experts and self.moe_intermediate_size < 1:
+            raise ValueError(f"moe_intermediate_size is {self.moe_intermediate_size}, must be at least 1")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, must be in 1 .. num_experts {self.num_experts}"
+            )
         if self.rope.rotary_dim % 2 or not 0 < self.rope.rotary_dim <= self.head_dim:
             raise ValueError(f"rotary_dim {self.rope.rotary_dim} must be even and in 2 .. head_dim {self.head_dim}")
         if (

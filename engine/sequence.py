@@ -44,8 +44,10 @@ class SeqEnded:
 class Sequence:
     """A request as its scheduler, the only owner, sees it.
 
-    ``token_ids``: prompt, then output. ``computed``: how many of them have their KV in ``blocks``. ``ending`` is set
-    when it must go as soon as nothing uses its blocks. Times are seconds of the scheduler's ``now_s``.
+    ``token_ids``: prompt, then output. ``computed``: how many of them have their KV in ``blocks``. Steps in flight hold
+    it ``in_steps`` times: they compute its positions up to ``scheduled`` and draw ``drawing`` tokens that nobody knows
+    yet. ``ending`` is set when it must go as soon as nothing uses its blocks, ``ended_s`` by the step that it ended
+    with; what later steps draw for it is superfluous. Times are seconds of the scheduler's ``now_s``.
     """
 
     seq_id: SeqId
@@ -55,12 +57,20 @@ class Sequence:
     arrived_s: float
     blocks: list[BlockId] = field(default_factory=list)
     computed: int = 0
-    in_step: bool = False
+    scheduled: int = 0
+    in_steps: int = 0
+    drawing: int = 0
     ending: tuple[LegOutcome, str] | None = None
+    ended_s: float | None = None
     started_s: float | None = None
     first_token_s: float | None = None
     num_hashed: int = 0
     last_hash: BlockHash = NO_PARENT
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output, with what is being drawn."""
+        return len(self.token_ids) + self.drawing
 
     @property
     def remaining(self) -> int:
@@ -68,24 +78,47 @@ class Sequence:
         return len(self.token_ids) - self.computed
 
     @property
+    def unscheduled(self) -> int:
+        """Tokens that the next step may take; 1 for a sequence that decodes, whether that one is known or being drawn."""
+        return len(self.token_ids) + self.drawing - self.scheduled
+
+    @property
     def next_index(self) -> int:
-        """Output index of the token that comes next."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        """Output index of the token that is drawn next."""
+        return self.num_tokens - self.num_prompt_tokens
 
     def step(self, num_tokens: int, limits: Limits) -> SeqStep:
         """Its part in the next step: ``num_tokens`` more of its tokens, a draw when these are its last known ones."""
-        end = self.computed + num_tokens
-        draws = end == len(self.token_ids)
-        self.in_step = True
-        return SeqStep(
+        start = self.scheduled
+        known = len(self.token_ids) + self.drawing
+        index = known - self.num_prompt_tokens
+        draws = start + num_tokens == known
+        continues = self.drawing > 0
+        part = SeqStep(
             seq_id=self.seq_id,
-            token_ids=tuple(self.token_ids[self.computed : end]),
-            start=self.computed,
+            token_ids=(0,) if continues else tuple(self.token_ids[start : start + num_tokens]),
+            start=start,
             blocks=tuple(self.blocks),
             sampling=self.sampling if draws else None,
-            output_index=self.next_index if draws else 0,
-            forbid_ids=limits.forbidden(self.next_index, self.sampling) if draws else (),
+            output_index=index if draws else 0,
+            forbid_ids=limits.forbidden(index, self.sampling) if draws else (),
+            continues=continues,
         )
+        self.scheduled += num_tokens
+        self.in_steps += 1
+        self.drawing += draws
+        return part
+
+    def step_over(self, part: SeqStep) -> None:
+        """A step that held it is in flight no more."""
+        self.in_steps -= 1
+        self.drawing -= part.sampling is not None
+
+    def may_go(self, now_s: float) -> bool:
+        """After a step of an ending one: whether nothing uses its blocks any more."""
+        if self.ended_s is None:
+            self.ended_s = now_s
+        return not self.in_steps
 
     def record_hashes(self, pool: BlockPool) -> None:
         """Give every block that has become full and computed its hash."""
@@ -100,7 +133,7 @@ class Sequence:
         """Give all its blocks back; what was computed is forgotten."""
         pool.release(self.blocks)
         self.blocks = []
-        self.computed = 0
+        self.computed = self.scheduled = 0
         self.num_hashed = 0
         self.last_hash = NO_PARENT
 

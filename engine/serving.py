@@ -11,15 +11,14 @@ from typing import Any
 
 import grpc.aio
 from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from biphase.engine.engine import Engine
 from biphase.engine.engine_thread import EngineThread
 from biphase.engine.limits import Limits
 from biphase.engine.link import Identity
 from biphase.engine.link_service import LinkService
-from biphase.engine.worker import RunStep, Worker
+from biphase.engine.standard_services import StandardServices
+from biphase.engine.worker import StepRunner, Worker
 from biphase.engine.worker_config import WorkerConfig
 from biphase.protos import worker_pb2
 from biphase.protos.errors import Internal
@@ -34,7 +33,7 @@ FLUSH_S = 1.0
 _SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 _PROGRESS_EVERY_S = 0.2
 
-Phase = Callable[[WorkerConfig, Engine, Limits, RunStep], AbstractAsyncContextManager[tuple[Worker[Any, Any], str]]]
+Phase = Callable[[WorkerConfig, Engine, Limits, StepRunner], AbstractAsyncContextManager[tuple[Worker[Any, Any], str]]]
 """Makes a phase's worker, and the KV address that its Welcome names; closes what it made when left."""
 
 
@@ -42,7 +41,7 @@ async def serve_worker(config: WorkerConfig, announcer: Announcer, stop: asyncio
     """Run one instance until ``stop`` is set. Raises SetupError for a set-up that cannot work."""
     announcer.update(state="loading", detail="starting the engine", log_file=config.log_file)
     async with AsyncExitStack() as closing:
-        thread = EngineThread(config.engine)
+        thread = EngineThread(config.step_engine)
         closing.push_async_callback(thread.close)
         engine = await _load(thread, announcer, stop)
         if engine is None:
@@ -56,9 +55,9 @@ async def serve_worker(config: WorkerConfig, announcer: Announcer, stop: asyncio
             num_blocks=engine.num_blocks,
             block_size=engine.layout.block_size,
         )
-        worker, kv_address = await closing.enter_async_context(phase(config, engine, limits, thread.run))
+        worker, kv_address = await closing.enter_async_context(phase(config, engine, limits, thread))
         service = LinkService(_identity(config, engine, kv_address), worker)
-        port, checks = await closing.enter_async_context(_listening(config, service))
+        port, standard = await closing.enter_async_context(_listening(config, service))
         stepping = asyncio.create_task(worker.run())
         stopping = asyncio.create_task(stop.wait())
 
@@ -86,7 +85,7 @@ async def serve_worker(config: WorkerConfig, announcer: Announcer, stop: asyncio
         stopping.cancel()
         broken = stepping.done()
         announcer.update(state="draining", detail="stopping")
-        await checks.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        await standard.set_serving(False)
         worker.stop()
         await asyncio.wait({stepping, stopping})
         await worker.legs_ended(FLUSH_S)
@@ -147,19 +146,15 @@ def _version() -> str:
 
 
 @asynccontextmanager
-async def _listening(
-    config: WorkerConfig, service: LinkService
-) -> AsyncIterator[tuple[int, health.aio.HealthServicer]]:
+async def _listening(config: WorkerConfig, service: LinkService) -> AsyncIterator[tuple[int, StandardServices]]:
     """The worker's gRPC server with health and reflection; yields its port."""
     server = grpc.aio.server(options=server_options())
     server.add_generic_rpc_handlers((service_handler(worker_pb2.DESCRIPTOR, "Worker", service, GetMessageClass),))
-    checks = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    standard = StandardServices(server, _SERVICE)
     port = bind(server, config.host, config.port)
-    await checks.set(_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    await standard.set_serving(True)
     await server.start()
     try:
-        yield port, checks
+        yield port, standard
     finally:
         await server.stop(grace=0.2)

@@ -10,17 +10,17 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
-import psutil
-
 from biphase.engine.block_pool import BlockPool
+from biphase.engine.host_figures import ProcessFigures
 from biphase.engine.legs import Leg, LegTable
 from biphase.engine.link import Link, OpenLeg
 from biphase.engine.sequence import Refusal, SeqEnded, TokenOut
 from biphase.engine.step import StepPlan, StepResult
-from biphase.protos.errors import one_line
+from biphase.protos.errors import EngineLost, one_line
 from biphase.protos.ids import LegId, SeqId
 from biphase.protos.values import LegOutcome, LegStats, Load
 
@@ -29,8 +29,18 @@ _log = logging.getLogger(__name__)
 CHECK_EVERY_S = 10.0
 """The block pool's books are checked when the last leg has ended, no more often than this."""
 
-RunStep = Callable[[StepPlan], Awaitable[StepResult]]
-"""Gives a plan to the engine thread and waits for its result; what the engine raises is raised."""
+
+class StepRunner(Protocol):
+    """What computes a worker's steps: the engine thread."""
+
+    @property
+    def pipeline_depth(self) -> int:
+        """How many steps may be launched and not over."""
+        ...
+
+    def launch(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        """Begin a step after those launched before; the future raises what the engine raised."""
+        ...
 
 
 class Scheduler(Protocol):
@@ -38,6 +48,7 @@ class Scheduler(Protocol):
 
     pool: BlockPool
     draining: bool
+    superfluous_tokens: int
 
     def schedule(self, now_s: float) -> tuple[StepPlan | None, list[Any]]: ...
 
@@ -57,12 +68,12 @@ S = TypeVar("S", bound=Scheduler)
 class Worker(ABC, Generic[S, L]):
     """One instance's loop. A phase adds how a leg is offered and cancelled, and what its own effects mean."""
 
-    def __init__(self, scheduler: S, run_step: RunStep, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, scheduler: S, runner: StepRunner, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.scheduler = scheduler
         self.clock = clock
         self.legs: LegTable[L] = LegTable()
         self.on_drain: Callable[[], None] = lambda: None
-        self._run_step = run_step
+        self._runner = runner
         self._links: list[Link] = []
         self._next_seq = 0
         self._wake = asyncio.Event()
@@ -71,7 +82,7 @@ class Worker(ABC, Generic[S, L]):
         self._load_due = False
         self._checked_s = clock()
         self._no_legs = asyncio.Event()
-        self._process = psutil.Process()
+        self._figures = ProcessFigures()
         self._totals = {"steps": 0, "failed_steps": 0, "tokens": 0, "prefill_tokens": 0, "legs_opened": 0, "refused": 0}
 
     # What a phase adds.
@@ -107,24 +118,49 @@ class Worker(ABC, Generic[S, L]):
     # The step loop.
 
     async def run(self) -> None:
-        """Step until stopped. Ends when a step is over, never in one."""
-        while not self._stopping:
-            plan, effects = self.scheduler.schedule(self.clock())
-            self.perform(effects)
-            if plan is None:
-                self._wake.clear()
+        """Step until stopped. Ends when all steps are over, never in one.
+
+        The next step is scheduled and launched while up to ``pipeline_depth`` - 1 are under way; they are booked in
+        their order. Where nothing can be scheduled ahead, the oldest one's end or any change wakes the loop.
+        """
+        under_way: deque[tuple[StepPlan, asyncio.Future[StepResult]]] = deque()
+        while under_way or not self._stopping:
+            if not self._stopping and len(under_way) < self._runner.pipeline_depth:
+                if not (under_way and under_way[0][1].done()):
+                    self._wake.clear()
+                plan, effects = self.scheduler.schedule(self.clock())
+                self.perform(effects)
+                if plan is not None:
+                    step = self._runner.launch(plan)
+                    if self._runner.pipeline_depth > 1:
+                        step.add_done_callback(lambda _: self.wake())
+                    under_way.append((plan, step))
+                    continue
                 await self._wake.wait()
-                continue
+                if not (under_way and under_way[0][1].done()):
+                    continue
             try:
-                result = await self._run_step(plan)
-            except Exception as error:  # noqa: BLE001 -- whatever it is, it costs this step's legs alone
-                _log.exception("a step of %d sequences failed", len(plan.seqs))
-                self._totals["failed_steps"] += 1
-                self.perform(self.scheduler.fail(plan, f"the engine failed: {one_line(error)}", self.clock()))
-                continue
-            self._totals["steps"] += 1
-            self._totals["prefill_tokens"] += sum(len(seq.token_ids) for seq in plan.seqs if len(seq.token_ids) > 1)
-            self.perform(self.scheduler.complete(plan, result, self.clock()))
+                await self._book(*under_way.popleft())
+            except EngineLost:
+                for plan, step in under_way:  # no leg of theirs may stay
+                    with contextlib.suppress(EngineLost):
+                        await self._book(plan, step)
+                raise
+
+    async def _book(self, plan: StepPlan, step: asyncio.Future[StepResult]) -> None:
+        """Wait for a step and carry out what follows from it. Raises EngineLost after that."""
+        try:
+            result = await step
+        except Exception as error:  # whatever it is, it costs this step's legs alone
+            _log.exception("a step of %d sequences failed", len(plan.seqs))
+            self._totals["failed_steps"] += 1
+            self.perform(self.scheduler.fail(plan, f"the engine failed: {one_line(error)}", self.clock()))
+            if isinstance(error, EngineLost):
+                raise
+            return
+        self._totals["steps"] += 1
+        self._totals["prefill_tokens"] += sum(len(seq.token_ids) for seq in plan.seqs if len(seq.token_ids) > 1)
+        self.perform(self.scheduler.complete(plan, result, self.clock()))
 
     def stop(self) -> None:
         """End every leg and, after the running step, the loop."""
@@ -264,10 +300,9 @@ class Worker(ABC, Generic[S, L]):
             "queued_tokens": load.queued_tokens,
             "running": load.running,
             "tasks": len(asyncio.all_tasks()),
-            "threads": self._process.num_threads(),
             "python_threads": threading.active_count(),
-            "open_fds": self._process.num_fds(),
-            "rss_bytes": self._process.memory_info().rss,
+            **self._figures.counters(),
+            "superfluous_tokens": self.scheduler.superfluous_tokens,
             **self._totals,
             **self.own_counters(),
         }

@@ -1,7 +1,7 @@
 """Everything one worker process is started with. Plain values; defaults live here and nowhere else."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from biphase.engine.config import EngineConfig
 from biphase.protos.errors import SetupError
@@ -56,6 +56,12 @@ class WorkerConfig:
     @property
     def queue_tokens(self) -> int:
         return 2 * self.max_num_batched_tokens if self.max_queued_tokens is None else self.max_queued_tokens
+
+    @property
+    def step_engine(self) -> EngineConfig:
+        """The engine, made for the largest step that this worker's scheduler plans."""
+        most_tokens = self.max_num_seqs + max(self.max_num_batched_tokens, self.local_prefill_tokens)
+        return replace(self.engine, max_step_tokens=most_tokens, max_step_seqs=self.max_num_seqs)
 
     def address(self, port: int) -> str:
         """How others reach a port of this instance."""

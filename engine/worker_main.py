@@ -57,9 +57,11 @@ def make_parser(role: Role) -> argparse.ArgumentParser:
 
     engine = parser.add_argument_group("engine")
     engine.add_argument("--model", required=True, help="GGUF file, Hugging Face directory, or hub name")
+    engine.add_argument("--load-format", help="auto (default); dummy: random weights, --model gives the configuration")
     engine.add_argument("--served-name", help="what requests call the model")
-    engine.add_argument("--device")
-    engine.add_argument("--dtype")
+    engine.add_argument("--device", help="auto (default), cpu, cuda, cuda:N")
+    engine.add_argument("--dtype", help="auto (default), float32, bfloat16, float16")
+    engine.add_argument("--kv-dtype", help="auto (default), that of --dtype, float8_e4m3fn")
     engine.add_argument("--threads", type=int, help="compute threads (default: cores / instances on the host)")
     engine.add_argument("--kv-memory", type=num_bytes, dest="kv_memory_bytes", metavar="BYTES", help="e.g. 256M")
     engine.add_argument("--num-kv-blocks", type=int, help="instead of --kv-memory")

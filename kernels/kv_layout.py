@@ -3,19 +3,56 @@
 One head of one block is one contiguous run of block_size x head_dim elements. Plain dataclasses, no torch.
 """
 
+import math
 from dataclasses import dataclass
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+"""What a pool may hold, by torch's names."""
+
+KvScales = tuple[tuple[tuple[float, ...], ...], ...]
+"""``[layer][K,V][kv head]``: value = code * scale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayout:
-    """Shape of a KV pool: ``[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]`` of ``itemsize`` bytes."""
+    """Shape of a KV pool: ``[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]`` of ``itemsize`` bytes.
+
+    ``itemsize`` follows from ``dtype``. An fp8 pool has one fixed scale per layer, K or V and head: an append cannot
+    rescale a block that is half full. Raises ValueError where these do not fit each other.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     block_size: int
     dtype: str = "float32"
-    itemsize: int = 4
+    itemsize: int = 0
+    kv_scales: KvScales | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"KV dtype {self.dtype!r} is none of {', '.join(ITEM_BYTES)}")
+        if self.itemsize not in (0, ITEM_BYTES[self.dtype]):
+            raise ValueError(f"itemsize is {self.itemsize}, {self.dtype} has {ITEM_BYTES[self.dtype]}")
+        object.__setattr__(self, "itemsize", ITEM_BYTES[self.dtype])
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        scales = self.kv_scales
+        if (scales is not None) != (self.dtype == "float8_e4m3fn"):
+            raise ValueError(f"kv_scales {'given for' if scales else 'missing for'} a pool of {self.dtype}")
+        if scales is None:
+            return
+        shape = (self.num_layers, 2, self.num_kv_heads)
+        if len(scales) != shape[0] or any(
+            len(layer) != 2 or any(len(heads) != shape[2] for heads in layer) for layer in scales
+        ):
+            raise ValueError(f"kv_scales are not of shape {list(shape)}: layers, K and V, heads")
+        for layer in scales:
+            for heads in layer:
+                for scale in heads:
+                    if not (scale > 0 and math.isfinite(scale)):
+                        raise ValueError(f"a KV scale is {scale}, it must be finite and above 0")
 
     def pool_shape(self, num_blocks: int) -> tuple[int, int, int, int, int, int]:
         return (self.num_layers, num_blocks, 2, self.num_kv_heads, self.block_size, self.head_dim)
@@ -32,6 +69,11 @@ class KvLayout:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
+
+
+def uniform_scales(num_layers: int, num_kv_heads: int, scale: float = 1.0) -> KvScales:
+    """The same scale everywhere: what a model without calibrated ones gets."""
+    return (((scale,) * num_kv_heads,) * 2,) * num_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,13 @@
            36  payload bytes (u32)
            40  computed tokens (u32): how far the source has computed, in every frame
            44  zero (u32)
-           48  digest (16 bytes): xxh3-128 over header bytes 0..47, the ticket and the payload
+           48  digest (16 bytes): xxh3-128 over header bytes 0..47, the ticket and the content
            64  payload
 
 Kinds: a *piece* carries the canonical bytes of its box; a *beat* carries nothing and says that the source lives and
-computes; the *trailer* ends the stream and carries token 0. Little-endian throughout.
+computes; the *trailer* ends the stream and carries token 0. The content of a digest is the payload; of a piece, where
+the handshake chose "xxh3-sum64", the payload's position-weighted sum (kernels.kv_pack.checksum, 8 bytes), which the
+kernel that packed it has taken. Little-endian throughout.
 """
 
 import ctypes
@@ -23,7 +25,9 @@ from typing import Any
 import xxhash
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
+from biphase.kernels.kv_pack.checksum import sum64
 from biphase.kvtransfer.pieces import contains
+from biphase.kvtransfer.signature import BYTES_DIGEST, SUM_DIGEST
 from biphase.protos.ids import TicketId
 
 HEADER_BYTES = 64
@@ -31,6 +35,7 @@ _DIGEST_AT = 48
 _MAGIC = b"BKV1"
 _FIELDS = struct.Struct("<4sB3xI6I3I")
 _TRAILER = struct.Struct("<IQIf")
+_SUM = struct.Struct("<Q")
 _NOTHING = KvBox(layer_start=0, layer_end=0, head_start=0, head_end=0, token_start=0, token_end=0)
 _PYBUF_WRITE = 0x200
 
@@ -77,9 +82,10 @@ class NewFrame:
         _FIELDS.pack_into(self._view, 0, _MAGIC, kind, epoch, *ranges, payload_bytes, computed_tokens, 0)
         self.payload: memoryview = self._view[HEADER_BYTES:]
 
-    def seal(self, ticket: TicketId) -> bytes:
-        """Write the digest and give the finished frame away."""
-        self._view[_DIGEST_AT:HEADER_BYTES] = _digest(self._view, ticket)
+    def seal(self, ticket: TicketId, content_sum: int | None = None) -> bytes:
+        """Write the digest and give the finished frame away. With ``content_sum`` the digest is over that."""
+        content = self.payload if content_sum is None else _SUM.pack(content_sum)
+        self._view[_DIGEST_AT:HEADER_BYTES] = _digest(self._view, ticket, content)
         self.payload.release()
         self._view.release()
         return self._data
@@ -108,8 +114,8 @@ def trailer(ticket: TicketId, epoch: int, value: Trailer, computed_tokens: int) 
     return frame.seal(ticket)
 
 
-def parse(data: bytes, ticket: TicketId) -> Frame:
-    """Read one received frame and check its digest; the payload is not copied.
+def parse(data: bytes, ticket: TicketId, digest: str = BYTES_DIGEST) -> Frame:
+    """Read one received frame and check its digest; the payload is not copied. ``digest``: what a piece's is over.
 
     Raises FrameError for bytes that are no frame, or one cut short or drawn out. A wrong digest is no error here: the
     reader asks for such a piece again, and says so.
@@ -124,6 +130,9 @@ def parse(data: bytes, ticket: TicketId) -> Frame:
     if len(data) - HEADER_BYTES != payload_bytes:
         raise FrameError(f"a frame announces {payload_bytes} payload bytes and has {len(data) - HEADER_BYTES}")
     view = memoryview(data)
+    payload = view[HEADER_BYTES:]
+    summed = digest == SUM_DIGEST and kind == FrameKind.PIECE
+    expected = _digest(view, ticket, _SUM.pack(sum64(payload)) if summed else payload)
     layer_start, layer_end, head_start, head_end, token_start, token_end = ranges
     return Frame(
         kind=FrameKind(kind),
@@ -137,8 +146,8 @@ def parse(data: bytes, ticket: TicketId) -> Frame:
             token_end=token_end,
         ),
         computed_tokens=computed_tokens,
-        payload=view[HEADER_BYTES:],
-        digest_ok=_digest(view, ticket) == data[_DIGEST_AT:HEADER_BYTES],
+        payload=payload,
+        digest_ok=expected == data[_DIGEST_AT:HEADER_BYTES],
     )
 
 
@@ -167,8 +176,8 @@ def where(box: KvBox) -> str:
     )
 
 
-def _digest(frame: Any, ticket: TicketId) -> bytes:
+def _digest(frame: Any, ticket: TicketId, content: Any) -> bytes:
     state = xxhash.xxh3_128(frame[:_DIGEST_AT])
     state.update(ticket)
-    state.update(frame[HEADER_BYTES:])
+    state.update(content)
     return bytes(state.digest())

@@ -62,6 +62,7 @@ class GrpcSource:
             token_end=box.token_end,
             codec=order.codec,
             pieces_only=order.pieces_only,
+            digest=order.digest,
         )
         return GrpcFrameStream(self._pull(request.SerializeToString()))
 

@@ -16,14 +16,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from biphase.kernels.kv_layout import KvBox
-from biphase.kernels.kv_pack import CpuKvMemory
+from biphase.kernels.kv_pack import KvMemory
 from biphase.kvtransfer import frames
 from biphase.kvtransfer.allocator import keep_freed_memory
 from biphase.kvtransfer.exports import short
 from biphase.kvtransfer.frames import FrameError
 from biphase.kvtransfer.grpc_transport import GrpcTransport
 from biphase.kvtransfer.handoff import Acknowledged, CancelAsked, Connected, Handoff, Lost, State
-from biphase.kvtransfer.signature import KvSignatureValue, common_codec, mismatch
+from biphase.kvtransfer.signature import BYTES_DIGEST, KvSignatureValue, common_codec, common_digest, mismatch
 from biphase.kvtransfer.transport import PullOrder, Source, SourceRefused, SourceUnreachable, Transport
 from biphase.protos.errors import HandoffFailed
 from biphase.protos.ids import BlockId
@@ -68,7 +68,7 @@ class KvPuller:
     def __init__(
         self,
         *,
-        memory: CpuKvMemory,
+        memory: KvMemory,
         signature: KvSignatureValue,
         transport: Transport | None = None,
         decoding: Callable[[], bool] = lambda: False,
@@ -117,9 +117,16 @@ class KvPuller:
         peer.users += 1
         self._open_pulls += 1
         try:
-            codec = await self._shake_hands(peer, ticket, timeout_s)
+            codec, digest = await self._shake_hands(peer, ticket, timeout_s)
             handoff.on(Connected())
-            order = PullOrder(ticket=ticket.id, epoch=epoch, incarnation=ticket.incarnation, box=whole, codec=codec)
+            order = PullOrder(
+                ticket=ticket.id,
+                epoch=epoch,
+                incarnation=ticket.incarnation,
+                box=whole,
+                codec=codec,
+                digest=digest,
+            )
             trailer_s = await self._drain(peer.source, order, handoff, blocks, timeout_s)
             if handoff.stream_ended() is State.REPAIRING:
                 _log.warning("asking %s again: %s", ticket.instance, handoff.last_bad or "pieces are missing")
@@ -172,14 +179,14 @@ class KvPuller:
 
     # The steps of a pull.
 
-    async def _shake_hands(self, peer: "_Peer", ticket: KvTicket, timeout_s: float) -> str:
-        """Compare signatures, once per address and incarnation; returns the codec."""
+    async def _shake_hands(self, peer: "_Peer", ticket: KvTicket, timeout_s: float) -> tuple[str, str]:
+        """Compare signatures, once per address and incarnation; returns codec and digest."""
         async with peer.shaking:
             known = peer.signatures.get(ticket.incarnation)
             if known is None:
                 known = await self._compare(peer, ticket, timeout_s)
                 peer.signatures[ticket.incarnation] = known
-        return common_codec(self._signature, known) or "raw"
+        return common_codec(self._signature, known) or "raw", common_digest(self._signature, known) or BYTES_DIGEST
 
     async def _compare(self, peer: "_Peer", ticket: KvTicket, timeout_s: float) -> KvSignatureValue:
         known = await peer.source.handshake(self._signature, min(HANDSHAKE_S, timeout_s))
@@ -206,7 +213,7 @@ class KvPuller:
             async for data in stream:
                 watch.heard()
                 try:
-                    frame = frames.parse(data, order.ticket)
+                    frame = frames.parse(data, order.ticket, order.digest)
                 except FrameError as error:
                     handoff.reject(str(error))
                     continue

@@ -16,14 +16,14 @@ import grpc.aio
 from google.protobuf.message_factory import GetMessageClass
 
 from biphase.kernels.kv_layout import KvBox
-from biphase.kernels.kv_pack import CpuKvMemory
+from biphase.kernels.kv_pack import KvMemory
 from biphase.kvtransfer import frames
 from biphase.kvtransfer.allocator import keep_freed_memory
 from biphase.kvtransfer.exports import ExportEnded, ExportRefused, ExportTable, Pull, Refusal, short
 from biphase.kvtransfer.frames import FrameKind, NewFrame, Trailer
 from biphase.kvtransfer.grpc_transport import SERVICE
 from biphase.kvtransfer.pieces import split
-from biphase.kvtransfer.signature import KvSignatureValue, mismatch
+from biphase.kvtransfer.signature import SUM_DIGEST, KvSignatureValue, mismatch
 from biphase.protos import kv_pb2
 from biphase.protos.grpc_setup import Undecodable, bind, refuse_undecodable, server_options, service_handler, tolerant
 from biphase.protos.ids import TicketId
@@ -56,10 +56,12 @@ class KvServer:
         self,
         *,
         exports: ExportTable,
-        memory: CpuKvMemory,
+        memory: KvMemory,
         signature: KvSignatureValue,
         on_ended: Callable[[ExportEnded], None],
     ) -> None:
+        if SUM_DIGEST in signature.digests and memory.content_digest != "sum64":
+            raise ValueError(f"{signature.instance} offers digest {SUM_DIGEST}, its memory packs without a sum")
         self._exports = exports
         self._memory = memory
         self._signature = signature
@@ -184,7 +186,8 @@ class KvServer:
         while token < wanted.token_end:
             readable = min(exports.readable_tokens(pull), wanted.token_end)
             if readable > token:
-                await self._send(reader, replace(wanted, token_start=token, token_end=readable), context)
+                box = replace(wanted, token_start=token, token_end=readable)
+                await self._send(reader, box, request.digest == SUM_DIGEST, context)
                 token = readable
             else:
                 await self._wait(reader, context)
@@ -201,8 +204,9 @@ class KvServer:
         )
         await context.write(frames.trailer(pull.ticket, pull.epoch, trailer, pull.num_tokens))
 
-    async def _send(self, reader: _Reader, box: KvBox, context: grpc.aio.ServicerContext) -> None:
-        """Send a box that may be read now, in pieces. Blocks are read only while a piece is packed."""
+    async def _send(self, reader: _Reader, box: KvBox, over_sum: bool, context: grpc.aio.ServicerContext) -> None:
+        """Send a box that may be read now, in pieces, with digests over bytes or sums. Blocks are read only while a
+        piece is packed."""
         exports, pull = self._exports, reader.pull
         for piece in split(self._memory.layout, box, self._payload_bytes):
             num_bytes = piece.num_bytes(self._memory.layout)
@@ -212,10 +216,10 @@ class KvServer:
             )
             exports.begin_send(pull)
             try:
-                self._memory.pack(pull.blocks, piece, frame.payload)
+                content_sum = self._memory.pack(pull.blocks, piece, frame.payload)
             finally:
                 exports.end_send(pull, num_bytes)
-            await context.write(frame.seal(pull.ticket))
+            await context.write(frame.seal(pull.ticket, content_sum if over_sum else None))
             reader.num_pieces += 1
             reader.num_bytes += num_bytes
             self._counters["pieces_sent"] += 1
@@ -251,9 +255,11 @@ class KvServer:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
 
     def _misfit(self, request: kv_pb2.PullRequest, pull: Pull) -> str | None:
-        """Why this request's box or codec cannot be served, None where it can."""
+        """Why this request's box, codec or digest cannot be served, None where it can."""
         if request.codec not in self._signature.codecs:
             return f"codec {request.codec!r} is none of {', '.join(self._signature.codecs)}"
+        if request.digest and request.digest not in self._signature.digests:
+            return f"digest {request.digest!r} is none of {', '.join(self._signature.digests)}"
         layout = self._memory.layout
         box = _box(request)
         if (

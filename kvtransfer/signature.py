@@ -1,13 +1,21 @@
 """What two instances must agree on before KV moves between them. Pure."""
 
+import struct
 from dataclasses import dataclass, fields
+
+import xxhash
 
 from biphase.kernels.kv_layout import KvLayout
 from biphase.protos import kv_pb2
 from biphase.protos.ids import Incarnation, InstanceName
 
 PROTOCOL = 1
-DIGEST = "xxh3-bytes"
+BYTES_DIGEST = "xxh3-bytes"
+"""A piece's digest is over its bytes: every instance can."""
+
+SUM_DIGEST = "xxh3-sum64"
+"""It is over the position-weighted sum of its bytes (kernels.kv_pack.checksum), which the kernel that packs takes."""
+
 MAX_FRAME_BYTES = 1024 * 1024
 """Largest frame we send by default: header and payload of one piece."""
 
@@ -19,15 +27,19 @@ _MUST_EQUAL = (
     "num_kv_heads",
     "head_dim",
     "dtype",
+    "kv_scales",
     "rope",
     "block_size",
-    "digest",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvSignatureValue:
-    """One instance's KV as the handshake compares it. ``rope`` is any text that differs where rotations differ."""
+    """One instance's KV as the handshake compares it.
+
+    ``rope`` is any text that differs where rotations differ, ``kv_scales`` a digest of an fp8 pool's scales.
+    ``digests`` and ``codecs`` are in order of preference.
+    """
 
     instance: InstanceName
     incarnation: Incarnation
@@ -39,13 +51,22 @@ class KvSignatureValue:
     rope: str
     block_size: int
     protocol: int = PROTOCOL
-    digest: str = DIGEST
+    kv_scales: bytes = b""
+    digests: tuple[str, ...] = (BYTES_DIGEST,)
     codecs: tuple[str, ...] = ("raw",)
     max_message_bytes: int = MAX_FRAME_BYTES
 
     @staticmethod
-    def of(layout: KvLayout, *, instance: str, incarnation: int, model_hash: bytes, rope: str) -> "KvSignatureValue":
-        """The signature of an instance whose pool has this layout."""
+    def of(
+        layout: KvLayout,
+        *,
+        instance: str,
+        incarnation: int,
+        model_hash: bytes,
+        rope: str,
+        content_digest: str = "bytes",
+    ) -> "KvSignatureValue":
+        """The signature of an instance whose pool has this layout; ``content_digest`` as its KvMemory says."""
         return KvSignatureValue(
             instance=InstanceName(instance),
             incarnation=Incarnation(incarnation),
@@ -56,6 +77,8 @@ class KvSignatureValue:
             dtype=layout.dtype,
             rope=rope,
             block_size=layout.block_size,
+            kv_scales=_scales_digest(layout),
+            digests=(SUM_DIGEST, BYTES_DIGEST) if content_digest == "sum64" else (BYTES_DIGEST,),
         )
 
     def to_proto(self) -> kv_pb2.KvSignature:
@@ -64,7 +87,7 @@ class KvSignatureValue:
     @staticmethod
     def from_proto(message: kv_pb2.KvSignature) -> "KvSignatureValue":
         values = {field.name: getattr(message, field.name) for field in fields(KvSignatureValue)}
-        return KvSignatureValue(**{**values, "codecs": tuple(message.codecs)})
+        return KvSignatureValue(**{**values, "codecs": tuple(message.codecs), "digests": tuple(message.digests)})
 
 
 def mismatch(target: KvSignatureValue, source: KvSignatureValue) -> str | None:
@@ -76,6 +99,8 @@ def mismatch(target: KvSignatureValue, source: KvSignatureValue) -> str | None:
             reasons.append(f"{name} {_shown(theirs)} against {_shown(ours)}")
     if common_codec(target, source) is None:
         reasons.append(f"codecs {','.join(source.codecs)} against {','.join(target.codecs)}")
+    if common_digest(target, source) is None:
+        reasons.append(f"digests {','.join(source.digests)} against {','.join(target.digests)}")
     for side in (source, target):
         if side.max_message_bytes < _LEAST_FRAME_BYTES:
             reasons.append(f"max_message_bytes {side.max_message_bytes} of {side.instance} under {_LEAST_FRAME_BYTES}")
@@ -89,5 +114,18 @@ def common_codec(target: KvSignatureValue, source: KvSignatureValue) -> str | No
     return next((codec for codec in target.codecs if codec in source.codecs), None)
 
 
+def common_digest(target: KvSignatureValue, source: KvSignatureValue) -> str | None:
+    """The first digest of the target that the source speaks too."""
+    return next((digest for digest in target.digests if digest in source.digests), None)
+
+
+def _scales_digest(layout: KvLayout) -> bytes:
+    """Over float32, as the kernels have them; in the layout's order."""
+    if layout.kv_scales is None:
+        return b""
+    scales = [scale for layer in layout.kv_scales for heads in layer for scale in heads]
+    return bytes(xxhash.xxh3_128(struct.pack(f"<{len(scales)}f", *scales)).digest())
+
+
 def _shown(value: object) -> str:
-    return value.hex()[:16] if isinstance(value, bytes) else str(value)
+    return (value.hex()[:16] or "none") if isinstance(value, bytes) else str(value)

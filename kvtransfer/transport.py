@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from biphase.kernels.kv_layout import KvBox
-from biphase.kvtransfer.signature import KvSignatureValue
+from biphase.kvtransfer.signature import BYTES_DIGEST, KvSignatureValue
 from biphase.protos.ids import TicketId
 
 
@@ -30,6 +30,7 @@ class PullOrder:
     incarnation: int
     box: KvBox
     codec: str = "raw"
+    digest: str = BYTES_DIGEST
     pieces_only: bool = False
 
 

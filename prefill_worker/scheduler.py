@@ -7,6 +7,9 @@ max_queued_tokens or when the blocks that are not promised yet do not suffice. A
 place all the same; the queue is in order and its blocks count as promised, so none younger starts before it.
 
 Exported blocks are held by their tickets as well: a full pool of prompts that nobody has pulled starts no new ones.
+
+The next step may be scheduled while those before it run: the next chunk of a prompt follows the one under way. They
+are booked in order, and a prompt's blocks are freed only after the last step that has it.
 """
 
 from collections import deque
@@ -74,6 +77,7 @@ class PrefillScheduler:
         self.max_num_seqs = max_num_seqs
         self.max_queued_tokens = 2 * max_num_batched_tokens if max_queued_tokens is None else max_queued_tokens
         self.draining = False
+        self.superfluous_tokens = 0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._by_id: dict[SeqId, Sequence] = {}
@@ -138,17 +142,19 @@ class PrefillScheduler:
         return None
 
     def schedule(self, now_s: float) -> tuple[StepPlan | None, list[PrefillEffect]]:
-        """The next step, None when nothing can be computed. No step may be under way."""
+        """The next step, None when nothing can be computed now. Steps may be under way."""
         effects: list[PrefillEffect] = []
         steps: list[SeqStep] = []
         budget = self.max_num_batched_tokens
         for sequence in self._running:
-            if budget == 0:
+            if budget == 0 or len(steps) == self.max_num_seqs:
                 break
-            chunk = min(budget, sequence.remaining)
+            if sequence.drawing or sequence.ending is not None:
+                continue
+            chunk = min(budget, sequence.unscheduled)
             steps.append(sequence.step(chunk, self.limits))
             budget -= chunk
-        while budget and self._waiting and len(self._running) < self.max_num_seqs:
+        while budget and self._waiting and len(steps) < self.max_num_seqs:
             sequence = self._waiting[0]
             blocks = self.pool.allocate(self._blocks_of(sequence))
             if blocks is None:
@@ -167,64 +173,72 @@ class PrefillScheduler:
                     queue_ms=sequence.elapsed_ms(sequence.arrived_s, now_s),
                 )
             )
-            chunk = min(budget, sequence.remaining)
+            chunk = min(budget, sequence.unscheduled)
             steps.append(sequence.step(chunk, self.limits))
             budget -= chunk
         return (StepPlan(seqs=tuple(steps)) if steps else None), effects
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> list[PrefillEffect]:
-        """Book a finished step. Sequences cancelled meanwhile end here."""
+        """Book the oldest step under way. Sequences cancelled meanwhile end with their last one."""
         effects: list[PrefillEffect] = []
         for step, token in zip(plan.seqs, result.tokens, strict=True):
             sequence = self._by_id[step.seq_id]
-            sequence.in_step = False
+            sequence.step_over(step)
             sequence.computed += len(step.token_ids)
             self._queued_tokens -= len(step.token_ids)
-            if sequence.ending is not None:
-                effects.append(self._end(sequence, *sequence.ending, now_s))
-                continue
-            sequence.record_hashes(self.pool)
-            effects.append(ChunkComputed(seq_id=sequence.seq_id, computed_tokens=sequence.computed))
-            if step.sampling is None:
-                continue
-            if token is None:
-                effects.append(self._end(sequence, "failed", "the engine drew no token", now_s))
-                continue
-            index = step.output_index
-            finish = self.limits.finish_of(
-                token, num_prompt=sequence.num_prompt_tokens, num_output=index + 1, sampling=sequence.sampling
-            )
-            effects.append(TokenOut(seq_id=sequence.seq_id, index=index, token_id=token, finish=finish))
-            effects.append(self._end(sequence, "done", "", now_s))
+            if sequence.ending is None:
+                sequence.record_hashes(self.pool)
+                effects.append(ChunkComputed(seq_id=sequence.seq_id, computed_tokens=sequence.computed))
+                if step.sampling is not None:
+                    effects += self._drawn(sequence, step.output_index, token)
+            elif sequence.ended_s is not None:
+                self.superfluous_tokens += step.sampling is not None
+            if sequence.ending is not None and sequence.may_go(now_s):
+                effects.append(self._end(sequence, now_s))
         return effects
 
+    def _drawn(self, sequence: Sequence, index: int, token: int | None) -> list[PrefillEffect]:
+        """The first token of a prompt: the prompt's end here."""
+        if token is None:
+            sequence.ending = ("failed", "the engine drew no token")
+            return []
+        sequence.ending = ("done", "")
+        finish = self.limits.finish_of(
+            token, num_prompt=sequence.num_prompt_tokens, num_output=index + 1, sampling=sequence.sampling
+        )
+        return [TokenOut(seq_id=sequence.seq_id, index=index, token_id=token, finish=finish)]
+
     def fail(self, plan: StepPlan, detail: str, now_s: float) -> list[PrefillEffect]:
-        """The step raised: every sequence in it ends, the cancelled ones as cancelled."""
+        """The oldest step under way raised: every sequence in it ends, the cancelled ones as cancelled."""
         effects: list[PrefillEffect] = []
         for step in plan.seqs:
             sequence = self._by_id[step.seq_id]
-            sequence.in_step = False
-            outcome, why = sequence.ending or ("failed", detail)
-            effects.append(self._end(sequence, outcome, why, now_s))
+            sequence.step_over(step)
+            if sequence.ending is None:
+                sequence.ending = ("failed", detail)
+            if sequence.may_go(now_s):
+                effects.append(self._end(sequence, now_s))
         return effects
 
     def cancel(
         self, seq_id: SeqId, now_s: float, *, outcome: LegOutcome = "cancelled", detail: str = ""
     ) -> list[PrefillEffect]:
-        """End a sequence: now, or when the running step is over. Unknown and already ending ones are left alone."""
+        """End a sequence: now, or with the last step under way that has it. Unknown and ending ones are left alone."""
         sequence = self._by_id.get(seq_id)
         if sequence is None or sequence.ending is not None:
             return []
-        if sequence.in_step:
-            sequence.ending = (outcome, detail)
-            return []
-        return [self._end(sequence, outcome, detail, now_s)]
+        sequence.ending = (outcome, detail)
+        return [] if sequence.in_steps else [self._end(sequence, now_s)]
 
     def phase_of(self, seq_id: SeqId) -> Literal["queued", "computing"]:
         """Where a sequence that it knows is."""
         return "queued" if self._by_id[seq_id].started_s is None else "computing"
 
-    def _end(self, sequence: Sequence, outcome: LegOutcome, detail: str, now_s: float) -> SeqEnded:
+    def _end(self, sequence: Sequence, now_s: float) -> SeqEnded:
+        """Forget an ending sequence."""
+        assert sequence.ending is not None
+        outcome, detail = sequence.ending
+        ended_s = now_s if sequence.ended_s is None else sequence.ended_s
         del self._by_id[sequence.seq_id]
         self._queued_tokens -= sequence.remaining
         if sequence.started_s is None:
@@ -235,8 +249,8 @@ class PrefillScheduler:
         sequence.free(self.pool)
         started_s = sequence.started_s
         stats = LegStats(
-            queue_ms=sequence.elapsed_ms(sequence.arrived_s, now_s if started_s is None else started_s),
-            prefill_ms=sequence.elapsed_ms(started_s, now_s),
+            queue_ms=sequence.elapsed_ms(sequence.arrived_s, ended_s if started_s is None else started_s),
+            prefill_ms=sequence.elapsed_ms(started_s, ended_s),
         )
         return SeqEnded(seq_id=sequence.seq_id, outcome=outcome, detail=detail, stats=stats)
 

@@ -9,7 +9,7 @@ from biphase.engine.block_pool import BlockPool
 from biphase.engine.engine import Engine
 from biphase.engine.limits import Limits
 from biphase.engine.serving import serve_worker
-from biphase.engine.worker import RunStep
+from biphase.engine.worker import StepRunner
 from biphase.engine.worker_config import WorkerConfig
 from biphase.kvtransfer.exports import ExportTable
 from biphase.kvtransfer.server import KvServer
@@ -26,7 +26,7 @@ async def serve(config: WorkerConfig, announcer: Announcer, stop: asyncio.Event)
 
 @asynccontextmanager
 async def prefill_phase(
-    config: WorkerConfig, engine: Engine, limits: Limits, run_step: RunStep
+    config: WorkerConfig, engine: Engine, limits: Limits, runner: StepRunner
 ) -> AsyncIterator[tuple[PrefillWorker, str]]:
     """The prefill worker with its KV endpoint listening, and the endpoint's address."""
     pool = BlockPool(engine.num_blocks, engine.layout.block_size, hash_key=secrets.token_bytes(16))
@@ -38,13 +38,14 @@ async def prefill_phase(
         max_queued_tokens=config.queue_tokens,
     )
     exports = ExportTable(pool, config.lease_s)
-    worker = PrefillWorker(scheduler, run_step, exports, name=config.name, incarnation=config.incarnation)
+    worker = PrefillWorker(scheduler, runner, exports, name=config.name, incarnation=config.incarnation)
     signature = KvSignatureValue.of(
         engine.layout,
         instance=config.name,
         incarnation=config.incarnation,
         model_hash=engine.model_info.model_hash,
         rope=engine.rope_signature,
+        content_digest=engine.kv_memory.content_digest,
     )
     server = KvServer(exports=exports, memory=engine.kv_memory, signature=signature, on_ended=worker.export_ended)
     worker.transfer_counters = server.counters

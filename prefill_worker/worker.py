@@ -9,7 +9,7 @@ from typing import Any
 from biphase.engine.legs import Leg
 from biphase.engine.link import Link, OpenLeg
 from biphase.engine.sequence import Refusal, SeqEnded, TokenOut
-from biphase.engine.worker import RunStep, Worker
+from biphase.engine.worker import StepRunner, Worker
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
 from biphase.prefill_worker.scheduler import ChunkComputed, PrefillRequest, PrefillScheduler, PrefillStarted
 from biphase.protos.ids import Incarnation, InstanceName, SeqId, TicketId
@@ -34,14 +34,14 @@ class PrefillWorker(Worker[PrefillScheduler, PrefillLeg]):
     def __init__(
         self,
         scheduler: PrefillScheduler,
-        run_step: RunStep,
+        runner: StepRunner,
         exports: ExportTable,
         *,
         name: str,
         incarnation: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(scheduler, run_step, clock=clock)
+        super().__init__(scheduler, runner, clock=clock)
         self.kv_address = ""
         self.transfer_counters: Callable[[], dict[str, int]] = exports.counters
         self._exports = exports

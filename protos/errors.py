@@ -7,7 +7,8 @@
     ├── RequestExists         ALREADY_EXISTS
     ├── Overloaded            RESOURCE_EXHAUSTED   a queue or pool is full; try again later
     ├── Unavailable           UNAVAILABLE          an instance that the request needs is gone
-    │   └── HandoffFailed     UNAVAILABLE          its KV could not be had
+    │   ├── HandoffFailed     UNAVAILABLE          its KV could not be had
+    │   └── EngineLost        UNAVAILABLE          its device failed: the process has to end
     ├── DeadlinePassed        DEADLINE_EXCEEDED
     ├── Cancelled             CANCELLED
     ├── Internal              INTERNAL
@@ -67,6 +68,10 @@ class Unavailable(BiphaseError):
 
 class HandoffFailed(Unavailable):
     """A decode instance could not get a request's KV."""
+
+
+class EngineLost(Unavailable):
+    """An engine's device failed; nothing can be computed in this process any more."""
 
 
 class DeadlinePassed(BiphaseError):

@@ -35,9 +35,10 @@ class KvSignature(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     ROPE_FIELD_NUMBER: builtins.int
     BLOCK_SIZE_FIELD_NUMBER: builtins.int
-    DIGEST_FIELD_NUMBER: builtins.int
+    DIGESTS_FIELD_NUMBER: builtins.int
     CODECS_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
+    KV_SCALES_FIELD_NUMBER: builtins.int
     instance: builtins.str
     incarnation: builtins.int
     protocol: builtins.int
@@ -48,9 +49,13 @@ class KvSignature(google.protobuf.message.Message):
     dtype: builtins.str
     rope: builtins.str
     block_size: builtins.int
-    digest: builtins.str
-    """what a piece's content digest is over: "xxh3-bytes" """
     max_message_bytes: builtins.int
+    kv_scales: builtins.bytes
+    """digest of the fixed scales of an fp8 cache; empty for other dtypes"""
+    @property
+    def digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """what a piece's digest may be over, in order of preference: "xxh3-bytes", "xxh3-sum64" """
+
     @property
     def codecs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """in order of preference"""
@@ -68,11 +73,12 @@ class KvSignature(google.protobuf.message.Message):
         dtype: builtins.str = ...,
         rope: builtins.str = ...,
         block_size: builtins.int = ...,
-        digest: builtins.str = ...,
+        digests: collections.abc.Iterable[builtins.str] | None = ...,
         codecs: collections.abc.Iterable[builtins.str] | None = ...,
         max_message_bytes: builtins.int = ...,
+        kv_scales: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "codecs", b"codecs", "digest", b"digest", "dtype", b"dtype", "head_dim", b"head_dim", "incarnation", b"incarnation", "instance", b"instance", "max_message_bytes", b"max_message_bytes", "model_hash", b"model_hash", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol", b"protocol", "rope", b"rope"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "codecs", b"codecs", "digests", b"digests", "dtype", b"dtype", "head_dim", b"head_dim", "incarnation", b"incarnation", "instance", b"instance", "kv_scales", b"kv_scales", "max_message_bytes", b"max_message_bytes", "model_hash", b"model_hash", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol", b"protocol", "rope", b"rope"]) -> None: ...
 
 Global___KvSignature: typing_extensions.TypeAlias = KvSignature
 
@@ -91,6 +97,7 @@ class PullRequest(google.protobuf.message.Message):
     TOKEN_END_FIELD_NUMBER: builtins.int
     CODEC_FIELD_NUMBER: builtins.int
     PIECES_ONLY_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
     ticket: builtins.bytes
     epoch: builtins.int
     incarnation: builtins.int
@@ -104,6 +111,8 @@ class PullRequest(google.protobuf.message.Message):
     codec: builtins.str
     pieces_only: builtins.bool
     """a second try of these pieces: no trailer"""
+    digest: builtins.str
+    """one that both signatures name; empty: "xxh3-bytes" """
     def __init__(
         self,
         *,
@@ -118,8 +127,9 @@ class PullRequest(google.protobuf.message.Message):
         token_end: builtins.int = ...,
         codec: builtins.str = ...,
         pieces_only: builtins.bool = ...,
+        digest: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codec", b"codec", "epoch", b"epoch", "head_end", b"head_end", "head_start", b"head_start", "incarnation", b"incarnation", "layer_end", b"layer_end", "layer_start", b"layer_start", "pieces_only", b"pieces_only", "ticket", b"ticket", "token_end", b"token_end", "token_start", b"token_start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codec", b"codec", "digest", b"digest", "epoch", b"epoch", "head_end", b"head_end", "head_start", b"head_start", "incarnation", b"incarnation", "layer_end", b"layer_end", "layer_start", b"layer_start", "pieces_only", b"pieces_only", "ticket", b"ticket", "token_end", b"token_end", "token_start", b"token_start"]) -> None: ...
 
 Global___PullRequest: typing_extensions.TypeAlias = PullRequest
 

@@ -3,25 +3,59 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-parts="tokens engine handoff start faults"
+parts="tokens kernels aot mutations engine handoff start faults"
+
+# The oldest triton that is supported, beside the installed one.
+old_triton=3.6.0
 
 describe() {
   cat <<'END'
 usage: scripts/long.sh [PART...]     (no part: all, one after the other)
 
-  tokens    the tests marked slow: tokens against the reference and between modes, leaks after cancelled requests
-  engine    bench/engine.py: the engine's speed against ceilings measured in the same run
-  handoff   bench/handoff.py: KV payload rate beside a bare gRPC stream and a bare socket; decode gaps during a pull
-  start     bench/start.py: from `biphase serve` to the first token, first and later starts; idle processor use
-  faults    bench/faults.py: workers killed and stopped, idle and busy; what the client sees and how soon
-
+  tokens     the tests marked slow: tokens against the reference and between modes, leaks after cancelled requests
+  kernels    every kernel test in Triton's interpreter (on the GPU where there is one), the long ones too, under the
+             installed triton and under the oldest supported one
+  aot        bench/aot.py: every kernel compiled for sm_80, 89, 90 and 100 without a GPU, under both tritons; writes the
+             report under bench/results/aot
+  mutations  every kernel broken on purpose, in a copy: its tests must turn red
+  engine     bench/engine.py: the engine's speed against ceilings measured in the same run
+  handoff    bench/handoff.py: KV payload rate beside a bare gRPC stream and a bare socket; decode gaps during a pull
+  start      bench/start.py: from `biphase serve` to the first token, first and later starts; idle processor use
+  faults     bench/faults.py: workers killed and stopped, idle and busy; what the client sees and how soon
 Each part prints its figures and exits with 1 when a bound is missed. Run them on a machine with nothing else to do.
 END
+}
+
+# Runs a command with the oldest triton ahead of the installed one; pip fetches it the first time.
+with_old_triton() {
+  local folder=$root/.venv-triton-$old_triton
+  if [ ! -e "$folder/complete" ]; then
+    say "installing triton $old_triton"
+    rm -rf "$folder"
+    "$bin/python" -m pip install -q --no-deps --target "$folder" "triton==$old_triton" && touch "$folder/complete" || return
+  fi
+  PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} "$@"
+}
+
+# Both, whatever the first says.
+both_tritons() {
+  local failed=0
+  with_old_triton "$@" || failed=1
+  "$@" || failed=1
+  return $failed
 }
 
 run() {
   case $1 in
     tokens) "$bin/pytest" -m slow ;;
+    kernels) both_tritons "$bin/pytest" --long -q tests/kernels/on_triton ;;
+    aot)
+      local failed=0
+      with_old_triton "$bin/python" bench/aot.py || failed=1
+      "$bin/python" bench/aot.py --write || failed=1
+      return $failed
+      ;;
+    mutations) "$bin/python" tests/kernels/on_triton/mutations ;;
     engine) "$bin/python" bench/engine.py --check ;;
     handoff) "$bin/python" bench/handoff.py --check ;;
     start) "$bin/python" bench/start.py --check ;;

@@ -16,6 +16,10 @@ _F32 = 0
 def config_of(file: GgufFile) -> ModelConfig:
     """Raises SetupError, one line, for what the engine cannot run."""
     architecture = file.require("general.architecture")
+    if num_experts := file.get(f"{architecture}.expert_count", 0):
+        raise SetupError(
+            f"{file.path}: {num_experts} experts; mixture-of-experts models are read from safetensors only, not from GGUF"
+        )
     if architecture not in ARCHITECTURES:
         raise SetupError(
             f"{file.path}: architecture {architecture!r} is not supported (supported: {', '.join(ARCHITECTURES)})"
@@ -27,8 +31,6 @@ def config_of(file: GgufFile) -> ModelConfig:
     def require(key: str) -> Any:
         return file.require(f"{architecture}.{key}")
 
-    if get("expert_count", 0):
-        raise SetupError(f"{file.path}: {get('expert_count')} experts; mixture-of-experts models are not supported")
     embed = file.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
         raise SetupError(f"{file.path}: the GGUF file has no token_embd.weight matrix")

@@ -9,14 +9,14 @@ import torch
 
 from biphase.engine.checkpoint import safetensors_file
 from biphase.engine.checkpoint.cache import CachedFile, default_directory
-from biphase.engine.checkpoint.gguf_source import GgufSource
+from biphase.engine.checkpoint.dummy import dummy_config, dummy_hash, dummy_tensors
 from biphase.engine.checkpoint.hf_source import HfSource
 from biphase.engine.checkpoint.layout import EngineTensor, engine_tensors
 from biphase.engine.checkpoint.safetensors_file import SafetensorsFile
 from biphase.engine.checkpoint.source import WeightSource, check_complete, model_hash
 from biphase.engine.model_config import ModelConfig
 from biphase.protos.errors import SetupError
-from biphase.protos.model_source import resolve
+from biphase.protos.model_source import ModelSource, resolve
 
 FORMAT = "1"
 """Version of the converted file: counts up when names, fusing or row orders change."""
@@ -27,7 +27,8 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A model ready to run. ``tensors`` are views of a mapped file that all processes of a host share: do not write.
+    """A model ready to run. ``tensors`` are views of a mapped file that all processes of a host share: do not write
+    (dummy ones are this process's own).
 
     Names and shapes: layout.py. ``model_hash``: 16 bytes, the same whatever the dtype.
     """
@@ -37,16 +38,28 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
 
 
-def open_checkpoint(model: str, *, dtype: str, cache_dir: Path | None, progress: Progress) -> Checkpoint:
+def open_checkpoint(
+    model: str,
+    *,
+    dtype: str,
+    cache_dir: Path | None,
+    progress: Progress,
+    load_format: str = "auto",
+    device: torch.device | None = None,
+) -> Checkpoint:
     """Map a model's weights in ``dtype``, converting them first when no process of this host has done so.
 
     ``cache_dir`` None: the default directory. ``progress(detail, fraction)`` is called while converting, or while
-    another process does. Raises SetupError, one line, for everything that can be wrong with files, model or disk.
+    another process does. ``load_format`` dummy: random weights instead (dummy.py), made on ``device``. Raises SetupError, one line, for everything that can be wrong with files, model or disk.
     """
     if dtype not in DTYPES:
         raise SetupError(f"dtype {dtype!r} is not supported (supported: {', '.join(DTYPES)})")
+    if load_format == "dummy":
+        config = dummy_config(model)
+        made = dummy_tensors(config, DTYPES[dtype], device or torch.device("cpu"), progress)
+        return Checkpoint(config=config, model_hash=dummy_hash(config), tensors=made)
     found = resolve(model)
-    source: WeightSource = GgufSource(found.path) if found.kind == "gguf" else HfSource(found.path)
+    source = _opened(found)
     check_complete(source)
     digest = model_hash(source)
     tensors = _by_alignment(engine_tensors(source.config), DTYPES[dtype])
@@ -65,6 +78,14 @@ def open_checkpoint(model: str, *, dtype: str, cache_dir: Path | None, progress:
     return Checkpoint(
         config=source.config, model_hash=digest, tensors={tensor.name: mapped.tensor(tensor.name) for tensor in tensors}
     )
+
+
+def _opened(found: ModelSource) -> WeightSource:
+    if found.kind == "directory":
+        return HfSource(found.path)
+    from biphase.engine.checkpoint.gguf_source import GgufSource  # a machine without GGUF models needs no gguf package
+
+    return GgufSource(found.path)
 
 
 def _by_alignment(tensors: list[EngineTensor], dtype: torch.dtype) -> list[EngineTensor]:
@@ -102,7 +123,7 @@ def _convert(
     def built() -> Iterator[tuple[str, torch.Tensor]]:
         for tensor in tensors:
             parts = [source.read(part.name).to(DTYPES[dtype]) for part in tensor.parts]
-            yield tensor.name, parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield tensor.name, (parts[0] if len(parts) == 1 else torch.cat(parts)).view(tensor.shape)
 
     detail = f"converting weights to {dtype}"
     progress(detail, 0.0)

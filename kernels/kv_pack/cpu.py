@@ -1,11 +1,12 @@
 """A KV pool in host memory, read and written by boxes. numpy only; the pool is a view, its owner is the engine."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
+from biphase.kernels.kv_pack.codec import check_box
 
 
 class CpuKvMemory:
@@ -15,6 +16,8 @@ class CpuKvMemory:
     them. They copy straight between pool and buffer: consecutive blocks move in one strided copy, whose innermost
     contiguous run is one head of one block.
     """
+
+    content_digest: Literal["bytes"] = "bytes"
 
     def __init__(self, pool: np.ndarray[Any, Any], layout: KvLayout) -> None:
         if pool.ndim != 6 or pool.shape != layout.pool_shape(pool.shape[1]):
@@ -44,12 +47,7 @@ class CpuKvMemory:
 
     def _canonical(self, blocks: Sequence[int], box: KvBox, buffer: Any) -> np.ndarray[Any, Any]:
         layout = self.layout
-        if not (
-            0 <= box.layer_start <= box.layer_end <= layout.num_layers
-            and 0 <= box.head_start <= box.head_end <= layout.num_kv_heads
-            and 0 <= box.token_start <= box.token_end <= len(blocks) * layout.block_size
-        ):
-            raise ValueError(f"{box} lies outside {len(blocks)} blocks of {layout}")
+        check_box(layout, box, len(blocks))
         flat = np.frombuffer(buffer, dtype=self._pool.dtype) if box.num_bytes(layout) else np.empty(0, self._pool.dtype)
         if flat.nbytes != box.num_bytes(layout):
             raise ValueError(f"a buffer of {flat.nbytes} bytes for a box of {box.num_bytes(layout)} bytes")

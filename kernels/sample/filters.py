@@ -27,9 +27,16 @@ def keep_candidates(z: np.ndarray, *, top_k: int, top_p: float, min_p: float) ->
     if top_p < 1:
         kept = _nucleus(z, kept, top_p)
     if min_p > 0:
-        floor = math.log(min_p)
-        kept = np.flatnonzero(z >= floor) if kept is None else kept[z[kept].astype(np.float64) >= floor]
+        floor = min_p_floor(min_p)
+        kept = np.flatnonzero(z >= floor) if kept is None else kept[z[kept] >= floor]
     return kept if kept is None else np.sort(kept)
+
+
+def min_p_floor(min_p: float) -> np.float32:
+    """The least float32 z that passes: not below log(min_p), however that rounds."""
+    exact = math.log(min_p)
+    floor = np.float32(exact)
+    return floor if float(floor) >= exact else np.nextafter(floor, np.float32(np.inf))
 
 
 def _ranked(z: np.ndarray, ids: np.ndarray) -> np.ndarray:

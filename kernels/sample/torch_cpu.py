@@ -5,12 +5,14 @@ not depend on what shares the batch, and a replay draws the same.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from biphase.kernels.sample.draw_row import Drawn, DrawRow
+from biphase.kernels.sample.edits import edit
 from biphase.kernels.sample.filters import keep_candidates
+from biphase.kernels.sample.logprobs import RowLogprobs
 from biphase.kernels.sample.noise import MAX_NOISE, GumbelBits, gumbel, least_word
 
 _FEW = 512
@@ -20,34 +22,32 @@ _LOUD_NOISE = 5.0
 _LOUD_WORD = np.uint64(least_word(_LOUD_NOISE))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrawRow:
-    """How one row's token is chosen. ``temperature`` 0 is greedy; top_k 0, top_p 1, min_p 0 are off."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    branch: int = 0
-    position: int = 0
-    forbid_ids: tuple[int, ...] = ()
-
-
 def sample(logits_RV: torch.Tensor, rows: Sequence[DrawRow]) -> list[int]:
-    """One token id per row; ``logits`` [rows, vocab] float32 contiguous, forbidden entries are overwritten.
+    """One token id per row; ``logits`` [rows, vocab] float32 contiguous, edited rows are overwritten.
 
-    Order: forbidden ids, temperature, top-k, top-p over what is left, min-p, then argmax of
+    Order: penalties, bias, what is not allowed, temperature, top-k, top-p over what is left, min-p, then argmax of
     (logit - max) / temperature + noise. Ties go to the lowest id.
     """
     for row, draw in enumerate(rows):
-        if draw.forbid_ids:
-            logits_RV[row, list(draw.forbid_ids)] = -torch.inf
+        if draw.edited:
+            edit(logits_RV[row].numpy(), draw)
     best: list[int] = logits_RV.argmax(dim=-1).tolist()
     logits = logits_RV.numpy()
     return [
         token if draw.temperature == 0 else _draw(logits[row], token, draw)
         for row, (token, draw) in enumerate(zip(best, rows, strict=True))
+    ]
+
+
+def sample_with_logprobs(logits_RV: torch.Tensor, rows: Sequence[DrawRow]) -> list[Drawn]:
+    """As ``sample``, with the log-probabilities that rows ask for."""
+    logits = logits_RV.numpy()
+    asked = [
+        None if draw.logprobs is None else RowLogprobs(logits[row], draw.logprobs) for row, draw in enumerate(rows)
+    ]
+    return [
+        Drawn(token_id=token) if of_row is None else Drawn(token_id=token, logprob=of_row.of(token), top=of_row.top())
+        for token, of_row in zip(sample(logits_RV, rows), asked, strict=True)
     ]
 
 

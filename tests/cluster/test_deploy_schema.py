@@ -65,7 +65,7 @@ def test_a_full_deployment_survives_json() -> None:
         ({"model": "m", "start_timeout_s": 0}, "here: start_timeout_s is 0: it must be above 0"),
         ({"model": "m", "decode": {"replicas": 0}}, "decode.replicas is 0: at least 1 decode instance is needed"),
         ({"model": "m", "mode": "strict", "prefill": {"replicas": 0}}, "strict needs at least 1 prefill instance"),
-        ({"model": "m", "prefill": {"block_size": 16}}, "are 16 and 32: they must be equal"),
+        ({"model": "m", "prefill": {"block_size": 16}}, "are 16 and the default: they must be equal"),
         ({"model": "m", "limits": {"max_queued_requests": 0}}, "limits.max_queued_requests is 0: it must be above 0"),
     ],
 )

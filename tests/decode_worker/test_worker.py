@@ -15,11 +15,12 @@ from biphase.decode_worker.requests import StartPull
 from biphase.decode_worker.scheduler import DecodeScheduler
 from biphase.decode_worker.worker import DecodeLeg, DecodeWorker
 from biphase.engine.block_pool import BlockPool
+from biphase.engine.link import Link, OpenLeg
 from biphase.engine.link_service import LinkService
 from biphase.kvtransfer.puller import PullResult
 from biphase.protos import worker_pb2
-from biphase.protos.errors import HandoffFailed
-from biphase.protos.ids import BlockId
+from biphase.protos.errors import EngineLost, HandoffFailed
+from biphase.protos.ids import BlockId, LegId, RequestId
 from biphase.protos.values import KvTicket, Sampling
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -76,7 +77,7 @@ TICKET = worker_pb2.KvTicket(id=b"t" * 16, kv_address="h:1", instance="prefill-0
 async def bench() -> AsyncIterator[Bench]:
     scheduler = DecodeScheduler(BlockPool(64, BLOCK_SIZE), LIMITS, max_num_seqs=8)
     engine, puller = RuleEngine(), HandPuller()
-    worker = DecodeWorker(scheduler, engine.run, puller, pull_timeout_s=5.0)  # type: ignore[arg-type]
+    worker = DecodeWorker(scheduler, engine, puller, pull_timeout_s=5.0)  # type: ignore[arg-type]
     async with serving(worker, "decode") as (address, service), contextlib.AsyncExitStack() as links:
         yield Bench(worker, engine, puller, address, service, links)
         engine.let_go()
@@ -113,6 +114,28 @@ async def test_an_engine_error_ends_the_legs_of_its_step_and_no_others(bench: Be
     assert struck.detail == "the engine failed: no such kernel at line 3"
     assert await spared.end() == "done"
     assert (await link.stats())["failed_steps"] == 1
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_a_lost_device_ends_the_step_loop_so_that_the_process_ends(depth: int) -> None:
+    scheduler = DecodeScheduler(BlockPool(64, BLOCK_SIZE), LIMITS, max_num_seqs=8)
+    engine = RuleEngine()
+    engine.pipeline_depth = depth
+    worker = DecodeWorker(scheduler, engine, HandPuller(), pull_timeout_s=5.0)  # type: ignore[arg-type]
+    engine.error = EngineLost("the GPU failed: an illegal memory access")
+    leg = OpenLeg(
+        role="decode",
+        leg_id=LegId(1),
+        request_id=RequestId("r1"),
+        token_ids=[5] * 3,
+        num_prompt_tokens=3,
+        sampling=SIX,
+        refusals=0,
+    )
+    worker.open_leg(Link(1, "test", "router"), leg)
+    with pytest.raises(EngineLost, match="an illegal memory access"):
+        await worker.run()
+    assert (len(engine.plans), len(worker.legs), scheduler.pool.num_used) == (depth, 0, 0)
 
 
 async def test_a_cancel_during_a_step_ends_with_it_and_its_token_is_not_said(bench: Bench) -> None:

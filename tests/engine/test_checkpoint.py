@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from support.smollm2 import needs_smollm2
-from support.tiny_models import LAYERS, tiny_config, tiny_weights, write_directory, write_gguf_model
+from support.tiny_models import EXPERTS, LAYERS, tiny_config, tiny_weights, write_directory, write_gguf_model
 
 from biphase.engine.checkpoint import Checkpoint, open_checkpoint
 from biphase.engine.checkpoint.layout import engine_tensors
 from biphase.engine.model_config import FrequencyFactors, LinearScaling, Llama3Scaling, ModelConfig
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"]
 REFERENCE = Path(__file__).parents[1] / "reference" / "smollm2_greedy.json"
 
 
@@ -51,9 +51,31 @@ def fused(weights: dict[str, torch.Tensor], tied: bool = True) -> dict[str, torc
             tensors[f"layers.{i}.k_norm"] = stack("self_attn.k_norm.weight")
         tensors[f"layers.{i}.o"] = stack("self_attn.o_proj.weight")
         tensors[f"layers.{i}.mlp_norm"] = stack("post_attention_layernorm.weight")
-        tensors[f"layers.{i}.gate_up"] = stack("mlp.gate_proj.weight", "mlp.up_proj.weight")
-        tensors[f"layers.{i}.down"] = stack("mlp.down_proj.weight")
+        if f"{layer}.mlp.gate_proj.weight" in weights:
+            tensors[f"layers.{i}.gate_up"] = stack("mlp.gate_proj.weight", "mlp.up_proj.weight")
+            tensors[f"layers.{i}.down"] = stack("mlp.down_proj.weight")
+        else:
+            router, gate_up, down = experts(weights, layer)
+            tensors[f"layers.{i}.router"] = router
+            tensors[f"layers.{i}.experts_gate_up"], tensors[f"layers.{i}.experts_down"] = gate_up, down
     return tensors
+
+
+def experts(weights: dict[str, torch.Tensor], layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Router, gate and up, down; from a file's names or from those in transformers' memory."""
+    if f"{layer}.mlp.experts.gate_up_proj" in weights:
+        names = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+        router, gate_up, down = (weights[f"{layer}.mlp.{name}"] for name in names)
+        return router, gate_up, down
+    mixtral = f"{layer}.block_sparse_moe.gate.weight" in weights
+    part = f"{layer}.block_sparse_moe" if mixtral else f"{layer}.mlp"
+
+    def all_of(name: str) -> list[torch.Tensor]:
+        return [weights[f"{part}.experts.{i}.{name}.weight"] for i in range(EXPERTS)]
+
+    gate, up, down_name = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    both = [torch.cat(pair) for pair in zip(all_of(gate), all_of(up), strict=True)]
+    return weights[f"{part}.gate.weight"], torch.stack(both), torch.stack(all_of(down_name))
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -69,7 +91,10 @@ def test_directory(tmp_path: Path, family: str, tied: bool) -> None:
     checkpoint = opened(write_directory(tmp_path / "m", tiny_config(family, tied=tied), weights), tmp_path)
     assert_equal(checkpoint.tensors, fused(weights, tied))
     assert checkpoint.config.architecture == family
-    assert (checkpoint.config.attention_bias, checkpoint.config.qk_norm) == (family == "qwen2", family == "qwen3")
+    assert checkpoint.config.attention_bias is (family == "qwen2")
+    assert checkpoint.config.qk_norm is family.startswith("qwen3")
+    assert checkpoint.config.norm_topk_prob is (family == "mixtral")
+    assert checkpoint.config.num_experts == (EXPERTS if family in ("mixtral", "qwen3_moe") else 0)
     assert checkpoint.config.tie_word_embeddings is tied
     assert len(checkpoint.model_hash) == 16
 
@@ -231,7 +256,7 @@ def test_what_transformers_saves(tmp_path: Path, family: str) -> None:
     weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     assert (tmp_path / "m" / "model.safetensors.index.json").is_file()
     assert_equal(checkpoint.tensors, fused(weights))
-    assert checkpoint.config.rope.theta == 10000.0
+    assert checkpoint.config.rope.theta == (1e6 if family == "mixtral" else 1e4)
 
 
 def test_layout_lists_every_shape(tmp_path: Path) -> None:

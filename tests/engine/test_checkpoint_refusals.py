@@ -156,7 +156,7 @@ def test_every_cut_of_the_header_is_refused(good: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"llama.expert_count": 8}, "8 experts; mixture-of-experts models are not supported"),
+        ({"llama.expert_count": 8}, "8 experts; mixture-of-experts models are read from safetensors only"),
         ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported (supported: none, linear,"),
         ({"llama.block_count": None}, "the GGUF file has no llama.block_count"),
         ({"llama.block_count": 3}, "9 tensors (the first: model.layers.2.input_layernorm.weight) are missing"),
@@ -178,6 +178,11 @@ def test_gguf_configurations(tmp_path: Path, fields: dict[str, Any], message: st
 def test_gguf_architecture(tmp_path: Path) -> None:
     path = write_gguf_model(tmp_path / "m.gguf", "gemma2", tiny_weights())
     assert refusal(path, tmp_path).endswith("architecture 'gemma2' is not supported (supported: llama, qwen2, qwen3)")
+
+
+def test_gguf_with_experts_of_another_architecture(tmp_path: Path) -> None:
+    path = write_gguf_model(tmp_path / "m.gguf", "qwen3moe", tiny_weights(), fields={"qwen3moe.expert_count": 128})
+    assert "128 experts; mixture-of-experts models are read from safetensors only" in refusal(path, tmp_path)
 
 
 def test_gguf_bias_of_a_llama(tmp_path: Path) -> None:
@@ -207,7 +212,7 @@ def directory(tmp_path: Path, *, shards: int = 1, **changes: Any) -> Path:
     [
         (
             {"model_type": "gpt_neox"},
-            "architecture 'gpt_neox' is not supported (supported: llama, mistral, qwen2, qwen3)",
+            "architecture 'gpt_neox' is not supported (supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)",
         ),
         ({"model_type": "absent"}, "architecture None is not supported"),
         ({"hidden_size": "absent"}, "config.json: no hidden_size"),
@@ -227,6 +232,11 @@ def directory(tmp_path: Path, *, shards: int = 1, **changes: Any) -> Path:
             {"architecture": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
             "layers with and without a sliding window in one model are not supported",
         ),
+        ({"architecture": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported: experts in"),
+        ({"architecture": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers [0] is not supported: experts in"),
+        ({"architecture": "mixtral", "num_local_experts": "absent"}, "config.json: no num_local_experts"),
+        ({"architecture": "mixtral", "num_experts_per_tok": 6}, "num_experts_per_tok is 6, must be in 1 .. num_exp"),
+        ({"architecture": "mixtral"}, "(the first: model.layers.0.block_sparse_moe.gate.weight) are missing"),
     ],
 )
 def test_directory_configurations(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -138,8 +138,10 @@ def test_settings_that_cannot_work_are_refused(model_dir: Path, settings: dict[s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "cuda"}, "device 'cuda' is not supported; there is: cpu"),
-        ({"dtype": "bfloat16"}, "dtype 'bfloat16' is not supported on cpu; there is: float32"),
+        ({"device": "tpu"}, "device 'tpu' is not supported; there are: auto, cpu, cuda, cuda:N"),
+        ({"device": "cpu", "dtype": "bfloat16"}, "dtype 'bfloat16' is not supported on cpu; there is: float32"),
+        ({"dtype": "int8"}, "dtype 'int8' is not supported; there are: float32, bfloat16, float16"),
+        ({"device": "cuda", "block_size": 48}, "block_size is 48, on a GPU it is one of 16, 32, 64, 128"),
         ({"block_size": 0}, "block_size is 0, must be at least 1"),
         ({"threads": 0}, "threads is 0, must be at least 1"),
     ],
@@ -147,6 +149,26 @@ def test_settings_that_cannot_work_are_refused(model_dir: Path, settings: dict[s
 def test_config_checks_itself(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(model="m", **settings)
+
+
+def test_what_is_left_open_is_resolved_by_device() -> None:
+    on_cpu = EngineConfig(model="m").resolved(has_cuda=False)
+    assert (on_cpu.device, on_cpu.dtype, on_cpu.kv_dtype, on_cpu.block_size) == ("cpu", "float32", "float32", 32)
+    on_gpu = EngineConfig(model="m", kv_dtype="float8_e4m3fn").resolved(has_cuda=True)
+    assert (on_gpu.device, on_gpu.dtype, on_gpu.kv_dtype, on_gpu.block_size) == (
+        "cuda",
+        "bfloat16",
+        "float8_e4m3fn",
+        64,
+    )
+    with pytest.raises(ValueError, match="dtype 'bfloat16' is not supported on cpu"):
+        EngineConfig(model="m", dtype="bfloat16").resolved(has_cuda=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_a_missing_gpu_is_told_in_one_line(model_dir: Path) -> None:
+    with pytest.raises(SetupError, match="device 'cuda' was asked for, and torch .* finds no CUDA GPU"):
+        Engine.load(config_for(model_dir, device="cuda", block_size=16), lambda detail, done: None)
 
 
 async def test_the_thread_loads_runs_and_outlives_errors(model_dir: Path) -> None:

@@ -45,7 +45,10 @@ def test_json_round_trip(scaling: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gpt5"}, "architecture 'gpt5' is not one of llama, mistral, qwen2, qwen3"),
+        (
+            {"architecture": "gpt5"},
+            "architecture 'gpt5' is not one of llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
+        ),
         ({"num_layers": 0}, "num_layers is 0, must be at least 1"),
         ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         (
@@ -55,6 +58,12 @@ def test_json_round_trip(scaling: Any) -> None:
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, must be above 0"),
         ({"eos_token_ids": (100,)}, "special token id 100 is outside the vocabulary of 100"),
         ({"sliding_window": 0}, "sliding_window is 0, must be at least 1"),
+        ({"num_experts": -1}, "num_experts is -1, must be at least 0"),
+        ({"num_experts": 4}, "moe_intermediate_size is 0, must be at least 1"),
+        (
+            {"num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 5},
+            "num_experts_per_tok is 5, must be in 1 .. num_experts 4",
+        ),
     ],
 )
 def test_limits_are_named(changes: dict[str, Any], message: str) -> None:

@@ -10,12 +10,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from biphase.engine.config import EngineConfig
@@ -45,6 +49,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+QWEN3_EXPERTS = SIZES | {"head_dim": 16, "num_experts": 16, "num_experts_per_tok": 5, "moe_intermediate_size": 24}
 FAMILIES: dict[str, Callable[[], tuple[type[PreTrainedModel], PretrainedConfig]]] = {
     "llama": lambda: (LlamaForCausalLM, LlamaConfig(**SIZES)),
     "llama-tied": lambda: (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
@@ -57,6 +62,10 @@ FAMILIES: dict[str, Callable[[], tuple[type[PreTrainedModel], PretrainedConfig]]
     "qwen3": lambda: (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16)),
     "mistral": lambda: (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
     "mistral-window": lambda: (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=13)),
+    "mixtral": lambda: (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
+    "mixtral-window": lambda: (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=8, sliding_window=13)),
+    "qwen3-moe": lambda: (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_EXPERTS, norm_topk_prob=True)),
+    "qwen3-moe-not-renormalized": lambda: (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_EXPERTS)),
 }
 BLOCK_SIZE = 8
 TABLES = ([3, 0, 9, 14, 1, 12, 8], [2, 11, 5, 7, 4, 16, 6], [10, 15, 17, 13, 18, 19, 20])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from biphase.kernels.linear import linear, linear_add, linear_logits, linear_reference, padded_tokens
-from biphase.kernels.ops import select_kernels
+from biphase.kernels.ops import choose_backend
 from biphase.kernels.rms_norm import rms_norm, rms_norm_reference
 from biphase.kernels.silu_mul import silu_mul
 
@@ -62,9 +62,19 @@ def test_silu_mul_is_in_place() -> None:
 
 def test_backends_are_chosen_by_device_or_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BIPHASE_KERNELS", raising=False)
-    assert select_kernels("cpu").name == "torch"
-    with pytest.raises(ValueError, match="device 'abacus' has no kernels; backends: torch"):
-        select_kernels("abacus")
+    on_cpu, on_gpu = choose_backend("cpu"), choose_backend("cuda:1")
+    assert (on_cpu.name, on_cpu.token_major) == ("torch", False)
+    assert (on_gpu.name, on_gpu.token_major) == ("triton", True)
+    assert on_gpu.reason == "the default of device cuda:1"
+    monkeypatch.setenv("BIPHASE_KERNELS", "torch")
+    forced = choose_backend("cuda")
+    assert (forced.name, forced.token_major, forced.reason) == ("torch", True, "BIPHASE_KERNELS=torch says")
     monkeypatch.setenv("BIPHASE_KERNELS", "punchcards")
-    with pytest.raises(ValueError, match="BIPHASE_KERNELS='punchcards' has no kernels; backends: torch"):
-        select_kernels("cpu")
+    with pytest.raises(ValueError, match="BIPHASE_KERNELS='punchcards' has no kernels; backends: torch, triton"):
+        choose_backend("cpu")
+    monkeypatch.setenv("BIPHASE_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend("cpu").token_major
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="interpreter only: set TRITON_INTERPRET=1"):
+        choose_backend("cpu")

@@ -8,7 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biphase.kernels.sample import DrawRow, GumbelBits, gumbel, keep_candidates, philox4x64, sample, sample_reference
+from biphase.kernels.sample import (
+    DrawRow,
+    GumbelBits,
+    allowed_tokens,
+    allowed_words,
+    gumbel,
+    keep_candidates,
+    philox4x64,
+    sample,
+    sample_reference,
+    sample_with_logprobs,
+)
 from biphase.kernels.sample.noise import MAX_NOISE, least_word
 from biphase.kernels.sample.torch_cpu import _loudest
 
@@ -180,3 +191,76 @@ def test_draws_follow_the_softmax() -> None:
     drawn = np.bincount(sample(logits.repeat(count, 1), rows), minlength=5) / count
     expected = torch.softmax(logits, dim=0).numpy()
     assert np.abs(drawn - expected).max() < 4 * math.sqrt(0.25 / count)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_edited_draws_equal_the_reference(data: st.DataObject) -> None:
+    tokens = st.integers(0, 299)
+    options = {
+        "temperature": data.draw(st.sampled_from([0.0, 1.0])),
+        "seed": data.draw(st.integers(0, ALL)),
+        "repetition_penalty": data.draw(st.sampled_from([1.0, 1.3, 0.7])),
+        "frequency_penalty": data.draw(st.sampled_from([0.0, 0.4, -0.5])),
+        "presence_penalty": data.draw(st.sampled_from([0.0, 1.1])),
+        "prompt_ids": data.draw(st.lists(tokens, max_size=40)),
+        "output_ids": data.draw(st.lists(tokens, max_size=40)),
+        "logit_bias": tuple(data.draw(st.dictionaries(tokens, st.floats(-5, 5, width=32), max_size=4)).items()),
+        "forbid_ids": tuple(data.draw(st.sets(tokens, max_size=3))),
+    }
+    allowed = data.draw(st.none() | st.sets(tokens, min_size=5))
+    logits = np.random.default_rng(data.draw(st.integers(0, 99))).normal(0, 1.5, 300).astype(np.float32)
+    expected = sample_reference(
+        logits,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        branch=0,
+        position=2,
+        allowed_ids=sorted(allowed or range(300)),
+        **options,
+    )
+    mask = None if not allowed else allowed_words(np.array(sorted(allowed)), 300)
+    row = DrawRow(position=2, allowed=mask, **options)
+    assert sample(torch.from_numpy(logits.copy())[None], [row]) == [expected]
+
+
+def test_penalties_are_the_published_ones() -> None:
+    def edited(**options: object) -> list[float]:
+        logits = torch.tensor([[2.0, -2.0, 1.0, 0.0]])
+        sample(logits, [DrawRow(prompt_ids=[0], output_ids=[1, 1, 2], **options)])  # type: ignore[arg-type]
+        return logits[0].tolist()
+
+    assert edited() == [2.0, -2.0, 1.0, 0.0]
+    assert edited(repetition_penalty=2.0) == [1.0, -4.0, 0.5, 0.0]
+    assert edited(frequency_penalty=0.5) == [2.0, -3.0, 0.5, 0.0]
+    assert edited(presence_penalty=0.5) == [2.0, -2.5, 0.5, 0.0]
+    assert edited(repetition_penalty=2.0, logit_bias=((0, 8.0),)) == [9.0, -4.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000])
+def test_a_bitmask_allows_what_it_was_made_of(vocab: int) -> None:
+    ids = np.random.default_rng(vocab).permutation(vocab)[: -(-vocab // 2)]
+    words = allowed_words(ids, vocab)
+    assert words.dtype == np.int32 and len(words) == -(-vocab // 32)
+    assert np.flatnonzero(allowed_tokens(words, vocab)).tolist() == sorted(ids.tolist())
+    assert all(words[i // 32] >> (i % 32) & 1 for i in ids.tolist())
+
+
+def test_logprobs_are_those_of_the_models_own_logits() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0, 0.0], [5.0, 0.0, 0.0, 0.0, 0.0]])
+    expected = torch.log_softmax(logits, dim=-1)
+    rows = [
+        DrawRow(temperature=0.5, top_k=1, forbid_ids=(1,), logprobs=3),
+        DrawRow(logprobs=0, logit_bias=((3, 1.0),)),
+        DrawRow(),
+    ]
+    first, second, third = sample_with_logprobs(logits, rows)
+    assert (first.token_id, second.token_id, third.token_id) == (2, 3, 0)
+    assert [token for token, _ in first.top] == [1, 2, 0]
+    assert [value for _, value in first.top] == pytest.approx(expected[0, [1, 2, 0]].tolist())
+    assert first.logprob == pytest.approx(float(expected[0, 2]))
+    assert second.logprob == pytest.approx(-math.log(5)) and second.top == ()
+    assert third.logprob is None
+    (many,) = sample_with_logprobs(torch.zeros(1, 3), [DrawRow(logprobs=20)])
+    assert [token for token, _ in many.top] == [0, 1, 2]

@@ -20,8 +20,10 @@ import pytest
 from support.kv import (
     FIRST_TOKEN,
     LAYOUT,
+    CountingPool,
     DecodeSide,
     PrefillSide,
+    SummingMemory,
     Tamper,
     decode_side,
     make_signature,
@@ -33,8 +35,11 @@ from biphase.kernels.kv_layout import KvBox, KvLayout
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kvtransfer import frames
 from biphase.kvtransfer import puller as puller_module
+from biphase.kvtransfer.exports import ExportTable
 from biphase.kvtransfer.frames import HEADER_BYTES, FrameKind
 from biphase.kvtransfer.grpc_transport import SERVICE
+from biphase.kvtransfer.server import KvServer
+from biphase.kvtransfer.signature import BYTES_DIGEST, SUM_DIGEST, KvSignatureValue, mismatch
 from biphase.protos import kv_pb2
 from biphase.protos.errors import HandoffFailed, SetupError
 from biphase.protos.ids import BlockId, Incarnation, InstanceName, TicketId
@@ -233,15 +238,22 @@ TAMPERINGS = {
 
 
 @asynccontextmanager
-async def tampered(tamper: Tamper) -> AsyncIterator[tuple[PrefillSide, DecodeSide, KvTicket, Any]]:
-    async with prefill_side() as prefill, tampering_proxy(prefill.address, tamper) as proxy, decode_side() as decode:
-        yield prefill, decode, replace(prefill.open(NUM_TOKENS), kv_address=proxy.address), proxy
+async def tampered(
+    tamper: Tamper, content_digest: str = "bytes"
+) -> AsyncIterator[tuple[PrefillSide, DecodeSide, KvTicket, Any]]:
+    memory = SummingMemory if content_digest == "sum64" else CpuKvMemory
+    signature = make_signature("decode-0", content_digest=content_digest)
+    async with prefill_side(memory=memory) as prefill, tampering_proxy(prefill.address, tamper) as proxy:
+        async with decode_side(signature=signature) as decode:
+            yield prefill, decode, replace(prefill.open(NUM_TOKENS), kv_address=proxy.address), proxy
 
 
+@pytest.mark.parametrize("content_digest", ["bytes", "sum64"])
 @pytest.mark.parametrize("name", TAMPERINGS)
-async def test_what_went_bad_once_is_asked_for_again(name: str) -> None:
+async def test_what_went_bad_once_is_asked_for_again(name: str, content_digest: str) -> None:
     tamper = TAMPERINGS[name]
-    async with tampered(lambda number, received: tamper(received) if number == 0 else received) as parts:
+    once: Tamper = lambda number, received: tamper(received) if number == 0 else received
+    async with tampered(once, content_digest) as parts:
         prefill, decode, ticket, proxy = parts
         result = await pull(decode, ticket)
         assert np.array_equal(decode.content(BLOCKS, NUM_TOKENS), prefill.content(NUM_TOKENS))
@@ -369,6 +381,8 @@ async def test_another_life_of_the_source_is_refused() -> None:
         ({"dtype": "bfloat16"}, "dtype float32 against bfloat16"),
         ({"block_size": 32, "rope": "theta=5e5"}, "rope theta=1e5 against theta=5e5; block_size 16 against 32"),
         ({"codecs": ("fp8",)}, "codecs raw against fp8"),
+        ({"digests": ("crc", "md5")}, "digests xxh3-bytes against crc,md5"),
+        ({"kv_scales": b"s" * 16}, "kv_scales none against 7373737373737373"),
     ],
 )
 async def test_a_wrong_model_is_refused_by_both_names(change: dict[str, Any], message: str) -> None:
@@ -378,6 +392,55 @@ async def test_a_wrong_model_is_refused_by_both_names(change: dict[str, Any], me
             await pull(decode, prefill.open())
         assert f"prefill-0 cannot hand KV over to decode-0: {message}" in str(caught.value)
         assert prefill.server.counters()["handshakes_refused"] == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "chosen"),
+    [("sum64", "sum64", SUM_DIGEST), ("sum64", "bytes", BYTES_DIGEST), ("bytes", "sum64", BYTES_DIGEST)],
+)
+async def test_the_handshake_fixes_what_digests_are_over(source: str, target: str, chosen: str) -> None:
+    seen = []
+
+    def look(_: int, received: list[bytes]) -> list[bytes]:
+        seen.extend(frame for frame in received if is_piece(frame))
+        return received
+
+    memory = SummingMemory if source == "sum64" else CpuKvMemory
+    async with prefill_side(memory=memory) as prefill, tampering_proxy(prefill.address, look) as proxy:
+        async with decode_side(signature=make_signature("decode-0", content_digest=target)) as decode:
+            ticket = replace(prefill.open(NUM_TOKENS), kv_address=proxy.address)
+            await pull(decode, ticket)
+            assert np.array_equal(decode.content(BLOCKS, NUM_TOKENS), prefill.content(NUM_TOKENS))
+            assert decode.puller.counters()["bad_pieces"] == 0
+    for digest in (BYTES_DIGEST, SUM_DIGEST):
+        assert all(frames.parse(frame, ticket.id, digest).digest_ok == (digest == chosen) for frame in seen)
+
+
+def test_scales_are_compared_as_the_kernels_have_them() -> None:
+    def signature(name: str, *scales: float) -> KvSignatureValue:
+        layout = KvLayout(
+            num_layers=1,
+            num_kv_heads=2,
+            head_dim=64,
+            block_size=16,
+            dtype="float8_e4m3fn",
+            kv_scales=((scales, scales),),
+        )
+        value = KvSignatureValue.of(layout, instance=name, incarnation=1, model_hash=b"m", rope="none")
+        return KvSignatureValue.from_proto(value.to_proto())
+
+    target = signature("decode-0", 0.1, 1.0)
+    assert mismatch(target, signature("prefill-0", 0.1 + 1e-12, 1.0)) is None
+    reason = mismatch(target, signature("prefill-0", 1.0, 0.1))
+    assert reason is not None and "\n" not in reason
+    assert reason.startswith("prefill-0 cannot hand KV over to decode-0: kv_scales ")
+
+
+def test_a_server_offers_no_sum_that_its_memory_does_not_take() -> None:
+    memory = CpuKvMemory(np.zeros(LAYOUT.pool_shape(1), np.float32), LAYOUT)
+    signature = make_signature("prefill-0", content_digest="sum64")
+    with pytest.raises(ValueError, match="prefill-0 offers digest xxh3-sum64, its memory packs without a sum"):
+        KvServer(exports=ExportTable(CountingPool(), 1.0), memory=memory, signature=signature, on_ended=lambda _: None)
 
 
 async def test_an_address_where_nobody_listens_is_named() -> None:
@@ -417,6 +480,7 @@ async def test_what_cannot_be_served_is_an_invalid_argument() -> None:
         requests = [
             kv_pb2.PullRequest(**{**good, **change}).SerializeToString()
             for change in (
+                {"digest": SUM_DIGEST},
                 {"token_end": 101},
                 {"layer_start": 4},
                 {"head_end": 3},

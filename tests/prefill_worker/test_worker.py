@@ -44,7 +44,7 @@ class Bench:
 async def bench() -> AsyncIterator[Bench]:
     scheduler = PrefillScheduler(BlockPool(64, BLOCK_SIZE), LIMITS, max_num_batched_tokens=16, max_queued_tokens=64)
     exports, engine = ExportTable(scheduler.pool, lease_s=30.0), RuleEngine()
-    worker = PrefillWorker(scheduler, engine.run, exports, name="prefill-0", incarnation=3)
+    worker = PrefillWorker(scheduler, engine, exports, name="prefill-0", incarnation=3)
     worker.kv_address = "127.0.0.1:77"
 
     def report() -> None:

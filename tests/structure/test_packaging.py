@@ -65,7 +65,7 @@ def test_wheel_holds_biphase_and_nothing_else(wheel_names: list[str], sources: S
 
 
 def test_wheel_holds_every_module_and_the_data_beside_it(wheel_names: list[str], sources: Sources) -> None:
-    suffixes = {".py", ".pyi", ".proto", ".typed"}
+    suffixes = {".py", ".pyi", ".proto", ".typed", ".json"}
     wanted = {
         str(Path("biphase") / path.relative_to(sources.root))
         for folder in sources.folders

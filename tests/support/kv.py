@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import grpc.aio
 import numpy as np
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
-from biphase.kernels.kv_pack import CpuKvMemory
+from biphase.kernels.kv_pack import CpuKvMemory, KvMemory
+from biphase.kernels.kv_pack.checksum import sum64
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
 from biphase.kvtransfer.grpc_transport import SERVICE
 from biphase.kvtransfer.puller import KvPuller
@@ -65,12 +66,31 @@ class WatchedMemory(CpuKvMemory):
             await self._changed.wait()
 
 
+class SummingMemory(CpuKvMemory):
+    """Packs as a kernel does that sums on its way."""
+
+    content_digest: Literal["sum64"] = "sum64"  # type: ignore[assignment]
+
+    def pack(self, blocks: Sequence[int], box: KvBox, out: Any) -> int:  # type: ignore[override]
+        super().pack(blocks, box, out)
+        return sum64(out)
+
+
 def random_pool(layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS) -> np.ndarray[Any, Any]:
     return np.random.default_rng(7).standard_normal(layout.pool_shape(num_blocks), dtype=np.float32)
 
 
-def make_signature(name: str, *, incarnation: int = 1, layout: KvLayout = LAYOUT) -> KvSignatureValue:
-    return KvSignatureValue.of(layout, instance=name, incarnation=incarnation, model_hash=b"m" * 16, rope="theta=1e5")
+def make_signature(
+    name: str, *, incarnation: int = 1, layout: KvLayout = LAYOUT, content_digest: str = "bytes"
+) -> KvSignatureValue:
+    return KvSignatureValue.of(
+        layout,
+        instance=name,
+        incarnation=incarnation,
+        model_hash=b"m" * 16,
+        rope="theta=1e5",
+        content_digest=content_digest,
+    )
 
 
 @dataclass
@@ -138,7 +158,7 @@ def tokens_of(pool: np.ndarray[Any, Any], blocks: Sequence[int], num_tokens: int
 @asynccontextmanager
 async def prefill_side(
     *,
-    memory: type[CpuKvMemory] = CpuKvMemory,
+    memory: Callable[[np.ndarray[Any, Any], KvLayout], KvMemory] = CpuKvMemory,
     signature: KvSignatureValue | None = None,
     lease_s: float = LEASE_S,
     max_message_bytes: int = 64 * 1024,
@@ -147,7 +167,9 @@ async def prefill_side(
     pool = random_pool(num_blocks=num_blocks)
     blocks_pool = CountingPool()
     exports = ExportTable(blocks_pool, lease_s)
-    signature = replace(signature or make_signature("prefill-0"), max_message_bytes=max_message_bytes)
+    kv_memory = memory(pool, LAYOUT)
+    signature = signature or make_signature("prefill-0", content_digest=kv_memory.content_digest)
+    signature = replace(signature, max_message_bytes=max_message_bytes)
     ended: list[ExportEnded] = []
     ended_event = asyncio.Event()
 
@@ -155,7 +177,7 @@ async def prefill_side(
         ended.append(end)
         ended_event.set()
 
-    server = KvServer(exports=exports, memory=memory(pool, LAYOUT), signature=signature, on_ended=on_ended)
+    server = KvServer(exports=exports, memory=kv_memory, signature=signature, on_ended=on_ended)
     port = await server.start("127.0.0.1", 0)
     try:
         yield PrefillSide(pool, blocks_pool, exports, server, signature, f"127.0.0.1:{port}", ended, ended_event)

@@ -12,6 +12,12 @@ from support.gguf_files import byte_level_fields, write_gguf
 
 VOCAB, HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, DIM = 260, 32, 64, 2, 4, 2, 16
 
+EXPERTS, EXPERT_INTER = 5, 24
+_EXPERT_KEYS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": EXPERTS, "num_experts_per_tok": 3, "moe_intermediate_size": EXPERT_INTER},
+}
+
 _GGUF_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -45,6 +51,7 @@ def tiny_config(architecture: str = "llama", *, tied: bool = True, **changes: An
         "eos_token_id": 2,
         "bos_token_id": 1,
         "hidden_act": "silu",
+        **_EXPERT_KEYS.get(architecture, {}),
     } | changes
 
 
@@ -59,14 +66,29 @@ def tiny_weights(architecture: str = "llama", *, tied: bool = True, seed: int = 
             shapes[f"{attn}.{name}_proj.weight"] = (heads * DIM, HIDDEN)
             if architecture == "qwen2":
                 shapes[f"{attn}.{name}_proj.bias"] = (heads * DIM,)
-        if architecture == "qwen3":
+        if architecture in ("qwen3", "qwen3_moe"):
             shapes |= {f"{attn}.q_norm.weight": (DIM,), f"{attn}.k_norm.weight": (DIM,)}
         shapes[f"{attn}.o_proj.weight"] = (HIDDEN, HEADS * DIM)
-        shapes |= {f"{mlp}.gate_proj.weight": (INTER, HIDDEN), f"{mlp}.up_proj.weight": (INTER, HIDDEN)}
-        shapes[f"{mlp}.down_proj.weight"] = (HIDDEN, INTER)
+        if architecture in _EXPERT_KEYS:
+            shapes |= _expert_shapes(architecture, layer)
+        else:
+            shapes |= {f"{mlp}.gate_proj.weight": (INTER, HIDDEN), f"{mlp}.up_proj.weight": (INTER, HIDDEN)}
+            shapes[f"{mlp}.down_proj.weight"] = (HIDDEN, INTER)
         shapes |= {f"{layer}.input_layernorm.weight": (HIDDEN,), f"{layer}.post_attention_layernorm.weight": (HIDDEN,)}
     random = torch.Generator().manual_seed(seed)
     return {name: 0.1 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+
+def _expert_shapes(architecture: str, layer: str) -> dict[str, tuple[int, ...]]:
+    mixtral = architecture == "mixtral"
+    part, inter = (f"{layer}.block_sparse_moe", INTER) if mixtral else (f"{layer}.mlp", EXPERT_INTER)
+    gate, down, up = ("w1", "w2", "w3") if mixtral else ("gate_proj", "down_proj", "up_proj")
+    shapes: dict[str, tuple[int, ...]] = {f"{part}.gate.weight": (EXPERTS, HIDDEN)}
+    for i in range(EXPERTS):
+        expert = f"{part}.experts.{i}"
+        shapes |= {f"{expert}.{name}.weight": (inter, HIDDEN) for name in (gate, up)}
+        shapes[f"{expert}.{down}.weight"] = (HIDDEN, inter)
+    return shapes
 
 
 def write_directory(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], *, shards: int = 1) -> Path:

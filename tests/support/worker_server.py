@@ -38,7 +38,12 @@ class RuleEngine:
     def let_go(self) -> None:
         self._go.set()
 
-    async def run(self, plan: StepPlan) -> StepResult:
+    pipeline_depth = 1
+
+    def launch(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        return asyncio.ensure_future(self._run(plan))
+
+    async def _run(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
         self.waiting.set()
         await asyncio.sleep(0)

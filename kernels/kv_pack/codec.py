@@ -1,0 +1,87 @@
+"""How a box lies in its packed buffer, by codec. Pure arithmetic, no torch.
+
+    raw               the canonical bytes [layer][K,V][head][token][dim] of the pool's own dtype
+    fp8, int8, int4   codes in that order, one byte each (e4m3; two's complement) or two to a byte (the earlier element
+                      in the low half), filled up with zero bytes to a multiple of 4; then the scales, float32
+                      [layer][K,V][head][block], block: the blocks of the request that the box touches
+
+A group of values with one scale is what one head of one block holds of the box:
+
+    amax  = max |value|, at least 2^-100
+    scale = amax / limit, correctly rounded          limit: 448, 127, 7
+    code  = round(value * (limit / amax)), to nearest, ties to even, clamped to +-limit
+    value = code * scale, rounded to the pool's dtype
+
+all in float32, so that every backend gets the same bits. Values are finite. Little-endian throughout.
+"""
+
+from dataclasses import dataclass
+
+from biphase.kernels.kv_layout import KvBox, KvLayout
+
+LEAST_AMAX = 2.0**-100
+"""Below it limit / amax could overflow; such values become code 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codec:
+    """``bits`` of a code, ``limit``: the largest code."""
+
+    name: str
+    bits: int
+    limit: float
+
+
+CODECS = {
+    codec.name: codec
+    for codec in (
+        Codec(name="fp8", bits=8, limit=448.0),
+        Codec(name="int8", bits=8, limit=127.0),
+        Codec(name="int4", bits=4, limit=7.0),
+    )
+}
+"""Those that quantise."""
+
+_QUANTIZABLE = ("float32", "bfloat16", "float16")
+
+
+def check_codec(codec: str, dtype: str) -> None:
+    """Raises ValueError where a pool of ``dtype`` cannot be packed so."""
+    if codec != "raw" and codec not in CODECS:
+        raise ValueError(f"codec is {codec!r}, supported: raw, {', '.join(CODECS)}")
+    if codec != "raw" and dtype not in _QUANTIZABLE:
+        raise ValueError(f"codec {codec} packs pools of {', '.join(_QUANTIZABLE)}, this one is {dtype}")
+
+
+def blocks_of(layout: KvLayout, box: KvBox) -> range:
+    """The blocks of the request, counted from its token 0, that the box touches."""
+    if box.num_tokens == 0:
+        return range(0)
+    return range(box.token_start // layout.block_size, layout.blocks_for(box.token_end))
+
+
+def code_bytes(layout: KvLayout, box: KvBox, codec: str) -> int:
+    """Bytes of the codes: where the scales begin."""
+    if codec == "raw":
+        return box.num_bytes(layout)
+    count = box.num_layers * 2 * box.num_heads * box.num_tokens * layout.head_dim
+    return -(-count * CODECS[codec].bits // 32) * 4
+
+
+def packed_bytes(layout: KvLayout, box: KvBox, codec: str = "raw") -> int:
+    """Bytes of the whole packed buffer. Raises ValueError for a codec that this pool does not take."""
+    check_codec(codec, layout.dtype)
+    if codec == "raw":
+        return box.num_bytes(layout)
+    groups = box.num_layers * 2 * box.num_heads * len(blocks_of(layout, box))
+    return code_bytes(layout, box, codec) + 4 * groups
+
+
+def check_box(layout: KvLayout, box: KvBox, num_blocks: int) -> None:
+    """Raises ValueError for a box outside of a request of ``num_blocks`` blocks."""
+    if not (
+        0 <= box.layer_start <= box.layer_end <= layout.num_layers
+        and 0 <= box.head_start <= box.head_end <= layout.num_kv_heads
+        and 0 <= box.token_start <= box.token_end <= num_blocks * layout.block_size
+    ):
+        raise ValueError(f"{box} lies outside {num_blocks} blocks of {layout}")

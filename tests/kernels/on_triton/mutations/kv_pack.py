@@ -1,0 +1,37 @@
+"""Breaks of ``pack`` and ``unpack`` that their tests must notice."""
+
+_KERNEL = "kernels/kv_pack/triton_kernel.py"
+_LAUNCHER = "kernels/kv_pack/triton_gpu.py"
+_TEST = "tests/kernels/on_triton/test_kv_pack.py"
+
+MUTATIONS = [
+    # the sum
+    (_KERNEL, "x ^= x >> 15", "x ^= x >> 14", _TEST),
+    (_KERNEL, "+ ((y * word)", "- ((y * word)", _TEST),
+    # where planes begin
+    (_KERNEL, "plane // num_heads % 2 * POOL_HEADS", "plane // num_heads % 2 * num_heads", _TEST),
+    (_KERNEL, "+ head_start + plane % num_heads", "+ plane % num_heads", _TEST),
+    (_KERNEL, "(layer_start + plane // (2 * num_heads)).to(tl.int64)", "(plane // (2 * num_heads)).to(tl.int64)", _TEST),
+    (_KERNEL, "(layer_start + plane // (2 * num_heads)).to(tl.int64)", "(layer_start + plane // (2 * num_heads))", _TEST),
+    # raw
+    (_KERNEL, "is_row = rows < num_rows", "is_row = rows < num_rows - 1", _TEST),
+    (_KERNEL, "mask=is_row, other=0).to(tl.int64)", "mask=is_row, other=0)", _TEST),
+    (_KERNEL, "token % BLOCK_SIZE * WORDS", "rows // PARTS % BLOCK_SIZE * WORDS", _TEST),
+    (_KERNEL, "rows % PARTS * CHUNK", "rows % PARTS", _TEST),
+    (_KERNEL, "position = (plane * num_rows + rows)", "position = (plane * num_tokens + rows)", _TEST),
+    # quantised
+    (_KERNEL, "block = tl.load(block_table_ptr + nth).to(tl.int64)", "block = tl.load(block_table_ptr + nth)", _TEST),
+    (_KERNEL, "(token >= 0) & (token < num_tokens)", "(token > 0) & (token < num_tokens)", _TEST),
+    (_KERNEL, "(token >= 0) & (token < num_tokens)", "(token >= 0) & (token < num_tokens - 1)", _TEST),
+    (_KERNEL, "is_token & (dims < HEAD_DIM)", "is_token & (dims < HEAD_DIM - 1)", _TEST),
+    (_KERNEL, "is_token & (columns < WORDS)", "is_token & (columns <= WORDS)", _TEST),
+    (_KERNEL, "plane * num_spanned + index", "plane * num_spanned", _TEST),
+    (_KERNEL, "tl.max(tl.abs(values), axis=1)", "tl.max(values, axis=1)", _TEST),
+    (_KERNEL, "tl.div_rn(limit, amax)", "tl.div_rn(limit - 1, amax)", _TEST),
+    (_KERNEL, "(codes ^ SIGN).to(tl.int32) - SIGN", "codes.to(tl.int32)", _TEST),
+    (_KERNEL, "values *= scale_word", "values /= scale_word", _TEST),
+    (_KERNEL, "scale_sum += weighted(scale_position, scale_word)", "scale_sum += weighted(plane + 0 * scale_position, scale_word)", _TEST),
+    # the launcher
+    (_LAUNCHER, "    total.zero_()\n", "", _TEST),
+    (_LAUNCHER, "(tiles, -(-planes // each))", "(tiles, planes // each)", _TEST),
+]  # fmt: skip

@@ -1,0 +1,499 @@
+"""``decode_attention`` against its reference, over a cache that holds NaN wherever it may not read.
+
+What matters is how the work is cut: every case says on how many programs per head it runs (``resident``), and tiles are
+16 or 32 tokens, so that a few hundred tokens are many tiles.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.paged_cache import PagedCache, assert_near, poisoned_pool
+
+from biphase.kernels.decode_attention import triton_gpu
+from biphase.kernels.decode_attention.reference import decode_attention_paged_reference
+from biphase.kernels.decode_attention.triton_gpu import DecodeWorkspace, decode_attention, plan_decode
+from biphase.kernels.gpu import table_check
+from biphase.kernels.gpu.target import AOT_TARGETS, compiling_for
+
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """``contexts`` of 0 are padding. ``query_lens``: 1 each where not given. ``programs``: per kv head."""
+
+    contexts: tuple[int, ...]
+    query_lens: tuple[int, ...] = ()
+    max_query_len: int = 1
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 64
+    block_size: int = 16
+    tile: int = 16
+    programs: int = 3
+    dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+    q_size: float = 1.5
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5 * 1.5 / self.q_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    q: torch.Tensor
+    cache: PagedCache
+    query_starts: torch.Tensor
+    expected: torch.Tensor
+
+
+def workspace_of(case: Case, device: torch.device, max_seqs: int | None = None) -> DecodeWorkspace:
+    workspace = DecodeWorkspace.allocate(
+        max_seqs=max_seqs or len(case.contexts),
+        max_query_len=case.max_query_len,
+        num_heads=case.heads,
+        num_kv_heads=case.kv_heads,
+        head_dim=case.dim,
+        block_size=case.block_size,
+        kv_dtype=case.kv_dtype or case.dtype,
+        device=device,
+        window=case.window,
+    )
+    chosen = workspace.settings | {"TILE": case.tile, "LONG_RUN": 4}
+    parts = 2 * case.programs * case.heads * case.max_query_len
+    return replace(
+        workspace,
+        settings=chosen,
+        resident=max(1, case.programs // 2),
+        num_programs=case.programs,
+        rows=torch.full_like(workspace.rows, -(2**30)),
+        runs=torch.full((case.programs, 4), -(2**30), dtype=torch.int32, device=device),
+        part_out=torch.full((parts * case.dim,), torch.nan, device=device),
+        part_lse=torch.full((parts,), torch.nan, device=device),
+    )
+
+
+def inputs_of(case: Case, device: torch.device) -> Inputs:
+    generator = torch.Generator().manual_seed(case.seed)
+    kv_dtype = case.kv_dtype or case.dtype
+    kv_scale = (torch.rand(2, case.kv_heads, generator=generator) + 0.5) / 100 if kv_dtype == FP8 else None
+    keys, values = (
+        [torch.randn(length, case.kv_heads, case.dim, generator=generator) for length in case.contexts]
+        for _ in range(2)
+    )
+    cache = poisoned_pool(
+        [key.to(device) for key in keys],
+        [value.to(device) for value in values],
+        block_size=case.block_size,
+        dtype=kv_dtype,
+        kv_scale=None if kv_scale is None else kv_scale.to(device),
+        reserved_tokens=case.block_size,
+        seed=case.seed,
+    )
+    query_lens = case.query_lens or (1,) * len(case.contexts)
+    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0)], dtype=torch.int32)
+    # q as a view of the fused product, as the model has it
+    fused = torch.randn(int(starts[-1]), case.heads + 2 * case.kv_heads, case.dim, generator=generator)
+    q = (fused * case.q_size).to(case.dtype).to(device)[:, : case.heads]
+    expected = torch.full(q.shape, torch.nan, device=device)
+    decode_attention_paged_reference(
+        q.float(),
+        cache.pool,
+        cache.block_tables,
+        cache.context_lens,
+        starts,
+        None,
+        expected,
+        scale=case.scale,
+        window=case.window,
+        soft_cap=case.soft_cap,
+        kv_scale=cache.kv_scale,
+        max_query_len=case.max_query_len,
+    )
+    _forget_unseen(cache, query_lens, case.window)
+    return Inputs(q=q, cache=cache, query_starts=starts.to(device), expected=expected)
+
+
+def _forget_unseen(cache: PagedCache, query_lens: Sequence[int], window: int | None) -> None:
+    """Blocks that the window has left behind are free: the table names one that holds NaN."""
+    free = min(set(range(len(cache.pool))) - set(cache.block_tables.flatten().tolist()))
+    for row, (context, query_len) in enumerate(zip(cache.context_lens.tolist(), query_lens, strict=True)):
+        if window is not None:
+            cache.block_tables[row, : max(0, context - query_len + 1 - window) // cache.block_size] = free
+
+
+def run(case: Case, inputs: Inputs, workspace: DecodeWorkspace, out: torch.Tensor) -> None:
+    plan_decode(inputs.cache.context_lens, inputs.query_starts, workspace)
+    for _ in range(2):  # two layers on one plan, over the partial results of the first
+        decode_attention(
+            inputs.q,
+            inputs.cache.pool,
+            inputs.cache.block_tables,
+            inputs.cache.context_lens,
+            inputs.query_starts,
+            workspace,
+            out,
+            scale=case.scale,
+            window=case.window,
+            soft_cap=case.soft_cap,
+            kv_scale=inputs.cache.kv_scale,
+            max_query_len=case.max_query_len,
+        )
+
+
+def check(case: Case, device: torch.device) -> None:
+    inputs = inputs_of(case, device)
+    out = torch.full(inputs.q.shape, torch.nan, dtype=case.dtype, device=device)
+    run(case, inputs, workspace_of(case, device), out)
+    real = ~inputs.expected.isnan().any(-1).any(-1)
+    assert bool(out[~real].isnan().all()), "rows of padding were written"
+    half = torch.float16 if case.kv_dtype == FP8 and case.dtype == torch.float32 else case.dtype
+    assert_near(out[real], inputs.expected[real], dtype=half, units=16 if case.dtype == torch.float32 else 4)
+
+
+def _some_long(cases: dict[str, Case], short: tuple[str, ...]) -> list[Any]:
+    """Those not in ``short`` run with --long only."""
+    return [
+        pytest.param(case, id=name, marks=() if name in short else pytest.mark.long) for name, case in cases.items()
+    ]
+
+
+LENGTHS = {
+    "one token": Case(contexts=(1,)),
+    "one sequence": Case(contexts=(130,), programs=5),
+    "block edges": Case(contexts=(15, 16, 17, 31, 32, 33)),
+    "uneven": Case(contexts=(200, 1, 1, 37, 2, 64, 1), programs=7),
+    "padding between": Case(contexts=(0, 40, 0, 0, 17, 0), programs=4),
+    "only padding": Case(contexts=(0, 0)),
+    "more programs than tiles": Case(contexts=(20, 1), programs=9),
+    "one program": Case(contexts=(33, 0, 50), programs=1),
+    "many sequences": Case(contexts=(3,) * 40, heads=2, kv_heads=1, programs=4),
+}
+
+
+@pytest.mark.parametrize("case", _some_long(LENGTHS, ("uneven", "padding between", "more programs than tiles")))
+def test_lengths(device: torch.device, case: Case) -> None:
+    check(case, device)
+
+
+SHAPES = {
+    "dim 96": Case(contexts=(50, 7), dim=96),
+    "dim 128": Case(contexts=(50, 7), dim=128, heads=8, kv_heads=1),
+    "dim 256": Case(contexts=(30, 7), dim=256, heads=3, kv_heads=1),
+    "group of 1": Case(contexts=(50, 7), heads=2, kv_heads=2),
+    "group of 7": Case(contexts=(50, 7), heads=7, kv_heads=1),
+    "blocks of 32": Case(contexts=(70, 33, 1), block_size=32),
+    "blocks of 64, tiles of 64": Case(contexts=(130, 64, 65), block_size=64, tile=64),
+    "blocks of 16, tiles of 32": Case(contexts=(70, 33, 32, 0, 1), tile=32),
+    "blocks of 16, tiles of 64": Case(contexts=(130, 63, 0, 17), tile=64, programs=2),
+    "blocks of 128, tiles of 64": Case(contexts=(140, 128), block_size=128, tile=64),
+}
+
+
+@pytest.mark.parametrize(
+    "case", _some_long(SHAPES, ("dim 96", "blocks of 64, tiles of 64", "blocks of 16, tiles of 32"))
+)
+def test_shapes(device: torch.device, case: Case) -> None:
+    check(case, device)
+
+
+QUERIES = {
+    "two tokens": Case(contexts=(50, 2), query_lens=(2, 2), max_query_len=2),
+    "mixed": Case(contexts=(50, 33, 0, 8, 17), query_lens=(1, 3, 2, 0, 4), max_query_len=4, programs=4),
+    "eight, all that there is": Case(contexts=(8, 40), query_lens=(8, 5), max_query_len=8),
+    "several row tiles": Case(contexts=(35, 20), query_lens=(8, 7), max_query_len=9, heads=8, kv_heads=1),
+    "windowed": Case(contexts=(60, 33), query_lens=(4, 3), max_query_len=4, window=18),
+}
+
+
+@pytest.mark.parametrize("case", _some_long(QUERIES, ("mixed",)))
+def test_several_query_tokens(device: torch.device, case: Case) -> None:
+    check(case, device)
+
+
+WINDOWS = (1, 15, 16, 17, 33, 500)
+
+
+@pytest.mark.parametrize(
+    ("window", "tile"),
+    [
+        (w, t) if (w, t) in {(17, 16), (33, 32)} else pytest.param(w, t, marks=pytest.mark.long)
+        for w in WINDOWS
+        for t in (16, 32)
+    ],
+)
+def test_window(device: torch.device, window: int, tile: int) -> None:
+    check(Case(contexts=(100, 16, 33, 0, 5), window=window, tile=tile, kv_heads=1), device)
+
+
+TYPES = {
+    "bf16": Case(contexts=(70, 16, 1), dtype=torch.bfloat16),
+    "fp16": Case(contexts=(70, 16, 1), dtype=torch.float16),
+    "fp8 under bf16": Case(contexts=(70, 16, 1), dtype=torch.bfloat16, kv_dtype=FP8),
+    "fp8 under fp32": Case(contexts=(70, 16, 1), kv_dtype=FP8),
+    "fp8 under large queries": Case(contexts=(40,), dtype=torch.bfloat16, kv_dtype=FP8, q_size=1e6),
+    "fp8, dim 96": Case(contexts=(40, 16), dim=96, dtype=torch.bfloat16, kv_dtype=FP8),
+    "fp8, windowed, capped, 3 tokens": Case(
+        contexts=(60, 20),
+        query_lens=(3, 2),
+        max_query_len=3,
+        dtype=torch.bfloat16,
+        kv_dtype=FP8,
+        window=19,
+        soft_cap=2.0,
+        tile=32,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _some_long(TYPES, ("bf16", "fp8, windowed, capped, 3 tokens")))
+def test_types(device: torch.device, case: Case) -> None:
+    check(case, device)
+
+
+@pytest.mark.parametrize("soft_cap", [0.5, pytest.param(30.0, marks=pytest.mark.long)])
+def test_soft_cap(device: torch.device, soft_cap: float) -> None:
+    check(Case(contexts=(40, 3), soft_cap=soft_cap), device)
+
+
+def drawn_case(seed: int) -> Case:
+    draw = random.Random(seed)
+    group, kv_heads, longest = draw.randint(1, 5), draw.randint(1, 2), draw.choice([1, 1, 3])
+    contexts = tuple(
+        draw.choice([0, 1, 2, 16, draw.randint(3, 20), draw.randint(20, 120)]) for _ in range(draw.randint(1, 6))
+    )
+    return Case(
+        contexts=contexts,
+        query_lens=tuple(min(length, draw.randint(0, longest)) if length else 1 for length in contexts),
+        max_query_len=longest,
+        heads=group * kv_heads,
+        kv_heads=kv_heads,
+        block_size=draw.choice([16, 32, 64]),
+        tile=draw.choice([16, 32]),
+        programs=draw.randint(1, 8),
+        dtype=draw.choice([torch.float32, torch.bfloat16]),
+        kv_dtype=None,
+        window=draw.choice([None, None, draw.randint(1, 60)]),
+        soft_cap=draw.choice([None, 20.0]),
+        seed=seed,
+    )
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=3, deadline=None, derandomize=True)
+def test_any_shape(device: torch.device, seed: int) -> None:
+    check(drawn_case(seed), device)
+
+
+@pytest.mark.long
+@given(st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_any_shape_more_often(device: torch.device, seed: int) -> None:
+    check(drawn_case(seed), device)
+
+
+def test_one_launch_serves_all_lengths(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a graph would replay it: only what device tensors hold may change, neither grids nor arguments do."""
+    launches: list[tuple[Any, ...]] = []
+
+    def recorded(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
+        seen = [(a.data_ptr(), a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args]
+        launches.append((kernel.fn.__name__, grid, seen, sorted(named.items())))
+        launch(kernel, grid, *args, **named)
+
+    launch = triton_gpu.launch
+    monkeypatch.setattr(triton_gpu, "launch", recorded)
+    base = Case(contexts=(1500, 1), heads=2, kv_heads=1, tile=128, block_size=64, programs=5)
+    workspace, largest = workspace_of(base, device), inputs_of(base, device)
+    out = torch.empty(largest.q.shape, device=device)
+    q, cache = torch.empty_like(largest.q), replace(largest.cache, pool=torch.empty_like(largest.cache.pool))
+    cache = replace(cache, block_tables=cache.block_tables.clone(), context_lens=cache.context_lens.clone())
+    for contexts in [(1500, 1), (1, 0), (100, 64), (1, 1000)]:
+        case = replace(base, contexts=contexts)
+        given_here = inputs_of(case, device)
+        size, width = len(given_here.cache.pool), given_here.cache.block_tables.shape[1]
+        q.copy_(given_here.q)
+        cache.pool.fill_(torch.nan)
+        cache.pool[:size] = given_here.cache.pool
+        cache.block_tables.fill_(len(cache.pool) - 1)
+        cache.block_tables[:, :width] = given_here.cache.block_tables
+        cache.context_lens.copy_(given_here.cache.context_lens)
+        out.fill_(torch.nan)
+        starts = largest.query_starts
+        run(case, Inputs(q=q, cache=cache, query_starts=starts, expected=out), workspace, out)
+        real = given_here.cache.context_lens > 0
+        assert_near(out[real], given_here.expected[real], units=16)
+    step = len(launches) // 4
+    assert [name for name, *_ in launches[:step]] == ["plan_kernel", *["split_kernel", "join_kernel"] * 2]
+    assert all(launches[i] == launches[i % step] for i in range(len(launches)))
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, pytest.param(FP8, marks=pytest.mark.long)])
+def test_offsets_past_two_to_the_31(device: torch.device, kv_dtype: torch.dtype) -> None:
+    """Of a pool of 2^31 elements and more only the touched pages take memory (on a CPU)."""
+    case = Case(contexts=(33, 5), dtype=torch.bfloat16, kv_dtype=kv_dtype, heads=2, kv_heads=1)
+    inputs = inputs_of(case, device)
+    small = inputs.cache.pool
+    first = 2**31 // small[0].numel() - len(small) // 2  # some blocks before that element, some past it
+    pool = torch.empty(first + len(small), *small.shape[1:], dtype=kv_dtype, device=device)
+    pool[first:].view(torch.uint8).copy_(small.view(torch.uint8))
+    cache = replace(inputs.cache, pool=pool, block_tables=inputs.cache.block_tables + first)
+    out = torch.full(inputs.q.shape, torch.nan, dtype=case.dtype, device=device)
+    run(case, replace(inputs, cache=cache), workspace_of(case, device), out)
+    assert_near(out, inputs.expected)
+
+
+def test_two_windows_share_partial_results(device: torch.device) -> None:
+    wide, narrow = Case(contexts=(90, 20)), Case(contexts=(90, 20), window=20)
+    all_layers = workspace_of(wide, device)
+    for case, workspace in [(wide, all_layers), (narrow, all_layers.with_window(20)), (wide, all_layers)]:
+        inputs = inputs_of(case, device)
+        out = torch.full(inputs.q.shape, torch.nan, device=device)
+        run(case, inputs, workspace, out)
+        assert_near(out, inputs.expected, units=16)
+    assert all_layers.with_window(3).part_out is all_layers.part_out
+
+
+PLANS = {
+    "log-uniform 320 to 32,000": [round(320 * 100 ** random.Random(i).random()) for i in range(64)],
+    "8 x 32k": [32768] * 8,
+    "64 x 4k": [4096] * 64,
+    "1 x 1k": [1024],
+    "1 x 100k": [100_000],
+    "300 short, padding between": [0 if i % 7 == 3 else 1 + i % 50 for i in range(300)],
+    "nothing": [0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("window", [None, 1000])
+@pytest.mark.parametrize("lengths", PLANS.values(), ids=PLANS)
+def test_plan_gives_every_tile_to_one_program_and_all_the_same(
+    device: torch.device, lengths: list[int], window: int | None
+) -> None:
+    """With the numbers of an H100: 33 places per kv head, 66 programs."""
+    case = Case(contexts=tuple(lengths), heads=1, kv_heads=1, tile=64, block_size=64, programs=66, window=window)
+    workspace = workspace_of(case, device)
+    context_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    plan_decode(context_lens, torch.arange(len(lengths) + 1, dtype=torch.int32, device=device), workspace)
+    shifts = [max(0, n - window) // 64 if window else 0 for n in lengths]
+    counts = [-(-n // 64) - shift for n, shift in zip(lengths, shifts, strict=True)]
+    total = sum(counts)
+    run_length = max(-(-total // 66), min(-(-total // 33), 4), 1)
+    owned = []  # (sequence, tile, program)
+    rows, next_tile = workspace.rows.tolist(), 0
+    for p, (first, end, first_seq, end_seq) in enumerate(workspace.runs.tolist()):
+        assert (first, end) == (min(p * run_length, total), min((p + 1) * run_length, total))
+        for b in range(first_seq, end_seq):
+            begins, ends, shift, *_ = rows[b]
+            owned += [(b, t - begins + shift, p) for t in range(max(first, begins), min(end, ends))]
+    assert [(b, tile) for b, tile, _ in owned] == [(b, s + i) for b, s in enumerate(shifts) for i in range(counts[b])]
+    for b, length in enumerate(lengths):
+        programs = [p for sequence, _, p in owned if sequence == b]
+        assert rows[b][2:6] == [shifts[b], length, b, 1 if length else 0]
+        assert rows[b][7] == len(set(programs))
+        assert not programs or rows[b][6] == programs[0]
+        next_tile += counts[b]
+    assert next_tile == total
+
+
+BAD = {
+    "q": {"q_NHD": torch.zeros(2, 4, 64, dtype=torch.float16)},
+    "q has shape": {"q_NHD": torch.zeros(2, 3, 64)},
+    "q has stride 2": {"q_NHD": torch.zeros(2, 4, 128)[..., ::2]},
+    "q starts": {"q_NHD": torch.zeros(2 * 4 * 64 + 1)[1:].view(2, 4, 64)},
+    "q has heads": {"q_NHD": torch.zeros(2, 4, 128)[..., :64]},
+    "pool_layer has shape": {"pool_layer": torch.zeros(3, 2, 2, 32, 64)},
+    "pool_layer has dtype": {"pool_layer": torch.zeros(3, 2, 2, 16, 64, dtype=torch.float16)},
+    "pool_layer with": {"pool_layer": torch.zeros(3, 2, 2, 64, 16).transpose(3, 4)},
+    "block_tables has shape": {"block_tables": torch.zeros(3, 2, dtype=torch.int32)},
+    "block_tables has dtype": {"block_tables": torch.zeros(2, 2, dtype=torch.int64)},
+    "block_tables has stride": {"block_tables": torch.zeros(2, 4, dtype=torch.int32)[:, ::2]},
+    "context_lens has dtype": {"context_lens": torch.ones(2, dtype=torch.int64)},
+    "context_lens has 3": {"context_lens": torch.ones(3, dtype=torch.int32)},
+    "query_starts": {"query_starts": torch.zeros(2, dtype=torch.int32)},
+    "out has dtype": {"out_NHD": torch.zeros(2, 4, 64, dtype=torch.float16)},
+    "window": {"window": 5},
+    "soft_cap": {"soft_cap": 0.0},
+    "kv_scale": {"kv_scale": torch.ones(2, 2)},
+    "max_query_len": {"max_query_len": 2},
+}
+
+
+@pytest.mark.parametrize(("message", "change"), BAD.items(), ids=BAD)
+def test_bad_arguments_are_named(message: str, change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {
+        "q_NHD": torch.zeros(2, 4, 64),
+        "pool_layer": torch.zeros(3, 2, 2, 16, 64),
+        "block_tables": torch.zeros(2, 2, dtype=torch.int32),
+        "context_lens": torch.ones(2, dtype=torch.int32),
+        "query_starts": torch.arange(3, dtype=torch.int32),
+        "workspace": workspace_of(Case(contexts=(1, 1)), torch.device("cpu")),
+        "out_NHD": torch.zeros(2, 4, 64),
+        "scale": 1.0,
+    }
+    with pytest.raises(ValueError, match=f"^{message}"):
+        decode_attention(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("head_dim is 80", {"head_dim": 80}),
+        ("block_size is 8", {"block_size": 8}),
+        ("num_heads is 5", {"num_heads": 5}),
+        ("max_seqs is 0", {"max_seqs": 0}),
+        ("max_query_len is 0", {"max_query_len": 0}),
+        ("window is 0", {"window": 0}),
+        ("kv_dtype has dtype int8", {"kv_dtype": torch.int8}),
+    ],
+)
+def test_impossible_workspaces_are_refused(message: str, change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"max_seqs": 4, "max_query_len": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+    arguments |= {"block_size": 16, "kv_dtype": torch.float32, "device": torch.device("cpu")}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        DecodeWorkspace.allocate(**arguments | change)
+
+
+def test_fp8_is_refused_below_capability_8_9() -> None:
+    with compiling_for(AOT_TARGETS[80]), pytest.raises(ValueError, match=r"fp8 .* A100 has 8\.0"):
+        workspace_of(Case(contexts=(1,), kv_dtype=FP8), torch.device("meta"))
+
+
+def test_an_empty_step_launches_nothing() -> None:
+    case = Case(contexts=())
+    workspace = workspace_of(case, torch.device("cpu"), max_seqs=1)
+    empty = torch.zeros(0, dtype=torch.int32)
+    plan_decode(empty, torch.zeros(1, dtype=torch.int32), workspace)
+    q, out = torch.zeros(0, 4, 64), torch.zeros(0, 4, 64)
+    pool, tables = torch.zeros(1, 2, 2, 16, 64), torch.zeros(0, 1, dtype=torch.int32)
+    decode_attention(q, pool, tables, empty, torch.zeros(1, dtype=torch.int32), workspace, out, scale=1.0)
+    assert int(workspace.rows.max()) < 0
+
+
+@pytest.mark.parametrize(
+    ("contexts", "entry", "message"),
+    [
+        ((20, 3), 3, r"block_tables\[0, 1\] is 3, the pool has blocks 0 to 2"),
+        ((40, 3), 0, "block_tables has 2 entries"),
+    ],
+)
+def test_debug_mode_checks_block_tables(
+    monkeypatch: pytest.MonkeyPatch, contexts: tuple[int, int], entry: int, message: str
+) -> None:
+    monkeypatch.setattr(table_check, "DEBUG", True)
+    workspace = workspace_of(Case(contexts=contexts), torch.device("cpu"))
+    q, pool = torch.zeros(2, 4, 64), torch.zeros(3, 2, 2, 16, 64)
+    tables = torch.tensor([[0, entry], [1, -1]], dtype=torch.int32)
+    context_lens, starts = torch.tensor(contexts, dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        decode_attention(q, pool, tables, context_lens, starts, workspace, q, scale=1.0)
