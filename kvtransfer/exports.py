@@ -220,8 +220,10 @@ class ExportTable:
 
     def release(self, ticket: TicketId, epoch: int, now_s: float) -> None:
         """The reader holds everything. Answered again the same way when asked again. Raises ExportRefused."""
-        past = self._past.get(ticket)
-        if past == ("released", epoch):
+        if self._past.get(ticket) == ("released", epoch):
+            return
+        ending = self._exports.get(ticket)  # released already, while a copy out of its blocks still runs
+        if ending is not None and (ending.outcome, ending.epoch) == ("released", epoch):
             return
         self.expire(now_s)
         export = self._readable(ticket, epoch)

@@ -86,6 +86,22 @@ def test_a_running_send_holds_the_blocks_of_a_revoked_ticket() -> None:
     assert [ended.outcome for ended in table.take_ended()] == ["revoked"]
 
 
+def test_a_release_asked_twice_is_answered_twice_while_a_send_runs() -> None:
+    table, pool = make_table()
+    ticket = make_ticket()
+    table.open(ticket, [BlockId(0)], 8, now_s=0.0)
+    table.finish(ticket, first_token=3, now_s=0.0)
+    pull = table.begin_pull(ticket, 1, now_s=0.0)
+    table.begin_send(pull)
+    table.release(ticket, 1, now_s=1.0)
+    table.release(ticket, 1, now_s=1.5)
+    assert refusal_of(table.release, ticket, 2, 1.5) is Refusal.RELEASED
+    assert pool.references == {0: 1}
+    table.end_send(pull, 64)
+    assert not pool.references
+    assert [ended.outcome for ended in table.take_ended()] == ["released"]
+
+
 def test_the_lease_counts_only_while_neither_leg_nor_pull_is_open() -> None:
     table, pool = make_table()
     ticket = make_ticket()
