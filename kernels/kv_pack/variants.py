@@ -12,7 +12,7 @@ from biphase.kernels.kv_pack.torch_pool import layout_of
 from biphase.kernels.kv_pack.triton_gpu import pack, unpack
 
 _TOKENS = 8192
-_ASYNC = frozenset({"async_loads"})
+_WIDE = frozenset({"wide_loads"})
 
 
 def variants() -> list[Variant]:
@@ -21,15 +21,15 @@ def variants() -> list[Variant]:
     for name, launcher in (("kv_pack", pack), ("kv_unpack", unpack)):
         raw = partial(_run, launcher, "raw")
         found.append(
-            Variant(name=f"{name}/raw/llama-3-8b/bf16", run=partial(raw, torch.bfloat16), quick=True, traits=_ASYNC)
+            Variant(name=f"{name}/raw/llama-3-8b/bf16", run=partial(raw, torch.bfloat16), quick=True, traits=_WIDE)
         )
-        found.append(Variant(name=f"{name}/raw/llama-3-8b/fp8", run=partial(raw, torch.float8_e4m3fn), traits=_ASYNC))
+        found.append(Variant(name=f"{name}/raw/llama-3-8b/fp8", run=partial(raw, torch.float8_e4m3fn), traits=_WIDE))
         for head_dim in (64, 96, 256):
             found.append(
                 Variant(
                     name=f"{name}/raw/head_dim-{head_dim}/bf16",
                     run=partial(raw, torch.bfloat16, head_dim=head_dim),
-                    traits=_ASYNC,
+                    traits=_WIDE,
                 )
             )
         for block_size in (16, 32, 128):
@@ -37,11 +37,11 @@ def variants() -> list[Variant]:
                 Variant(
                     name=f"{name}/raw/block_size-{block_size}/bf16",
                     run=partial(raw, torch.bfloat16, block_size=block_size),
-                    traits=_ASYNC,
+                    traits=_WIDE,
                 )
             )
         for dtype in (torch.float16, torch.float32):
-            found.append(Variant(name=f"{name}/raw/llama-3-8b/{_short(dtype)}", run=partial(raw, dtype), traits=_ASYNC))
+            found.append(Variant(name=f"{name}/raw/llama-3-8b/{_short(dtype)}", run=partial(raw, dtype), traits=_WIDE))
         for codec in CODECS:
             least = 89 if codec == "fp8" else 80
             coded = partial(_run, launcher, codec)

@@ -117,7 +117,7 @@ def test_prefill_chunks_and_decode_give_the_tokens_of_the_cpu(engine: GpuEngine,
 
 def test_a_mixed_step_gives_each_what_it_gets_alone(engine: GpuEngine, cpu: Engine) -> None:
     def run(on: Engine) -> list[tuple[int | None, ...]]:
-        results = [on.execute(plan(seq(1, PROMPT, blocks=[0, 1]), seq(2, PROMPT[:5], blocks=[2], sampling=DRAWN)))]
+        results = [on.execute(plan(seq(1, PROMPT, blocks=[0, 1]), seq(2, PROMPT[:4], blocks=[2], sampling=DRAWN)))]
         first, second = results[0].tokens
         assert first is not None and second is not None
         results.append(
@@ -126,7 +126,7 @@ def test_a_mixed_step_gives_each_what_it_gets_alone(engine: GpuEngine, cpu: Engi
                     seq(3, PROMPT[2:14], blocks=[4], sampling=DRAWN, forbid=(2,)),
                     seq(1, [first], start=20, blocks=[0, 1], index=1),
                     seq(4, PROMPT[3:9], blocks=[6], sampling=None),
-                    seq(2, [second], start=5, blocks=[2], sampling=DRAWN, index=1),
+                    seq(2, [second], start=4, blocks=[2], sampling=DRAWN, index=1),
                 )
             )
         )
@@ -180,7 +180,7 @@ def test_padding_writes_nothing(engine: GpuEngine) -> None:
 
 
 def test_what_cannot_be_computed_is_refused_before_anything_is_launched(engine: GpuEngine) -> None:
-    with pytest.raises(InvalidRequest, match="the step has 41 tokens, this engine was made for 24"):
+    with pytest.raises(InvalidRequest, match="the step has 25 tokens, this engine was made for 24"):
         engine.launch(plan(seq(1, [4] * 25, blocks=[0, 1])))
     with pytest.raises(InvalidRequest, match="the step has 5 sequences, this engine was made for 4"):
         engine.launch(plan(*(seq(i, [4], blocks=[i]) for i in range(5))))
