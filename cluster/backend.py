@@ -31,6 +31,8 @@ class ProcessSpec:
     """Where an instance listens; a backend of several hosts fills in the host's own address."""
     cpus: float = 0.0
     """CPUs it asks the placing backend for."""
+    gpus: float | None = None
+    """GPUs that its plan asks for; a backend that starts it fills in the share that it gets (0: none)."""
     env: tuple[tuple[str, str], ...] = ()
     """The BIPHASE_* variables of the user's shell."""
 

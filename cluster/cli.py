@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
+from biphase.cluster.deployment import Dtype, KvDtype
 from biphase.cluster.version import version
 from biphase.protos.errors import BiphaseError, InvalidRequest, SetupError, one_line
 
@@ -44,6 +45,9 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
     serve.add_argument("deploy_file", nargs="?", metavar="deploy.yaml", help="what to run; see examples/")
     serve.add_argument("--model", help="GGUF file, Hugging Face directory, hub name, or smollm2 (the packaged model)")
     serve.add_argument("--load-format", choices=("auto", "dummy"), help="dummy: random weights (default auto)")
+    serve.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto (default): a GPU where there is one")
+    serve.add_argument("--dtype", choices=get_args(Dtype), help="of weights (default: bfloat16 on a GPU, else float32)")
+    serve.add_argument("--kv-dtype", choices=get_args(KvDtype), help="of the KV cache (default: as --dtype)")
     serve.add_argument("--served-model-name", help="what clients call it")
     serve.add_argument("--name", help="the deployment's name, for status and stop (default: biphase)")
     serve.add_argument("--prefill", type=int, metavar="N", help="prefill instances (default 1; 0: colocated)")
@@ -57,7 +61,12 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
     serve.add_argument("--threads", type=int, metavar="N", help="CPU threads per instance (default cores / instances)")
     serve.add_argument("--cpus", type=float, metavar="N", help="CPUs per instance asked of Ray (default 1; 0 allowed)")
     serve.add_argument(
-        "--kv-memory", metavar="SIZE", help="KV memory per instance, as in 2GiB (default 20%% of free RAM)"
+        "--gpus", type=float, metavar="N", help="GPUs per instance, 0 to 1 (default: as many as there are)"
+    )
+    serve.add_argument(
+        "--kv-memory",
+        metavar="SIZE",
+        help="KV memory per instance, as in 2GiB (default 20%% of free RAM, 90%% of the GPU less the model)",
     )
     serve.add_argument("--block-size", type=int, metavar="TOKENS", help="tokens per KV block")
     serve.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output together")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from biphase.cluster.deployment import Deployment, RolePlan
+from biphase.cluster.deployment import Deployment, Device, Dtype, KvDtype, LoadFormat, RolePlan
 from biphase.protos.errors import SetupError, one_line
 from biphase.router.config import RequestLimits
 
@@ -47,6 +47,7 @@ class _RolePlanSchema(_Strict):
     replicas: int = Field(_PLAN.replicas, ge=0, le=256)
     threads: int | None = Field(_PLAN.threads, ge=1, le=1024)
     cpus: float = Field(_PLAN.cpus, ge=0, le=1024)
+    gpus: float | None = Field(_PLAN.gpus, ge=0, le=1)
     kv_memory: Bytes | None = _PLAN.kv_memory_bytes
     block_size: int | None = Field(_PLAN.block_size, ge=1, le=1024)
     max_num_seqs: int = Field(_PLAN.max_num_seqs, ge=1, le=4096)
@@ -73,7 +74,10 @@ else:
 
 class _DeploymentSchema(_Strict):
     model: str = Field(min_length=1)
-    load_format: Literal["auto", "dummy"] = _DEPLOYMENT.load_format
+    load_format: LoadFormat = _DEPLOYMENT.load_format
+    device: Device = _DEPLOYMENT.device
+    dtype: Dtype = _DEPLOYMENT.dtype
+    kv_dtype: KvDtype = _DEPLOYMENT.kv_dtype
     name: str = Field(_DEPLOYMENT.name, pattern=NAME_PATTERN)
     served_model_name: str = _DEPLOYMENT.served_model_name
     mode: Literal["auto", "strict"] = _DEPLOYMENT.mode
@@ -159,6 +163,15 @@ def _contradiction(deployment: Deployment) -> str | None:
     if deployment.prefill.replicas and deployment.prefill.block_size != deployment.decode.block_size:
         sizes = [size or "the default" for size in (deployment.prefill.block_size, deployment.decode.block_size)]
         return f"prefill.block_size and decode.block_size are {sizes[0]} and {sizes[1]}: they must be equal"
+    if deployment.device == "cpu":
+        for name in ("dtype", "kv_dtype"):
+            if getattr(deployment, name) not in ("auto", "float32"):
+                return f"{name} is {getattr(deployment, name)} with device cpu: the CPU computes in float32"
+        for role, plan in (("prefill", deployment.prefill), ("decode", deployment.decode)):
+            if plan.gpus:
+                return f"{role}.gpus is {plan.gpus:g} with device cpu: give another device, or leave gpus out"
+    if deployment.device == "cuda" and 0 in (deployment.prefill.gpus, deployment.decode.gpus):
+        return "device is cuda and gpus is 0: give device auto, or gpus above 0 (a fraction shares a GPU)"
     return None
 
 

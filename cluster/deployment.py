@@ -12,6 +12,9 @@ from biphase.router.config import RequestLimits
 
 BackendName = Literal["ray", "process"]
 LoadFormat = Literal["auto", "dummy"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KvDtype = Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"]
 
 DEFAULT_PORT = 8700
 
@@ -25,8 +28,11 @@ class RolePlan:
     """CPU threads of an instance; None: cores / instances on the host, at least 1."""
     cpus: float = 1.0
     """CPUs an instance asks Ray for; 0 is allowed. The process backend places nothing and ignores it."""
+    gpus: float | None = None
+    """GPUs of an instance, 0 to 1: a fraction shares one. None: one each where there are as many, else equal shares."""
     kv_memory_bytes: int | None = None
-    """None: 20 % of free memory / instances on the host, at most 4 GiB."""
+    """None: on the CPU 20 % of free memory / instances on the host, at most 4 GiB; on a GPU 90 % of its share less what
+    model and buffers take."""
     block_size: int | None = None
     """Tokens per KV block, equal in both roles for now; None: 32 on the CPU, 64 on a GPU."""
     max_num_seqs: int = 64
@@ -43,6 +49,12 @@ class Deployment:
     model: str
     load_format: LoadFormat = "auto"
     """``dummy``: random weights of the model's configuration; its tokenizer is the real one."""
+    device: Device = "auto"
+    """auto: a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """Of weights and activations; auto: float32 on the CPU, bfloat16 on a GPU."""
+    kv_dtype: KvDtype = "auto"
+    """Of the KV cache; auto: as ``dtype``."""
     name: str = "biphase"
     served_model_name: str = ""
     mode: Mode = "auto"

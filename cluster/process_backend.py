@@ -12,11 +12,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from biphase.cluster.backend import Handle, Kind, ProcessSpec
+from biphase.cluster.gpus import gpu_for, host_gpus, share_of
 from biphase.cluster.run_dir import RunDir, replace_file, started_ticks
+from biphase.cluster.wanted import ordinal_of
 from biphase.protos.errors import SetupError
 from biphase.protos.process import Announcement
 
@@ -118,15 +121,23 @@ class ProcessBackend:
     def __init__(self, run_dir: RunDir, *, owner: bool = False) -> None:
         self._run_dir = run_dir
         self._owner = owner
+        self._gpus = host_gpus()
         self._handles: dict[tuple[str, int], ProcessHandle] = {}
 
     async def open(self) -> None:
         self._run_dir.processes.mkdir(parents=True, exist_ok=True)
 
     async def check(self, specs: Sequence[ProcessSpec]) -> None:
-        """One host takes what it is given; threads and memory are the instances' own defaults to bound."""
+        """One host takes what it is given (threads and memory are the instances' own defaults to bound), GPUs apart."""
+        asked = [spec.gpus for spec in specs if spec.gpus]
+        if sum(asked) > len(self._gpus):
+            raise SetupError(
+                f"{len(asked)} instances ask for {sum(asked):g} GPUs, this host has {len(self._gpus)}: "
+                "lower gpus (a fraction shares a GPU, 0 is the CPU) or replicas"
+            )
 
     async def start(self, spec: ProcessSpec) -> ProcessHandle:
+        spec = self._with_gpu(spec)
         stem = self._run_dir.processes / f"{spec.name}-{spec.incarnation}"
         spec_file, announce_file = (
             stem.with_name(f"{stem.name}.spec.json"),
@@ -151,6 +162,19 @@ class ProcessBackend:
         handle.follow()
         self._handles[spec.name, spec.incarnation] = handle
         return handle
+
+    def _with_gpu(self, spec: ProcessSpec) -> ProcessSpec:
+        """An instance, told its share of which GPU; the others need none."""
+        if spec.kind != "prefill" and spec.kind != "decode":
+            return spec
+        deployment = spec.deployment
+        share = share_of(
+            spec.gpus, device=deployment.device, num_instances=deployment.num_instances, num_gpus=len(self._gpus)
+        )
+        if share == 0:
+            return replace(spec, gpus=0.0)
+        gpu = gpu_for(ordinal_of(deployment, spec.name), share, self._gpus)
+        return replace(spec, gpus=share, env=(*spec.env, ("CUDA_VISIBLE_DEVICES", gpu)))
 
     async def adopt(self) -> list[Handle]:
         """Every process with a record here. One that has ended already is there too, with its end and last word."""

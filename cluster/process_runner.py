@@ -79,6 +79,10 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
         engine=EngineConfig(
             model=deployment.model,
             load_format=deployment.load_format,
+            device="cpu" if spec.gpus == 0 and plan.gpus == 0 else deployment.device,
+            dtype=deployment.dtype,
+            kv_dtype=deployment.kv_dtype,
+            gpu_share=spec.gpus or 1.0,
             served_name=deployment.served_model_name,
             block_size=plan.block_size,
             max_model_len=deployment.max_model_len,

@@ -7,15 +7,17 @@ starts a local cluster of its own and ends it with itself; somebody else's clust
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import ray
 from ray._private import node as ray_node
@@ -24,6 +26,7 @@ from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from biphase.cluster.backend import Handle, Kind, ProcessSpec
+from biphase.cluster.gpus import host_gpus, share_of
 from biphase.cluster.ray_actor import ProcessActor, host_id
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.process import Announcement
@@ -143,24 +146,37 @@ class RayBackend:
                 ray.init(address=os.environ["RAY_ADDRESS"], **options)
                 return
             with _lean_head():
-                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    num_gpus=len(host_gpus()),
+                    **options,
+                )
         except Exception as error:
             where = os.environ["RAY_ADDRESS"] if self._joined else "a local cluster"
             raise SetupError(f"Ray ({where}) cannot be used: {one_line(error)}") from error
 
     async def check(self, specs: Sequence[ProcessSpec]) -> None:
-        """First fit of the CPUs asked for on the CPUs that are free, host by host.
+        """First fit of the GPUs and CPUs asked for on those that are free, host by host.
 
-        Ray gives back the CPUs of what was just killed a little later: where the hosts are large enough, wait for it.
+        What was just killed gives back its own a little later: where the hosts are large enough, wait for it.
         """
-        asked = sorted((spec.cpus for spec in specs if spec.cpus > 0), reverse=True)
-        patient = _fits(asked, await self._call(_all_cpus))
+        everything = await self._call(_all_there)
+        asked = sorted((_Room(_share(spec, everything), spec.cpus) for spec in specs), reverse=True)
+        asked = [one for one in asked if one != _NOTHING]
+        patient = _fits(asked, everything)
         deadline_s = time.monotonic() + (RELEASE_S if patient else 0.0)
-        while not _fits(asked, free := await self._call(_free_cpus)):
+        while not _fits(asked, free := await self._call(_all_free)):
             if time.monotonic() >= deadline_s:
                 hosts = f" on {len(free)} hosts" if len(free) > 1 else ""
+                wanted, there = _sum(asked), _sum(free)
+                short_of_gpus = not _fits([_Room(one.gpus, 0.0) for one in asked], free)
                 raise SetupError(
-                    f"{len(asked)} instances ask Ray for {sum(asked):g} CPUs, {sum(free):g} are free{hosts}: "
+                    f"{len(asked)} instances ask Ray for {wanted.gpus:g} GPUs, {there.gpus:g} are free{hosts}: "
+                    "lower gpus (a fraction shares a GPU, 0 is the CPU) or replicas"
+                    if short_of_gpus
+                    else f"{len(asked)} instances ask Ray for {wanted.cpus:g} CPUs, {there.cpus:g} are free{hosts}: "
                     "lower cpus (0 is allowed) or replicas"
                 )
             await asyncio.sleep(RELEASE_POLL_S)
@@ -172,6 +188,7 @@ class RayBackend:
         return handle
 
     def _create(self, spec: ProcessSpec) -> Any:
+        spec = replace(spec, gpus=_share(spec, _all_there()))
         strategy: Any = "DEFAULT"
         if spec.kind in ("router", "controller"):  # where the user is: they listen on this host's addresses
             here = ray.get_runtime_context().get_node_id()
@@ -181,6 +198,7 @@ class RayBackend:
             "namespace": self._namespace,
             "lifetime": "detached",
             "num_cpus": spec.cpus,
+            "num_gpus": spec.gpus,
             "max_restarts": 0,
             "max_concurrency": ACTOR_CONCURRENCY,
             "scheduling_strategy": strategy,
@@ -283,26 +301,57 @@ def _lean_head() -> Iterator[None]:
             setattr(ray_node.Node, name, method)
 
 
-def _fits(asked: Sequence[float], hosts: Sequence[float]) -> bool:
+class _Room(NamedTuple):
+    """What an instance asks for, or what a host has."""
+
+    gpus: float
+    cpus: float
+
+
+_NOTHING = _Room(0.0, 0.0)
+
+
+def _share(spec: ProcessSpec, hosts: Sequence[_Room]) -> float:
+    """The part of a GPU that the process gets; 0 for one that is no instance."""
+    if spec.kind not in ("prefill", "decode"):
+        return 0.0
+    deployment = spec.deployment
+    share = share_of(
+        spec.gpus,
+        device=deployment.device,
+        num_instances=deployment.num_instances,
+        num_gpus=int(_sum(hosts).gpus),
+    )
+    return math.floor(share * 1e4) / 1e4  # Ray counts in ten-thousandths
+
+
+def _sum(rooms: Sequence[_Room]) -> _Room:
+    return _Room(sum(room.gpus for room in rooms), sum(room.cpus for room in rooms))
+
+
+def _fits(asked: Sequence[_Room], hosts: Sequence[_Room]) -> bool:
     """Whether every demand, the largest first, finds a host with that much left."""
     left = sorted(hosts, reverse=True)
-    for cpus in asked:
-        fitting = next((index for index, there in enumerate(left) if there >= cpus), None)
+    for one in asked:
+        fitting = next((i for i, there in enumerate(left) if there.gpus >= one.gpus and there.cpus >= one.cpus), None)
         if fitting is None:
             return False
-        left[fitting] -= cpus
+        left[fitting] = _Room(left[fitting].gpus - one.gpus, left[fitting].cpus - one.cpus)
     return True
 
 
-def _all_cpus() -> list[float]:
-    """CPUs of each living host."""
-    return [float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]]
+def _room_of(resources: Mapping[str, Any]) -> _Room:
+    return _Room(float(resources.get("GPU", 0.0)), float(resources.get("CPU", 0.0)))
 
 
-def _free_cpus() -> list[float]:
-    """Free CPUs, host by host."""
-    nodes = ray_state.available_resources_per_node()
-    return [float(resources.get("CPU", 0.0)) for resources in nodes.values()] or [0.0]
+def _all_there() -> list[_Room]:
+    """What each living host has."""
+    return [_room_of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _all_free() -> list[_Room]:
+    """What is free, host by host."""
+    return [_room_of(resources) for resources in ray_state.available_resources_per_node().values()] or [_NOTHING]
 
 
 def _actor_name(name: str, kind: Kind, incarnation: int) -> str:

@@ -72,9 +72,23 @@ def deployment_of(arguments: argparse.Namespace) -> Deployment:
 def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """The given flags as a deploy file would say them."""
     given = {key: value for key, value in vars(arguments).items() if value is not None}
-    top = ("model", "load_format", "served_model_name", "name", "backend", "mode", "host", "port", "max_model_len")
-    values: dict[str, Any] = {key: given[key] for key in (*top, "weights_cache", "drain_s") if key in given}
-    per_role = ("threads", "cpus", "kv_memory", "block_size", "max_num_seqs", "max_num_batched_tokens")
+    top = (
+        "model",
+        "load_format",
+        "device",
+        "dtype",
+        "kv_dtype",
+        "served_model_name",
+        "name",
+        "backend",
+        "mode",
+        "host",
+        "port",
+    )
+    values: dict[str, Any] = {
+        key: given[key] for key in (*top, "max_model_len", "weights_cache", "drain_s") if key in given
+    }
+    per_role = ("threads", "cpus", "gpus", "kv_memory", "block_size", "max_num_seqs", "max_num_batched_tokens")
     shared = {key: given[key] for key in per_role if key in given}
     for role in ("prefill", "decode"):
         plan = {**shared, **({"replicas": given[role]} if role in given else {})}

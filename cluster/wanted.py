@@ -18,9 +18,15 @@ def spec_of(base: ProcessSpec, name: str, incarnation: int) -> ProcessSpec:
     """The spec of one life of ``name`` in the deployment of ``base``."""
     kind: Kind = CONTROLLER if name == CONTROLLER else _kinds(base.deployment)[name]
     cpus = 0.0
+    gpus: float | None = 0.0
     if kind == "prefill" or kind == "decode":
-        cpus = base.deployment.plan(kind).cpus
-    return replace(base, name=name, kind=kind, incarnation=incarnation, cpus=cpus)
+        cpus, gpus = base.deployment.plan(kind).cpus, base.deployment.plan(kind).gpus
+    return replace(base, name=name, kind=kind, incarnation=incarnation, cpus=cpus, gpus=gpus)
+
+
+def ordinal_of(deployment: Deployment, name: str) -> int:
+    """The place of an instance among all of the deployment."""
+    return list(_kinds(deployment)).index(name)
 
 
 def _kinds(deployment: Deployment) -> dict[str, Kind]:

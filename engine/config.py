@@ -28,7 +28,10 @@ class EngineConfig:
     max_model_len: int | None = None
     """Prompt and output together, in tokens; None: the model's own limit."""
     kv_memory_bytes: int | None = None
-    """None: of what is free / instances_on_host, 20 % on the CPU (at most 4 GiB), 90 % on a GPU."""
+    """None: on the CPU 20 % of what is free / instances_on_host, at most 4 GiB; on a GPU 90 % of gpu_share of its memory,
+    less what model and buffers take."""
+    gpu_share: float = 1.0
+    """The part of its GPU's memory that is this engine's; others on that GPU have the rest."""
     num_kv_blocks: int | None = None
     """Overrides kv_memory_bytes."""
     max_step_tokens: int = 1024
@@ -56,6 +59,8 @@ class EngineConfig:
         if self.device.startswith("cuda") and self.block_size not in (None, *GPU_BLOCK_SIZES):
             sizes = ", ".join(map(str, GPU_BLOCK_SIZES))
             raise ValueError(f"block_size is {self.block_size}, on a GPU it is one of {sizes}")
+        if not 0 < self.gpu_share <= 1:
+            raise ValueError(f"gpu_share is {self.gpu_share}, it must be above 0 and at most 1")
         for name in ("instances_on_host", "max_step_tokens", "max_step_seqs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")

@@ -64,6 +64,7 @@ def make_parser(role: Role) -> argparse.ArgumentParser:
     engine.add_argument("--kv-dtype", help="auto (default), that of --dtype, float8_e4m3fn")
     engine.add_argument("--threads", type=int, help="compute threads (default: cores / instances on the host)")
     engine.add_argument("--kv-memory", type=num_bytes, dest="kv_memory_bytes", metavar="BYTES", help="e.g. 256M")
+    engine.add_argument("--gpu-share", type=float, help="part of the GPU's memory that is this process's (default 1)")
     engine.add_argument("--num-kv-blocks", type=int, help="instead of --kv-memory")
     engine.add_argument("--block-size", type=int, help="tokens per KV block")
     engine.add_argument("--max-model-len", type=int, help="tokens, prompt and output together")

@@ -72,10 +72,10 @@ class Accelerator:
         replay: Callable[[], None] = graph.replay
         return replay
 
-    def free_bytes(self) -> int:
-        """Device memory that nobody has."""
+    def memory_bytes(self) -> tuple[int, int, int]:
+        """Device memory: all of it, what nobody has, what this process's tensors take."""
         if not self.is_cuda:
             raise ValueError("the memory of a CPU is the host's")
         torch.cuda.empty_cache()
-        free: int = torch.cuda.mem_get_info(self.device)[0]
-        return free
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total, free, torch.cuda.memory_reserved(self.device)

@@ -239,4 +239,5 @@ class GpuEngine(Engine):
             return self.config.kv_memory_bytes
         if not self._accelerator.is_cuda:
             return self.layout.block_bytes * self.layout.blocks_for(self.model_info.max_model_len)
-        return int(_KV_SHARE * self._accelerator.free_bytes() / self.config.instances_on_host)
+        total, free, own = self._accelerator.memory_bytes()
+        return int(min(_KV_SHARE * total * self.config.gpu_share - own, _KV_SHARE * free))

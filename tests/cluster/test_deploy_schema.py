@@ -66,6 +66,14 @@ def test_a_full_deployment_survives_json() -> None:
         ({"model": "m", "decode": {"replicas": 0}}, "decode.replicas is 0: at least 1 decode instance is needed"),
         ({"model": "m", "mode": "strict", "prefill": {"replicas": 0}}, "strict needs at least 1 prefill instance"),
         ({"model": "m", "prefill": {"block_size": 16}}, "are 16 and the default: they must be equal"),
+        ({"model": "m", "decode": {"gpus": 2}}, "here: decode.gpus is 2: the most is 1"),
+        ({"model": "m", "device": "gpu"}, "here: device is 'gpu': it must be 'auto', 'cpu' or 'cuda'"),
+        ({"model": "m", "device": "cpu", "decode": {"gpus": 0.5}}, "decode.gpus is 0.5 with device cpu: give another"),
+        (
+            {"model": "m", "device": "cpu", "dtype": "bfloat16"},
+            "dtype is bfloat16 with device cpu: the CPU computes in",
+        ),
+        ({"model": "m", "device": "cuda", "prefill": {"gpus": 0}}, "device is cuda and gpus is 0: give device auto"),
         ({"model": "m", "limits": {"max_queued_requests": 0}}, "limits.max_queued_requests is 0: it must be above 0"),
     ],
 )

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from support.served import Served, is_ready, pid_of, run_biphase
@@ -21,6 +22,31 @@ def test_ready_then_drained(serve: Serve) -> None:
     assert served.process.wait(30) == 0, served.logs()
     assert served.nobody_left()
     assert served.record.state == "stopped"
+
+
+def test_each_instance_has_its_gpu_in_every_life(serve: Serve) -> None:
+    # names of GPUs that nobody computes on: these instances have no model
+    served = serve(CUDA_VISIBLE_DEVICES="4,7")
+    served.wait_ready()
+    prefill, decode = (pid_of(served.wait_for(is_ready(name, 1)), name) for name in ("prefill-0", "decode-0"))
+    assert [_environment(pid)["CUDA_VISIBLE_DEVICES"] for pid in (prefill, decode)] == ["4", "7"]
+    os.kill(decode, signal.SIGKILL)
+    again = pid_of(served.wait_for(is_ready("decode-0", 2)), "decode-0")
+    assert _environment(again)["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_more_gpus_than_there_are_is_one_line(environment: dict[str, str]) -> None:
+    refused = run_biphase(
+        environment | {"CUDA_VISIBLE_DEVICES": "4"},
+        *("serve", "--model", "smollm2", "--backend", "process", "--port", "0", "--gpus", "1"),
+    )
+    assert refused.returncode == 2
+    assert "2 instances ask for 2 GPUs, this host has 1: lower gpus" in refused.stderr.splitlines()[-1]
+
+
+def _environment(pid: int) -> dict[str, str]:
+    pairs = (pair.partition("=") for pair in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    return {name: value for name, _, value in pairs}
 
 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0", "router-0"])

@@ -85,6 +85,17 @@ def test_what_does_not_fit_is_refused_with_both_numbers(environment: dict[str, s
     assert f"{os.cpu_count()} are free" in line
 
 
+def test_gpus_that_do_not_fit_are_refused_with_both_numbers(environment: dict[str, str]) -> None:
+    # Ray and biphase count what CUDA_VISIBLE_DEVICES names; nothing computes there
+    refused = run_biphase(
+        environment | {"CUDA_VISIBLE_DEVICES": "0"},
+        *("serve", "--model", "smollm2", "--port", "0", "--name", "gpus", "--gpus", "0.6"),
+        within_s=120.0,
+    )
+    assert refused.returncode == 2
+    assert "2 instances ask Ray for 1.2 GPUs, 1 are free: lower gpus" in refused.stderr.splitlines()[-1]
+
+
 def _descendants(pid: int) -> set[int]:
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
