@@ -1,24 +1,33 @@
 """The engine's speed on a GPU, against ceilings of the same run: prefill steps, decode steps, launches, host gap.
 
-    python bench/engine_gpu.py [--model FILE] [--num-layers N] [--kv-dtype D] [--json FILE] [--check] [--smoke]
+    python bench/engine_gpu.py [--model FILE] [--num-layers N] [--kv-dtype D] [--only GROUP...] [--json FILE] [--check]
+                               [--smoke]
 
 Weights are made up on the device (--load-format dummy) for any configuration, so that nothing need be downloaded. A
 step's time is the device's own, from its first copy to its last. Floors: a prefill's products and attention at the
-matrix rate; a decode step's weights (without the input embedding) and KV at the copy bandwidth.
+matrix rate; a decode step's weights (without the input embedding) and KV at the copy bandwidth. Goals are those of
+Llama-3-8B; other models' figures are shown beside none.
 """
 
 import argparse
 import asyncio
 import dataclasses
+import gc
 import json
 import statistics
+import sys
 import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import report
 import torch
+from gpu_profile import keep_profiler, profiled_kernels, triton_launches
+from gpu_report import GpuReport
 from gpu_timing import Ceilings
-from gpu_worker_load import host_gap
+from gpu_worker_load import Gap, Load, host_gaps
 from smoke import enter_smoke
 
 from biphase.engine.config import EngineConfig
@@ -34,8 +43,21 @@ PREFILLS = {8192: 0.65, 512: 0.45}
 """Tokens of a prefill step: share of the matrix rate that it is to reach."""
 DECODES = {(1, 1024): 1.25, (64, 2048): 1.35}
 """(sequences, context): how many times its floor a step may take."""
-GAPS = {64: 0.05, 1: 0.08}
-"""Requests at once: share of the time without a kernel."""
+GAPS = {
+    Load(requests=64, prompt_len=64): 0.05,
+    Load(requests=1, prompt_len=64): 0.08,
+    Load(requests=64, prompt_len=1): None,
+}
+"""Share of the time without a kernel; a prompt of 64 is computed by the decode worker, the harder of both."""
+GROUPS = ("prefill", "decode", "launches", "gaps")
+_SMOKE = {
+    "num_kv_blocks": 16,
+    "block_size": 16,
+    "max_step_tokens": 17,
+    "max_step_seqs": 2,
+    "max_model_len": 32,
+    "dtype": "float32",
+}
 
 
 def parse() -> argparse.Namespace:
@@ -43,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=str(DEFAULT_MODEL), help="config.json of the model whose shape is measured")
     parser.add_argument("--num-layers", type=int, help="only so many layers of it")
     parser.add_argument("--kv-dtype", default="auto", help="auto or float8_e4m3fn")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of figures")
     parser.add_argument("--kv-memory-gib", type=float, default=24.0)
     parser.add_argument("--steps", type=int, default=300, help="steps over which the host gap is taken")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the profiler's trace of the host gap there")
@@ -59,8 +82,8 @@ def shrunk(model: str, folder: Path, num_layers: int | None, *, smoke: bool) -> 
     if num_layers is not None:
         fields["num_hidden_layers"] = num_layers
     if smoke:
-        fields |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 160}
-        fields |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 256}
+        fields |= {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 96}
+        fields |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 128}
         fields |= {"bos_token_id": 1, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(fields))
     return str(folder)
@@ -95,7 +118,8 @@ def decode_bytes(config: ModelConfig, engine: Engine, batch: int, context: int) 
 
 def step_ms(engine: Engine, plan: StepPlan) -> float:
     engine.execute(plan)
-    return statistics.median(engine.execute(plan).step_ms for _ in range(ROUNDS))
+    rounds = ROUNDS if torch.cuda.is_available() else 1
+    return statistics.median(engine.execute(plan).step_ms for _ in range(rounds))
 
 
 def sequence(number: int, engine: Engine, tokens: int, start: int, first_block: int) -> SeqStep:
@@ -119,80 +143,113 @@ def decode_plan(engine: Engine, batch: int, context: int) -> StepPlan:
     return StepPlan(seqs=tuple(sequence(i, engine, 1, context - 1, i * each) for i in range(batch)))
 
 
-def measure(engine: Engine, ceilings: Ceilings, out: report.Report, *, smoke: bool) -> None:
-    config = engine.model_config
-    for tokens, bound in {32: 0.0, 8: 0.0}.items() if smoke else PREFILLS.items():
+def prefill(engine: Engine, ceilings: Ceilings, out: GpuReport, *, smoke: bool, goals: bool) -> None:
+    for tokens, bound in ({16: 0.0} if smoke else PREFILLS).items():
         ms = step_ms(engine, prefill_plan(engine, tokens))
-        share = prefill_flops(config, tokens) / (ms / 1e3) / ceilings.matrix
+        share = prefill_flops(engine.model_config, tokens) / (ms / 1e3) / ceilings.matrix
         out.row(f"prefill step of {tokens}", ms, "ms", f"{share:.3f} of the matrix rate")
-        if not smoke:
+        if goals:
             out.goal(f"prefill-{tokens}-of-matrix-rate", share, bound, at_least=True)
-    for (batch, context), bound in {(1, 20): 0.0, (3, 40): 0.0}.items() if smoke else DECODES.items():
+
+
+def decode(engine: Engine, ceilings: Ceilings, out: GpuReport, *, smoke: bool, goals: bool) -> None:
+    for (batch, context), bound in ({(2, 20): 0.0} if smoke else DECODES).items():
         ms = step_ms(engine, decode_plan(engine, batch, context))
-        times = ms / 1e3 / (decode_bytes(config, engine, batch, context) / ceilings.copy)
+        times = ms / 1e3 / (decode_bytes(engine.model_config, engine, batch, context) / ceilings.copy)
         out.row(f"decode step, {batch} x {context}", ms, "ms", f"{times:.3f} times its bytes at copy bandwidth")
-        if not smoke:
+        if goals:
             out.goal(f"decode-{batch}x{context}-times-floor", times, bound)
-    launches = launches_per_layer(engine)
-    if launches is not None:
-        out.row("launches per layer of a decode step", launches, "", "about 10 are planned")
 
 
-def launches_per_layer(engine: Engine) -> float | None:
-    """Kernels of one decode step / layers, by the profiler; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    from torch.profiler import ProfilerActivity, profile
-
-    plan = decode_plan(engine, 1, 64)
+def launches(engine: Engine, out: GpuReport) -> None:
+    """Kernels of one decode step / layers, by the profiler; without a GPU what is counted are calls of ``launch``."""
+    plan = decode_plan(engine, 1, 16)
     engine.execute(plan)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        engine.execute(plan)
-        torch.cuda.synchronize()
-    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return len(kernels) / engine.model_config.num_layers
+    if torch.cuda.is_available():
+        kernels = profiled_kernels(lambda: engine.execute(plan))
+        what = "kernels on the GPU"
+    else:
+        kernels, what = triton_launches(lambda: engine.execute(plan)), "Triton kernels; products are not among them"
+    layers = engine.model_config.num_layers
+    out.row("launches of a decode step", len(kernels), "", what)
+    out.row("launches per layer of a decode step", len(kernels) / layers, "", "about 10 are planned")
+    out.extra["decode_step_kernels"] = dict(Counter(kernels).most_common())
+
+
+def gaps(config: EngineConfig, arguments: argparse.Namespace, out: GpuReport, *, goals: bool) -> None:
+    smoke = arguments.smoke
+
+    def found(gap: Gap) -> None:
+        note = f"{gap.steps} steps, {gap.tokens} tokens, {gap.superfluous} superfluous"
+        out.row(f"host gap, {gap.load}", "-" if gap.share is None else gap.share, "", note)
+        bound = GAPS.get(gap.load)
+        if goals and gap.share is not None and bound is not None:
+            out.goal(f"host-gap-{gap.load.requests}", gap.share, bound)
+        out.write(arguments)
+
+    loads = [Load(requests=2, prompt_len=8)] if smoke else list(GAPS)
+    steps = 4 if smoke else arguments.steps
+    asyncio.run(host_gaps(config, loads, steps=steps, trace=arguments.trace, found=found, small=smoke))
+
+
+def config_of(arguments: argparse.Namespace, model: str) -> EngineConfig:
+    sizes = _SMOKE if arguments.smoke else {"max_step_tokens": 8192 + 64, "max_model_len": 8192}
+    if not arguments.smoke:
+        sizes["kv_memory_bytes"] = int(arguments.kv_memory_gib * 2**30)
+    return EngineConfig(
+        model=model,
+        served_name=Path(arguments.model).stem,
+        load_format="dummy",
+        kv_dtype=arguments.kv_dtype,
+        **sizes,  # type: ignore[arg-type]
+    )
 
 
 def main() -> int:
     arguments = parse()
+    keep_profiler()
     if arguments.smoke:
         enter_smoke()
-    out = report.Report(bench="engine_gpu", columns=("measure", "value", "unit", "note"))
+    if not arguments.smoke and not torch.cuda.is_available():
+        print(
+            "bench/engine_gpu.py measures a GPU and torch finds none here (--smoke tests the program)", file=sys.stderr
+        )
+        return 2
+    out = GpuReport(bench="engine_gpu", columns=("measure", "value", "unit", "note"))
+    goals = not arguments.smoke and arguments.num_layers is None and Path(arguments.model).resolve() == DEFAULT_MODEL
     with tempfile.TemporaryDirectory() as folder:
-        model = shrunk(arguments.model, Path(folder), arguments.num_layers, smoke=arguments.smoke)
-        smoke_sizes = {"num_kv_blocks": 64, "block_size": 16, "max_step_tokens": 64, "max_step_seqs": 4}
-        sizes = {"kv_memory_bytes": int(arguments.kv_memory_gib * 2**30), "max_step_tokens": 8192 + 64}
-        config = EngineConfig(
-            model=model,
-            served_name=Path(arguments.model).stem,
-            load_format="dummy",
-            kv_dtype=arguments.kv_dtype,
-            max_model_len=256 if arguments.smoke else 8192,
-            **(smoke_sizes if arguments.smoke else sizes),
+        config = config_of(
+            arguments, shrunk(arguments.model, Path(folder), arguments.num_layers, smoke=arguments.smoke)
         )
         ceilings = Ceilings.measure()
         for name, value, unit in ceilings.as_rows():
             out.row(name, value, unit, "ceiling")
-        engine = Engine.load(config, lambda detail, done: None)
-        out.extra["model"] = {"config": arguments.model, "num_layers": engine.model_config.num_layers}
-        out.extra["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        measure(engine, ceilings, out, smoke=arguments.smoke)
-        del engine
-        load = dataclasses.replace(config, max_step_tokens=1024)
-        for requests, bound in {2: 0.0}.items() if arguments.smoke else GAPS.items():
-            gap = asyncio.run(
-                host_gap(
-                    load,
-                    requests=requests,
-                    prompt_len=8 if arguments.smoke else 64,
-                    steps=6 if arguments.smoke else arguments.steps,
-                    trace=arguments.trace,
-                )
-            )
-            note = f"{gap.steps} steps, {gap.tokens} tokens, {gap.superfluous} superfluous"
-            out.row(f"host gap, {requests} requests", "-" if gap.share is None else gap.share, "", note)
-            if gap.share is not None:
-                out.goal(f"host-gap-{requests}", gap.share, bound)
+        loaded: list[Engine] = []
+
+        def engine() -> Engine:
+            if not loaded:
+                began_s = time.monotonic()
+                loaded.append(Engine.load(config, lambda detail, done: None))
+                out.row("load and warm-up", time.monotonic() - began_s, "s", "weights made up, kernels, graphs")
+            return loaded[0]
+
+        def of_worker() -> None:
+            loaded.clear()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # both engines together would not fit
+            load = dataclasses.replace(config, kv_memory_bytes=None if arguments.smoke else 4 << 30)
+            gaps(load, arguments, out, goals=goals)
+
+        options = {"smoke": arguments.smoke, "goals": goals}
+        groups: dict[str, Callable[[], object]] = {
+            "prefill": lambda: prefill(engine(), ceilings, out, **options),
+            "decode": lambda: decode(engine(), ceilings, out, **options),
+            "launches": lambda: launches(engine(), out),
+            "gaps": of_worker,
+        }
+        out.extra["model"] = {"config": Path(arguments.model).name, "num_layers": arguments.num_layers or "all"}
+        out.run_groups({name: run for name, run in groups.items() if name in arguments.only}, arguments)
     return out.finish(arguments)
 
 

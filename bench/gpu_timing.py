@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-WARM_UP, ROUNDS = 3, 15
+WARM_UP, ROUNDS = 2, 11
+_LEAST_US = 1500.0
+"""Of one timed run: a graph's own start takes some microseconds, which short work would pay for alone."""
+_MOST_CALLS = 256
 CACHE_BYTES = 192 << 20
 """More than any GPU's L2 holds: inputs rotate through this much memory."""
 
@@ -23,23 +26,36 @@ def device_of() -> torch.device:
 def median_us(calls: Sequence[Callable[[], object]], *, graph: bool = True, rounds: int = ROUNDS) -> float:
     """Median time of one call, in microseconds. ``calls``: the same work on different buffers, run in turn.
 
-    With ``graph`` all of them are captured once and replayed, so that launch overhead does not count.
+    With ``graph`` they are captured once, over and over until there is enough to time, and replayed, so that launch
+    overhead does not count.
     """
     if not torch.cuda.is_available():
         return _host_us(calls)
     for call in calls:
         call()
-    torch.cuda.synchronize()
+    again = times_over(_events_us(lambda: [call() for call in calls], rounds=2), len(calls))
+    calls = [call for _ in range(again) for call in calls]
     run = _captured(calls) if graph else (lambda: [call() for call in calls])
     for _ in range(WARM_UP):
         run()
+    return _events_us(run, rounds=rounds) / len(calls)
+
+
+def times_over(all_us: float, num_calls: int) -> int:
+    """How often calls that take ``all_us`` together are repeated in one timed run."""
+    return max(1, min(-(-int(_LEAST_US) // max(1, int(all_us))), _MOST_CALLS // num_calls))
+
+
+def _events_us(run: Callable[[], object], *, rounds: int) -> float:
+    """Median by the device's clock; nothing waits between the rounds."""
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    torch.cuda.synchronize()
     for start, end in marks:
         start.record()
         run()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in marks) * 1e3 / len(calls)
+    return statistics.median(start.elapsed_time(end) for start, end in marks) * 1e3
 
 
 def _captured(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
@@ -49,7 +65,7 @@ def _captured(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
         for call in calls:
             call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()  # the calls' buffers are held by the calls; the graph lives as long as its replay
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()

@@ -9,12 +9,14 @@ Attention of prompts and experts: flops over the rate of an 8192^3 product. Smal
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import kernel_attention
 import kernel_products
 import kernel_streams
 import report
 import torch
+from gpu_report import GpuReport
 from gpu_timing import Ceilings
 from kernel_case import Result, Sizes
 from smoke import enter_smoke
@@ -48,20 +50,23 @@ def main() -> int:
     if not arguments.smoke and not torch.cuda.is_available():
         print("bench/kernels.py measures a GPU and torch finds none here (--smoke tests the program)", file=sys.stderr)
         return 2
-    out = report.Report(bench="kernels", columns=("kernel", "us", "value", "unit", "note"))
-    out.extra["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    out = GpuReport(bench="kernels", columns=("kernel", "us", "value", "unit", "note"))
     ceilings = Ceilings.measure()
     for name, value, unit in ceilings.as_rows():
         out.row(name, "", value, unit, "ceiling")
     sizes = Sizes.tiny() if arguments.smoke else Sizes()
-    for group in arguments.only:
-        for result in GROUPS[group](sizes, ceilings):
-            out.row(result.name, result.us, result.value, UNITS[result.kind], result.note)
-            print(f"{result.name}: {result.value:.3f} {UNITS[result.kind]}", file=sys.stderr, flush=True)
-            if result.bound is not None and not arguments.smoke:
-                name = result.name.replace(" ", "-").replace(",", "")
-                out.goal(name, result.value, result.bound, at_least=result.kind != "us")
+    groups = {name: partial(measure, GROUPS[name], sizes, ceilings, out) for name in arguments.only}
+    out.run_groups(groups, arguments)
     return out.finish(arguments)
+
+
+def measure(cases: Cases, sizes: Sizes, ceilings: Ceilings, out: GpuReport) -> None:
+    for result in cases(sizes, ceilings):
+        out.row(result.name, result.us, result.value, UNITS[result.kind], result.note)
+        print(f"{result.name}: {result.value:.3f} {UNITS[result.kind]}", file=sys.stderr, flush=True)
+        if result.bound is not None and not sizes.smoke:
+            name = result.name.replace(" ", "-").replace(",", "")
+            out.goal(name, result.value, result.bound, at_least=result.kind != "us")
 
 
 if __name__ == "__main__":

@@ -54,19 +54,24 @@ class Report:
         ]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
+    def write(self, arguments: argparse.Namespace) -> None:
+        """The JSON file, where one is asked for: with all that is known so far."""
+        if not arguments.json:
+            return
+        document = {
+            "bench": self.bench,
+            "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()},
+            "columns": list(self.columns),
+            "rows": [list(row) for row in self.rows],
+            "goals": [{**asdict(goal), "met": goal.met} for goal in self.goals],
+            **self.extra,
+        }
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+
     def finish(self, arguments: argparse.Namespace) -> int:
         print(self.table())
-        if arguments.json:
-            document = {
-                "bench": self.bench,
-                "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()},
-                "columns": list(self.columns),
-                "rows": [list(row) for row in self.rows],
-                "goals": [{**asdict(goal), "met": goal.met} for goal in self.goals],
-                **self.extra,
-            }
-            Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+        self.write(arguments)
         for goal in self.goals:
             print(goal, flush=True)
         return 1 if arguments.check and not all(goal.met for goal in self.goals) else 0
