@@ -1,0 +1,148 @@
+"""Every supported family on the GPU's step: the tokens of the CPU engine, which equal transformers' (test_model_families).
+
+Heads are of 64 features, the least that the kernels take.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from biphase.engine.config import EngineConfig
+from biphase.engine.cpu_engine import CpuEngine
+from biphase.engine.engine import Engine
+from biphase.engine.gpu.engine import GpuEngine
+from biphase.engine.step import SeqStep, StepPlan
+from biphase.protos.ids import BlockId, SeqId
+from biphase.protos.values import Sampling
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+EXPERTS = SIZES | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
+FAMILIES: dict[str, Callable[[], tuple[type[PreTrainedModel], PretrainedConfig]]] = {
+    "llama3-rope": lambda: (LlamaForCausalLM, LlamaConfig(**SIZES, rope_scaling=LLAMA3_ROPE)),
+    "llama-tied": lambda: (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "mistral-window": lambda: (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=13)),
+    "qwen2": lambda: (Qwen2ForCausalLM, Qwen2Config(**(SIZES | {"hidden_size": 256}))),
+    "qwen3": lambda: (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+    "mixtral": lambda: (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
+    "qwen3-moe": lambda: (Qwen3MoeForCausalLM, Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True)),
+    "qwen3-moe-not-renormalized": lambda: (Qwen3MoeForCausalLM, Qwen3MoeConfig(**EXPERTS)),
+}
+GREEDY = Sampling()
+NUM_DECODED = 5
+PROMPTS = ([3, 17, 60, 9, 44, 21, 5, 80, 33, 12, 71, 8, 15, 90, 2, 41, 7, 29, 55, 10], [90, 4, 66])
+BLOCKS = ([3, 0, 6], [2, 7, 1])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(11)
+    model_class, config = FAMILIES[request.param]()
+    model = model_class(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.mul_(12)  # far from uniform: greedy tokens then have a margin
+    model.save_pretrained(folder)
+    return folder
+
+
+def config_for(folder: Path, *, has_cuda: bool) -> EngineConfig:
+    return EngineConfig(
+        model=str(folder),
+        weights_cache=str(folder / "cache"),
+        block_size=16,
+        num_kv_blocks=8,
+        max_step_tokens=20,
+        max_step_seqs=2,
+        threads=1,
+        dtype="float32",
+    ).resolved(has_cuda=has_cuda)
+
+
+def part(number: int, tokens: list[int], start: int, *, draws: bool = True) -> SeqStep:
+    return SeqStep(
+        seq_id=SeqId(number),
+        token_ids=tokens[start:],
+        start=start,
+        blocks=[BlockId(block) for block in BLOCKS[number]],
+        sampling=GREEDY if draws else None,
+        output_index=max(0, len(tokens) - len(PROMPTS[number])),
+    )
+
+
+def tokens_of(engine: Engine) -> list[list[int]]:
+    """A prompt in two chunks, the second beside another's only chunk; then both decode together."""
+    first, second = (list(prompt) for prompt in PROMPTS)
+    engine.execute(StepPlan(seqs=(part(0, first[:15], 0, draws=False),)))
+    drawn = engine.execute(StepPlan(seqs=(part(0, first, 15), part(1, second, 0)))).tokens
+    for _ in range(NUM_DECODED):
+        for sequence, token in zip((first, second), drawn, strict=True):
+            assert token is not None
+            sequence.append(token)
+        drawn = engine.execute(StepPlan(seqs=(part(0, first, len(first) - 1), part(1, second, len(second) - 1)))).tokens
+    return [first, second]
+
+
+def check(folder: Path, kernels: str) -> None:
+    quiet: Callable[[str, float | None], None] = lambda detail, done: None  # noqa: E731
+    cpu = CpuEngine.load(config_for(folder, has_cuda=False), quiet)
+    expected = tokens_of(cpu)
+    assert len(set(expected[0][-NUM_DECODED:] + expected[1][-NUM_DECODED:])) >= 3, (
+        "a model that says one thing proves nothing"
+    )
+    engine = GpuEngine.load(config_for(folder, has_cuda=torch.cuda.is_available()), quiet, kernels)
+    assert tokens_of(engine) == expected
+
+
+def test_references_give_the_tokens_of_the_cpu(model_dir: Path) -> None:
+    check(model_dir, "torch")
+
+
+@pytest.mark.parametrize(
+    "model_dir",
+    [pytest.param(name, marks=() if name == "qwen3-moe" else pytest.mark.long) for name in FAMILIES],
+    indirect=True,
+)
+def test_kernels_give_the_tokens_of_the_cpu(model_dir: Path) -> None:
+    check(model_dir, "triton")
