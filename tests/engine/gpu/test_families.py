@@ -125,7 +125,7 @@ def tokens_of(engine: Engine) -> list[list[int]]:
 
 
 def check(folder: Path, kernels: str) -> None:
-    quiet: Callable[[str, float | None], None] = lambda detail, done: None  # noqa: E731
+    quiet: Callable[[str, float | None], None] = lambda detail, done: None
     cpu = CpuEngine.load(config_for(folder, has_cuda=False), quiet)
     expected = tokens_of(cpu)
     assert len(set(expected[0][-NUM_DECODED:] + expected[1][-NUM_DECODED:])) >= 3, (

@@ -4,11 +4,11 @@ Without a GPU the whole step runs here all the same, its kernels interpreted; gr
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from biphase.engine.config import EngineConfig
 from biphase.engine.cpu_engine import CpuEngine
@@ -25,22 +25,27 @@ DRAWN = Sampling(temperature=0.9, top_k=20, top_p=0.95, seed=7)
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration alone: weights are made up, since a machine with a GPU may have no transformers to write them."""
     folder = tmp_path_factory.mktemp("tiny-paged")
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    fields = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
     return folder
 
 
@@ -48,6 +53,7 @@ def config_for(folder: Path, **settings: object) -> EngineConfig:
     return dataclasses.replace(
         EngineConfig(
             model=str(folder),
+            load_format="dummy",
             weights_cache=str(folder / "cache"),
             block_size=16,
             num_kv_blocks=12,
@@ -185,6 +191,22 @@ def test_what_cannot_be_computed_is_refused_before_anything_is_launched(engine: 
     with pytest.raises(InvalidRequest, match="the step has 5 sequences, this engine was made for 4"):
         engine.launch(plan(*(seq(i, [4], blocks=[i]) for i in range(5))))
     assert engine.execute(plan(seq(1, PROMPT, blocks=[0, 1]))).tokens[0] is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: nothing is compiled here")
+def test_nothing_is_compiled_once_it_serves(model_dir: Path) -> None:
+    from biphase.kernels.gpu.compile_count import num_since_sealed
+
+    engine = GpuEngine.load(config_for(model_dir), lambda detail, done: None, "triton")
+    engine.warm_up(lambda done: None)
+    for length in range(1, len(PROMPT) + 1):
+        engine.execute(plan(seq(1, PROMPT[:length], blocks=[2, 3], sampling=DRAWN if length % 3 else GREEDY)))
+        decoding = [seq(2 + i, [7 + i], start=length, blocks=[4, 5], sampling=DRAWN) for i in range(length % 4)]
+        engine.execute(plan(*decoding, seq(9, PROMPT[: 21 - length], blocks=[6, 7], sampling=None)))
+        if decoding:
+            engine.execute(plan(*decoding))
+    assert num_since_sealed() == 0
 
 
 def test_buckets_waste_less_than_eight_rows() -> None:
