@@ -6,6 +6,7 @@ on the device from the last step's output; the host gets them with the step's ev
 """
 
 import logging
+import threading
 import time
 from bisect import bisect_left
 from collections import deque
@@ -53,21 +54,26 @@ class _Launched:
         self._start = start
         self._launched_s = time.perf_counter()
         self.end = end
+        self._lock = threading.Lock()
         self._result: StepResult | None = None
 
     def wait(self) -> StepResult:
-        """Raises what the device reports; tokens are read once, before their buffer is used again."""
-        if self._result is None:
-            try:
-                self.end.wait()
-            except RuntimeError as error:
-                raise EngineLost(f"the GPU failed: {one_line(error)}") from error
-            tokens: list[int | None] = [None] * self._num_seqs
-            for i, token in zip(self._drawing, self._tokens.tolist(), strict=True):
-                tokens[i] = token
-            step_ms = self.end.ms_since(self._start) or (time.perf_counter() - self._launched_s) * 1e3
-            self._result = StepResult(tokens=tuple(tokens), step_ms=step_ms)
-        return self._result
+        """Raises what the device reports; tokens are read once, before their buffer is used again. Any thread."""
+        with self._lock:
+            if self._result is None:
+                self._result = self._read()
+            return self._result
+
+    def _read(self) -> StepResult:
+        try:
+            self.end.wait()
+        except RuntimeError as error:
+            raise EngineLost(f"the GPU failed: {one_line(error)}") from error
+        tokens: list[int | None] = [None] * self._num_seqs
+        for i, token in zip(self._drawing, self._tokens.tolist(), strict=True):
+            tokens[i] = token
+        step_ms = self.end.ms_since(self._start) or (time.perf_counter() - self._launched_s) * 1e3
+        return StepResult(tokens=tuple(tokens), step_ms=step_ms)
 
 
 class GpuEngine(Engine):
