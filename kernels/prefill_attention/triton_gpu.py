@@ -3,7 +3,8 @@
 FlashAttention-2 (Dao 2023, section 3.1: one program per tile of queries, the running maximum and sum of each row kept in
 registers, the output divided by the sum once), with the query heads of a kv head packed into the rows of a tile, K and V
 read through block tables, and the loop over keys split so that only the tiles at the diagonal and at the window's edge
-are masked. Exponentials are of base 2, log2(e) folded into the scale.
+are masked. On Hopper a tile's product with V runs beside the next tile's softmax (FlashAttention-3, Shah et al. 2024,
+section 3.2). Exponentials are of base 2, log2(e) folded into the scale.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from biphase.kernels.gpu import table_check
 from biphase.kernels.gpu.check import (
     check_contiguous,
     check_dtype,
@@ -67,6 +69,8 @@ def prefill_attention(
         )
     if pool_layer.dtype == torch.float8_e4m3fn:
         target.require_fp8("an fp8 KV cache")
+    if table_check.DEBUG and not q_NHD.is_meta:
+        _check_block_tables(plan, pool_layer, window)
     dim_padded = triton.next_power_of_2(dim)
     use_tma = bool(settings["USE_TMA"])
     cap_in = cap_out = score_scale = scale * _LOG2E
@@ -107,6 +111,17 @@ def _pool_rows(pool_layer: torch.Tensor, block_n: int, dim_padded: int) -> Tenso
     """The pool as a matrix of [head of a block, token] rows, of which one bulk copy takes ``block_n``."""
     blocks, _, kv_heads, block_size, dim = pool_layer.shape
     return TensorDescriptor(pool_layer, [blocks * 2 * kv_heads * block_size, dim], [dim, 1], [block_n, dim_padded])
+
+
+def _check_block_tables(plan: PrefillPlan, pool_layer: torch.Tensor, window: int | None) -> None:
+    lengths = list(zip(plan.query_lens, plan.context_lens, strict=True))
+    table_check.check_block_tables(
+        plan.block_tables,
+        [0 if window is None else max(0, context - query + 1 - window) for query, context in lengths],
+        [context if query else 0 for query, context in lengths],
+        block_size=pool_layer.shape[3],
+        num_blocks=pool_layer.shape[0],
+    )
 
 
 def _check(

@@ -29,10 +29,7 @@ def _lookup(table_ptr, key, last_block, n, BLOCK_SIZE: tl.constexpr, TILE: tl.co
 @triton.jit
 def _key_row(block, key, kv_head, n, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """Rows of DIM elements in the pool: of the tile's first key where one block holds the tile, else of each key."""
-    if BLOCK_SIZE >= TILE:
-        slot = key % BLOCK_SIZE
-    else:
-        slot = n % BLOCK_SIZE
+    slot = key % BLOCK_SIZE if BLOCK_SIZE >= TILE else n % BLOCK_SIZE
     return (block * 2 * KV_HEADS + kv_head) * BLOCK_SIZE + slot
 
 
@@ -46,14 +43,22 @@ def _pointers(pool_ptr, row, n, d, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, 
 
 @triton.jit
 def _load_tile(
-    pool_ptr, pool_rows, row, n, d, USE_TMA: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+    pool_ptr,
+    pool_rows,
+    row,
+    n,
+    d,
+    USE_TMA: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """[TILE, D]: slots that all hold keys that are seen."""
     if USE_TMA:
         return pool_rows.load([row, 0])
     else:
         pointers = _pointers(pool_ptr, row, n, d, DIM, BLOCK_SIZE, TILE)
-        return tl.load(pointers) if DIM == d.shape[0] else tl.load(pointers, d[None, :] < DIM, other=0.0)
+        return tl.load(pointers) if d.shape[0] == DIM else tl.load(pointers, d[None, :] < DIM, other=0.0)
 
 
 @triton.jit
@@ -144,9 +149,9 @@ def prefill_attention_kernel(
     max_M = tl.full([BLOCK_M], _NEVER, tl.float32)
 
     # Every row sees these keys: no mask. A tile's block is looked up one tile ahead, off the path of its loads. With
-    # OVERLAP a tile's product with V is left to the next iteration, whose softmax it runs beside (FlashAttention-3, Shah
-    # et al. 2024, section 3.2); the weights cross as int16, for Triton would put a 16-bit float that crosses into shared
-    # memory. The first iteration's product is of zeros.
+    # OVERLAP a tile's product with V is held back until the next iteration, whose softmax it runs beside; the weights
+    # cross as int16, for Triton would put a 16-bit float that crosses into shared memory. The first iteration's held
+    # product is of zeros.
     block = _lookup(table_ptr, main_key, last_block, n, BLOCK_SIZE, BLOCK_N)
     held_row = _key_row(block, main_key, kv_head, n, KV_HEADS, BLOCK_SIZE, BLOCK_N)
     held_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.int16)
@@ -175,12 +180,11 @@ def prefill_attention_kernel(
             row += KV_HEADS * BLOCK_SIZE
             v_ND = _load_tile(pool_ptr, pool_rows, row, n, d, USE_TMA, DIM, BLOCK_SIZE, BLOCK_N)
             acc_MD = tl.dot(p_MN.to(dtype), v_ND.to(dtype), acc_MD, input_precision="ieee")
-    if OVERLAP:
-        if main_key < main_end:
-            held_row += KV_HEADS * BLOCK_SIZE
-            v_ND = _load_tile(pool_ptr, pool_rows, held_row, n, d, USE_TMA, DIM, BLOCK_SIZE, BLOCK_N)
-            acc_MD = acc_MD * held_alpha_M[:, None]
-            acc_MD = tl.dot(held_MN.to(dtype, bitcast=True), v_ND.to(dtype), acc_MD)
+    if OVERLAP and main_key < main_end:
+        held_row += KV_HEADS * BLOCK_SIZE
+        v_ND = _load_tile(pool_ptr, pool_rows, held_row, n, d, USE_TMA, DIM, BLOCK_SIZE, BLOCK_N)
+        acc_MD = acc_MD * held_alpha_M[:, None]
+        acc_MD = tl.dot(held_MN.to(dtype, bitcast=True), v_ND.to(dtype), acc_MD)
 
     # Tiles where some row sees some keys only: at the window's edge, then at the diagonal. A slot that no row sees may
     # hold anything (its block may be another's or none), so it is not read: 0 * NaN is NaN.

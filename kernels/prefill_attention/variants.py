@@ -49,6 +49,7 @@ def variants() -> list[Variant]:
         _Model(name="llama-3-8b/bf16"),
         _Model(name="llama-3-8b/fp16", dtype=torch.float16, kv_dtype=torch.float16),
         _Model(name="llama-3-8b/fp8", kv_dtype=_F8),
+        _Model(name="llama-3-8b/fp8/blocks of 16", kv_dtype=_F8, block_size=16),
         _Model(name="llama-3-8b/bf16/blocks of 16", block_size=16),
         _Model(name="llama-3-8b/bf16/blocks of 32", block_size=32),
         _Model(name="llama-3-8b/bf16/blocks of 128", block_size=128),
@@ -62,6 +63,7 @@ def variants() -> list[Variant]:
         _Model(name="phi-3-mini/fp8", kv_heads=32, head_dim=96, kv_dtype=_F8),
         _Model(name="gemma-2-9b/bf16", heads=16, kv_heads=8, head_dim=256, window=4096, soft_cap=50.0),
         _Model(name="gemma-2-9b/fp8", heads=16, kv_heads=8, head_dim=256, kv_dtype=_F8, soft_cap=50.0),
+        _Model(name="d256/fp8", heads=16, kv_heads=8, head_dim=256, kv_dtype=_F8),
         _Model(name="d256/f32", heads=8, kv_heads=4, head_dim=256, dtype=torch.float32, kv_dtype=torch.float32),
     ]
     return [

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.triton_interpreter import patch_interpreter
 
+from biphase.kernels.gpu import table_check
 from biphase.kernels.gpu.target import AOT_TARGETS, compiling_for, target_of
 from biphase.kernels.prefill_attention import settings as launch_settings
 from biphase.kernels.prefill_attention.reference import prefill_attention_paged_reference, prefill_attention_reference
-from biphase.kernels.prefill_attention.settings import PrefillShape, candidates
+from biphase.kernels.prefill_attention.settings import BLOCK_SIZES, HEAD_DIMS, PrefillShape, candidates, default
 from biphase.kernels.prefill_attention.tile_plan import PrefillPlan, plan_prefill, tile_list
 from biphase.kernels.prefill_attention.triton_gpu import prefill_attention
 
@@ -40,6 +41,7 @@ class Case:
     kv_dtype: torch.dtype | None = None
     window: int | None = None
     soft_cap: float | None = None
+    scale: float | None = None
     first_row: int = 0
     seed: int = 0
 
@@ -113,7 +115,7 @@ def check(case: Case, device: torch.device) -> None:
             inputs.pool_layer,
             plan,
             out,
-            scale=1 / math.sqrt(case.dim),
+            scale=case.scale or 1 / math.sqrt(case.dim),
             window=case.window,
             soft_cap=case.soft_cap,
             kv_scale=inputs.kv_scale,
@@ -141,10 +143,11 @@ BF16, F16 = torch.bfloat16, torch.float16
 
 QUICK = {
     "one token": Case(query_lens=(1,), context_lens=(1,), heads=1, kv_heads=1),
-    "bf16, uneven, prefixes": Case(query_lens=(70, 1, 33), context_lens=(70, 130, 97), heads=8, dtype=BF16, dim=128),
+    "bf16, uneven, prefixes": Case(query_lens=(40, 1, 17), context_lens=(40, 150, 97), heads=8, dtype=BF16, dim=128),
     "window within a tile": Case(query_lens=(40, 9), context_lens=(75, 100), window=17, dtype=BF16),
     "soft cap": Case(query_lens=(20,), context_lens=(90,), soft_cap=3.0),
-    "fp8": Case(query_lens=(50,), context_lens=(140,), kv_dtype=F8, dtype=BF16, dim=96),
+    "scores far apart": Case(query_lens=(3,), context_lens=(200,), scale=8.0, dtype=BF16),
+    "fp8": Case(query_lens=(20,), context_lens=(100,), kv_dtype=F8, dtype=BF16, dim=96),
     "blocks smaller than a tile": Case(query_lens=(50, 3), context_lens=(120, 35), block_size=16, dtype=BF16, heads=6),
 }
 
@@ -189,35 +192,77 @@ def test_it_equals_the_reference_in_more_cases(name: str, device: torch.device) 
 
 
 LOADS = {
-    "bulk copies, a block per tile": {"BLOCK_N": 64, "USE_TMA": 1, "OVERLAP": 1},
-    "bulk copies, half a block per tile": {"BLOCK_N": 32, "USE_TMA": 1, "OVERLAP": 0},
-    "pointers, a block per tile": {"BLOCK_N": 64, "USE_TMA": 0, "OVERLAP": 0},
-    "pointers, half a block per tile": {"BLOCK_N": 32, "USE_TMA": 0, "OVERLAP": 1},
-    "pointers, two blocks per tile": {"BLOCK_N": 128, "USE_TMA": 0, "OVERLAP": 1},
-    "pointers, two blocks per tile, no overlap": {"BLOCK_N": 128, "USE_TMA": 0, "OVERLAP": 0},
+    "bulk copies, a block per tile": (64, {"BLOCK_N": 64, "EDGE_N": 64, "USE_TMA": 1, "OVERLAP": 1}),
+    "bulk copies, half a block per tile": (128, {"BLOCK_N": 64, "EDGE_N": 32, "USE_TMA": 1, "OVERLAP": 0}),
+    "bulk copies, small tiles": (64, {"BLOCK_N": 32, "EDGE_N": 16, "USE_TMA": 1, "OVERLAP": 1}),
+    "pointers, a block per tile": (64, {"BLOCK_N": 64, "EDGE_N": 32, "USE_TMA": 0, "OVERLAP": 1}),
+    "pointers, half a block per tile": (64, {"BLOCK_N": 32, "EDGE_N": 32, "USE_TMA": 0, "OVERLAP": 0}),
+    "pointers, two blocks per tile": (32, {"BLOCK_N": 64, "EDGE_N": 64, "USE_TMA": 0, "OVERLAP": 1}),
+    "pointers, two large blocks per tile": (64, {"BLOCK_N": 128, "EDGE_N": 64, "USE_TMA": 0, "OVERLAP": 0}),
+    "pointers, four blocks per tile": (16, {"BLOCK_N": 64, "EDGE_N": 64, "USE_TMA": 0, "OVERLAP": 1}),
+    "pointers, four blocks per tile, no overlap": (16, {"BLOCK_N": 64, "EDGE_N": 32, "USE_TMA": 0, "OVERLAP": 0}),
 }
+"""Block size and settings. In the cases below a tile of queries has two or more tiles of keys that all its rows see."""
 
 
 @pytest.mark.parametrize("loads", LOADS)
-@pytest.mark.parametrize("window", [None, 81], ids=["causal", "window"])
-@pytest.mark.parametrize("edge", [32, 64])
+@pytest.mark.parametrize("window", [None, 230], ids=["causal", "window"])
 def test_every_way_to_load_gives_the_same(  # type: ignore[no-untyped-def]
-    loads: str, window: int | None, edge: int, device: torch.device, use
+    loads: str, window: int | None, device: torch.device, use
 ) -> None:
-    if edge > LOADS[loads]["BLOCK_N"]:
-        pytest.skip("an edge's tile is no larger than a tile")
-    use(BLOCK_M=64, EDGE_N=edge, num_warps=4, num_stages=2, **LOADS[loads])
-    check(Case(query_lens=(50, 7), context_lens=(200, 129), dtype=BF16, window=window), device)
+    block_size, chosen = LOADS[loads]
+    use(BLOCK_M=64, num_warps=4, num_stages=2, **chosen)
+    check(
+        Case(query_lens=(40, 5), context_lens=(280, 129), block_size=block_size, dtype=BF16, window=window),
+        device,
+    )
+
+
+@pytest.mark.parametrize("overlap", [1, 0])
+@pytest.mark.parametrize("name", ["fp8", "soft cap", "head_dim 96, window"])
+def test_overlap_changes_nothing(name: str, overlap: int, device: torch.device, use) -> None:  # type: ignore[no-untyped-def]
+    cases = {
+        "fp8": Case(query_lens=(9,), context_lens=(230,), kv_dtype=F8, dtype=BF16),
+        "soft cap": Case(query_lens=(9,), context_lens=(230,), soft_cap=3.0, dtype=F16),
+        "head_dim 96, window": Case(query_lens=(9,), context_lens=(260,), dim=96, window=220, dtype=BF16),
+    }
+    use(BLOCK_M=32, BLOCK_N=64, EDGE_N=64, USE_TMA=overlap, OVERLAP=overlap, num_warps=4, num_stages=2)
+    check(cases[name], device)
+
+
+def test_candidates_are_what_the_kernel_takes() -> None:
+    for target in AOT_TARGETS.values():
+        for dim in HEAD_DIMS:
+            for block_size in BLOCK_SIZES:
+                for dtype in (torch.float32, BF16, F8):
+                    shape = PrefillShape(head_dim=dim, block_size=block_size, kv_dtype=dtype)
+                    found = candidates(target, shape)
+                    assert found[0] == default(target, shape)
+                    assert all(found.count(candidate) == 1 for candidate in found)
+                    for candidate in found:
+                        assert candidate["BLOCK_N"] % candidate["EDGE_N"] == 0
+                        assert not candidate["USE_TMA"] or block_size % candidate["BLOCK_N"] == 0
+                        assert not candidate["OVERLAP"] or dtype != torch.float32, "weights cross as 16 bits"
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, F8], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_all_candidates_compute_the_same(dtype: torch.dtype, dim: int, device: torch.device, use) -> None:  # type: ignore[no-untyped-def]
-    shape = PrefillShape(head_dim=dim, block_size=64, kv_dtype=dtype)
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_all_candidates_compute_the_same(  # type: ignore[no-untyped-def]
+    dtype: torch.dtype, dim: int, block_size: int, device: torch.device, use
+) -> None:
+    shape = PrefillShape(head_dim=dim, block_size=block_size, kv_dtype=dtype)
     computed_in = BF16 if dtype == F8 else dtype
-    case = Case(query_lens=(37,), context_lens=(150,), dtype=computed_in, kv_dtype=dtype, dim=dim, kv_heads=1)
-    for candidate in candidates(target_of(device), shape):
+    case = Case(
+        query_lens=(37,), context_lens=(240,), dtype=computed_in, kv_dtype=dtype, dim=dim, block_size=block_size
+    )
+    # the interpreter runs any GPU's; there warps and stages are nothing
+    targets = AOT_TARGETS.values() if device.type == "cpu" else [target_of(device)]
+    found = {
+        tuple(s.values())[: None if device.type == "cuda" else -2]: s for t in targets for s in candidates(t, shape)
+    }
+    for candidate in found.values():
         use(**candidate)
         check(case, device)
 
@@ -376,6 +421,32 @@ def test_bad_lengths_are_named(named: str, query_lens: list[int], context_lens: 
     tables = torch.zeros(1, 4, dtype=torch.int32)
     with pytest.raises(ValueError, match=f"^{named}"):
         plan_prefill(query_lens, context_lens, tables, torch.empty(5, 2, 2, 64, 64), num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("window", "query", "entries", "message"),
+    [
+        (None, 5, (0, 3, 9), r"block_tables\[0, 1\] is 3, the pool has blocks 0 to 2"),
+        (None, 5, (-1, 0, 9), r"block_tables\[0, 0\] is -1"),
+        (33, 5, (-1, 0, 9), r"block_tables\[0, 0\] is -1"),
+        (32, 5, (0, -1, 9), r"block_tables\[0, 1\] is -1"),
+        (32, 5, (-1, 0, 9), None),
+        (None, 0, (9, 9, 9), None),
+    ],
+)
+def test_debug_mode_checks_block_tables(
+    window: int | None, query: int, entries: tuple[int, ...], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of blocks that some query token sees. A sequence of 100 tokens is in two blocks of 64."""
+    monkeypatch.setattr(table_check, "DEBUG", True)
+    pool, q = torch.zeros(3, 2, 2, 64, 64), torch.zeros(5, 4, 64)
+    tables = torch.tensor([entries], dtype=torch.int32)
+    plan = plan_prefill([query], [100], tables, pool, num_heads=4)
+    if message is None:
+        prefill_attention(q, pool, plan, torch.empty_like(q), scale=1.0, window=window)
+    else:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            prefill_attention(q, pool, plan, torch.empty_like(q), scale=1.0, window=window)
 
 
 def test_fp8_is_refused_where_there_is_none() -> None:
