@@ -1,6 +1,6 @@
 """Every kernel's speed on a GPU, as a share of what the same run finds the device to do at best.
 
-    python bench/kernels.py [--only WORD...] [--json FILE] [--check] [--smoke]
+    python bench/kernels.py [--only WORD...] [--block-size TOKENS] [--json FILE] [--check] [--smoke]
 
 Memory-bound kernels: bytes (each input and output once) over the copy bandwidth, buffers rotated past the cache.
 Attention of prompts and experts: flops over the rate of an 8192^3 product. Small batches: microseconds in a graph.
@@ -36,6 +36,7 @@ UNITS = {"copy": "of copy", "matrix": "of matrix rate", "us": "us", "ratio": "x"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*GROUPS], default=[*GROUPS], help="groups of kernels")
+    parser.add_argument("--block-size", type=int, choices=(16, 32, 64, 128), default=64, help="tokens per KV block")
     parser.add_argument(
         "--smoke", action="store_true", help="tiny shapes, anywhere: tests this program, measures nothing"
     )
@@ -54,7 +55,7 @@ def main() -> int:
     ceilings = Ceilings.measure()
     for name, value, unit in ceilings.as_rows():
         out.row(name, "", value, unit, "ceiling")
-    sizes = Sizes.tiny() if arguments.smoke else Sizes()
+    sizes = Sizes.tiny() if arguments.smoke else Sizes(block_size=arguments.block_size)
     groups = {name: partial(measure, GROUPS[name], sizes, ceilings, out) for name in arguments.only}
     out.run_groups(groups, arguments)
     return out.finish(arguments)
