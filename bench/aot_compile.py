@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from biphase.kernels.gpu.variant import Variant
 
 Key = tuple[str, str]
 """In the tuning table: an op's name and a shape class of it."""
+
+LAUNCHERS = "BIPHASE_AOT_LAUNCHERS"
+"""In the environment: build launchers as well, for a cache that a GPU of this machine will use."""
 
 _FIXED_BY_MODEL = ("_stride", "_size")
 """Endings of arguments that may be specialised."""
@@ -74,11 +78,22 @@ def compile_variant(variant: Variant) -> list[KernelCode]:
     def on_compiled(kernel: Any, compiled: Any) -> None:
         if compiled.hash not in found:
             found[compiled.hash] = _kernel_code(compiled, log.getvalue())
+            if os.environ.get(LAUNCHERS) == "1":
+                build_launcher(compiled)
         log.truncate(0)
 
     with contextlib.redirect_stdout(log), compiling_only(on_compiled):
         variant.run()
     return list(found.values())
+
+
+def build_launcher(compiled: Any) -> None:
+    """What hands a kernel's arguments over is C, in the oldest supported triton compiled for each signature: a second or
+    so at a kernel's first launch, unless Triton's cache has it. It is built against the GPU's driver library."""
+    from triton.backends.nvidia import driver as of_nvidia
+
+    if hasattr(of_nvidia, "make_launcher"):
+        of_nvidia.CudaLauncher(compiled.src, compiled.metadata)
 
 
 def check_code(variant: Variant, target: Target, kernels: list[KernelCode]) -> list[str]:

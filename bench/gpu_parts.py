@@ -59,7 +59,7 @@ def compile_part(check: Check) -> Outcome:
     with ThreadPoolExecutor(1) as pool:
         # the pair's small model in float32 is no variant of production: it is warmed by running it
         warming = None if check.smoke else pool.submit(check.run, _WARM)
-        code, output = check.run(command)
+        code, output = check.run(command, environment={} if check.smoke else {"BIPHASE_AOT_LAUNCHERS": "1"})
         if warming is not None:
             warming.result()
     said = output.splitlines()
