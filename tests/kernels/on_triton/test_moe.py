@@ -145,8 +145,14 @@ def feed_forward(
     x = random(tokens, features + 16)[:, :features]  # rows of a wider tensor
     if slots is not None:
         x[slots < 0] = torch.nan
-    gate_up = random(experts, 2 * inter, features, scale=features**-0.5)
-    down = random(experts, features, inter, scale=inter**-0.5)
+
+    def weights(*shape: int) -> torch.Tensor:
+        """With NaN behind the last: rows of an odd length are read in tiles."""
+        padded = blank(shape[0] + 1, *shape[1:])
+        padded[:-1] = random(*shape, scale=shape[-1] ** -0.5)
+        return padded[:-1]
+
+    gate_up, down = weights(experts, 2 * inter, features), weights(experts, features, inter)
     memory = workspace(tokens, experts, taken, device, dtype)
     routing = triton_gpu.route(logits, memory, renormalize=True, slots=slots)
     pairs, tolerance = tokens * taken, TOLERANCE[dtype]

@@ -160,6 +160,16 @@ def test_among_equals_the_lowest_ids_are_kept(
     draw(torch.cat((logits.repeat_interleave(2, dim=0), logits[:1])), [*many, DrawRow()], spare=0)
 
 
+def test_greedy_takes_the_lowest_of_equals_whatever_program_finds_it(device: torch.device) -> None:
+    logits = torch.zeros(3, 1000, device=device)
+    logits[1, 300:] = 2.5
+    logits[2, [999, 700]] = 1.0
+    for splits in (1, 2, 4):
+        chosen = {**_SMALL, "splits": splits}
+        out = draw(logits, [DrawRow()] * 3, spare=0, settings=chosen)
+        assert out.token_ids.tolist() == [0, 300, 700]
+
+
 def test_a_draw_depends_on_nothing_but_its_row(device: torch.device) -> None:
     vocab = 1000
     rows = every_kind(vocab)[1:6]

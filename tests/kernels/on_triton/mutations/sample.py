@@ -6,6 +6,7 @@ _NOISE, _ROW = "kernels/sample/triton_noise.py", "kernels/sample/triton_row.py"
 _TEST = "tests/kernels/on_triton/test_sample.py"
 _MIXED = f"{_TEST}::test_every_kind_of_row_side_by_side"
 _TIES = f"{_TEST}::test_among_equals_the_lowest_ids_are_kept"
+_EQUALS = f"{_TEST}::test_greedy_takes_the_lowest_of_equals_whatever_program_finds_it"
 _SHARDS = f"{_TEST}::test_shards_of_the_vocabulary_draw_what_the_whole_draws"
 _NOISE_TEST = "tests/kernels/on_triton/test_sample_noise.py"
 
@@ -20,7 +21,7 @@ MUTATIONS = [
     ),
     (_NOISE, "(bits.to(tl.float32) + 0.5)", "(bits.to(tl.float32) + 1.0)", _NOISE_TEST),
     # first launch
-    (_FIRST, "better = x > best", "better = x >= best", _TIES),
+    (_FIRST, "better = x > best", "better = x >= best", _EQUALS),
     (_FIRST, "logits_ptr += row * logits_stride", "logits_ptr += row * vocab_size", _MIXED),
     (_FIRST, "last = min(first + tiles_per_split * TILE, vocab_size)", "last = first + tiles_per_split * TILE", _MIXED),
     (_FIRST, ">= top_k:", ">= 1:", _MIXED),
