@@ -107,6 +107,8 @@ class PagedKernels:
     sample: Op
     no_more_compiling: Op
     """Called when the step's kernels have all been used: what is compiled from now on is told in the log."""
+    capturable: bool
+    """Whether a CUDA graph can hold the step: nothing in it is read by the host."""
 
 
 def paged_kernels(name: str) -> PagedKernels:
@@ -124,7 +126,8 @@ def paged_kernels(name: str) -> PagedKernels:
         "decode_workspace": DecodeWorkspace.allocate,
         "routing_workspace": RoutingWorkspace,
     }
-    return PagedKernels(name=name, **shared, **(_triton_ops() if name == "triton" else _reference_ops()))
+    ops = _triton_ops() if name == "triton" else _reference_ops()
+    return PagedKernels(name=name, capturable=name == "triton", **shared, **ops)
 
 
 def _triton_ops() -> dict[str, Op]:

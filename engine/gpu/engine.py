@@ -26,6 +26,7 @@ from biphase.engine.gpu.step_batch import StepRows, fill, rows_of
 from biphase.engine.gpu.step_inputs import StepInputs
 from biphase.engine.gpu.warm_up import warm_up_plans
 from biphase.engine.step import PendingStep, StepPlan, StepResult
+from biphase.kernels.linear.rows import accumulate_in_float32
 from biphase.kernels.ops import PagedKernels, paged_kernels
 from biphase.protos.errors import EngineLost, InvalidRequest, SetupError, one_line
 from biphase.protos.ids import SeqId
@@ -122,6 +123,7 @@ class GpuEngine(Engine):
     @staticmethod
     def load(config: EngineConfig, progress: Progress, kernels: str = "triton") -> "GpuEngine":
         """As Engine.load, for a resolved config; ``kernels``: the backend's name."""
+        accumulate_in_float32()
         accelerator = Accelerator(torch.device(config.device))
         accelerator.enter()
         progress("opening weights", 0.0)
@@ -139,10 +141,13 @@ class GpuEngine(Engine):
                 moved = {name: tensor.to(accelerator.device) for name, tensor in checkpoint.tensors.items()}
                 on_device = Checkpoint(config=checkpoint.config, model_hash=checkpoint.model_hash, tensors=moved)
                 engine = GpuEngine(config, on_device, paged_kernels(kernels), accelerator)
+                progress("kernels and graphs", 0.7)
+                engine.warm_up(lambda done: progress("kernels and graphs", 0.7 + 0.3 * done))
             except torch.OutOfMemoryError as error:
-                raise SetupError(f"{config.device} has too little memory for {config.model}: {error}") from error
-        progress("kernels and graphs", 0.7)
-        engine.warm_up(lambda done: progress("kernels and graphs", 0.7 + 0.3 * done))
+                line = f"{config.device} has too little memory for {config.model}: {one_line(error)}"
+                raise SetupError(line) from error
+            except ValueError as error:  # what the kernels do not support: a head_dim, a dtype on this GPU, a size
+                raise SetupError(f"{config.model} on {config.device}: {one_line(error)}") from error
         progress("loaded", 1.0)
         return engine
 
@@ -209,7 +214,7 @@ class GpuEngine(Engine):
         self._sampler.prepare([])
         self._compute(inputs, shape)  # what libraries set up at their first call must not be captured
         self._accelerator.synchronize()
-        if self._accelerator.is_cuda:
+        if self._accelerator.is_cuda and self._model.kernels.capturable:
             self._graphs[bucket] = self._accelerator.capture(lambda: self._compute(inputs, shape))
 
     def last_logits(self, num_rows: int) -> torch.Tensor:

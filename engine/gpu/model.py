@@ -74,7 +74,8 @@ class GpuModel:
         self._qkv = rows((heads + 2 * kv_heads) * dim)
         self._attended = rows(heads * dim)
         self._feed_forward = feed_forward_of(config, tensors, kernels, max_rows)
-        self.logits = rows(config.vocab_size, max_seqs)
+        # rows of a vocabulary of any size begin at a multiple of 16 bytes
+        self.logits = rows(-(-config.vocab_size // 8) * 8, max_seqs)[:, : config.vocab_size]
         self.workspace = kernels.decode_workspace(
             max_seqs=max_seqs,
             max_query_len=1,

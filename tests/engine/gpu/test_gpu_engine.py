@@ -15,7 +15,7 @@ from biphase.engine.cpu_engine import CpuEngine
 from biphase.engine.engine import Engine
 from biphase.engine.gpu.engine import GpuEngine, buckets_up_to
 from biphase.engine.step import SeqStep, StepPlan
-from biphase.protos.errors import InvalidRequest
+from biphase.protos.errors import InvalidRequest, SetupError
 from biphase.protos.ids import BlockId, SeqId
 from biphase.protos.values import Sampling
 
@@ -191,6 +191,27 @@ def test_what_cannot_be_computed_is_refused_before_anything_is_launched(engine: 
     with pytest.raises(InvalidRequest, match="the step has 5 sequences, this engine was made for 4"):
         engine.launch(plan(*(seq(i, [4], blocks=[i]) for i in range(5))))
     assert engine.execute(plan(seq(1, PROMPT, blocks=[0, 1]))).tokens[0] is not None
+
+
+def changed(model_dir: Path, folder: Path, **fields: object) -> Path:
+    """The model's configuration with other fields."""
+    (folder / "config.json").write_text(json.dumps(json.loads((model_dir / "config.json").read_text()) | fields))
+    return folder
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_a_vocabulary_may_have_any_size(model_dir: Path, tmp_path: Path, kernels: str) -> None:
+    config = config_for(changed(model_dir, tmp_path, vocab_size=101))
+    odd = GpuEngine.load(config, lambda detail, done: None, kernels)
+    steps = plan(seq(1, PROMPT, blocks=[0, 1]), seq(2, PROMPT[:3], blocks=[2], sampling=DRAWN))
+    on_cpu = CpuEngine.load(dataclasses.replace(config, device="cpu"), lambda detail, done: None)
+    assert odd.execute(steps).tokens == on_cpu.execute(steps).tokens
+
+
+def test_what_the_kernels_cannot_do_is_a_mistake_in_the_set_up(model_dir: Path, tmp_path: Path) -> None:
+    config = config_for(changed(model_dir, tmp_path, head_dim=80))
+    with pytest.raises(SetupError, match="head_dim is 80"):
+        GpuEngine.load(config, lambda detail, done: None, "triton")
 
 
 @pytest.mark.gpu
