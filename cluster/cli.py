@@ -61,7 +61,7 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
     serve.add_argument("--threads", type=int, metavar="N", help="CPU threads per instance (default cores / instances)")
     serve.add_argument("--cpus", type=float, metavar="N", help="CPUs per instance asked of Ray (default 1; 0 allowed)")
     serve.add_argument(
-        "--gpus", type=float, metavar="N", help="GPUs per instance, 0 to 1 (default: as many as there are)"
+        "--gpus", type=float, metavar="N", help="GPUs per instance, 0 to 1 (default: equal shares, at most one each)"
     )
     serve.add_argument(
         "--kv-memory",

@@ -29,7 +29,8 @@ class RolePlan:
     cpus: float = 1.0
     """CPUs an instance asks Ray for; 0 is allowed. The process backend places nothing and ignores it."""
     gpus: float | None = None
-    """GPUs of an instance, 0 to 1: a fraction shares one. None: one each where there are as many, else equal shares."""
+    """GPUs of an instance, 0 (the CPU) to 1: a fraction lies in one GPU, which others share. None: an equal share of what
+    the instances with a number leave, at most one GPU each (``cluster/gpus.py``)."""
     kv_memory_bytes: int | None = None
     """None: on the CPU 20 % of free memory / instances on the host, at most 4 GiB; on a GPU 90 % of its share less what
     model and buffers take."""

@@ -1,27 +1,92 @@
-"""Which GPU an instance computes on, and how much of it is its own. Pure but for ``host_gpus``; no torch, no Ray."""
+"""Which GPU each instance computes on, and how much of it is its own. Pure but for ``host_gpus``; no torch, no Ray.
 
-import math
+An explicit share (``gpus`` of a role) lies in one GPU. The explicit ones are placed first, the largest before the smaller,
+in the order of instances where they are equal, each on the first GPU with room. Instances without ``gpus`` then get equal
+shares, the largest at most 1 that all of them find in what is left, each on the GPU with most left. Instances on the CPU
+count nowhere. The answer depends on the deployment and the number of GPUs alone: every life of an instance gets the same.
+"""
+
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from biphase.cluster.deployment import Deployment
+from biphase.cluster.wanted import wanted_of
+from biphase.protos.errors import SetupError
 
-def share_of(asked: float | None, *, device: str, num_instances: int, num_gpus: int) -> float:
-    """The part of one GPU that an instance gets, 0 to 1; 0: it computes on the CPU.
+WHOLE = 10_000
+"""Shares are counted in ten-thousandths, as Ray does: their sums are exact."""
 
-    ``asked``: the plan's ``gpus``. None: a GPU of its own where there are enough, else as many share one as must; 0 where
-    there is none. ``num_gpus``: of the host, or of the Ray cluster.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuPart:
+    """What an instance has of the GPUs."""
+
+    share: float = 0.0
+    """The part of one GPU, 0 to 1; 0: it computes on the CPU."""
+    gpu: int | None = None
+    """Which of the GPUs, counted from 0. Ray, which places shares itself, does not take it."""
+
+
+def divide(deployment: Deployment, num_gpus: int, *, where: str = "this host") -> dict[str, GpuPart]:
+    """Every instance's part of ``num_gpus`` GPUs, by its name. Raises SetupError when they do not fit; see above.
+
+    ``where`` names what has the GPUs, for the message.
     """
-    if device == "cpu":
-        return 0.0
-    if asked is not None:
-        return asked
-    return 1 / math.ceil(num_instances / num_gpus) if num_gpus else 0.0
+    asked: dict[str, int] = {}
+    unasked: list[str] = []
+    parts: dict[str, GpuPart] = {}
+    for wanted in wanted_of(deployment):
+        if wanted.kind != "prefill" and wanted.kind != "decode":
+            continue
+        gpus = deployment.plan(wanted.kind).gpus
+        parts[wanted.name] = GpuPart()
+        if gpus and deployment.device != "cpu":
+            asked[wanted.name] = in_parts(gpus)
+        elif gpus is None and deployment.device != "cpu" and num_gpus:
+            unasked.append(wanted.name)
+    left = [WHOLE] * num_gpus
+    for name, share in sorted(asked.items(), key=lambda item: -item[1]):
+        gpu = next((gpu for gpu, room in enumerate(left) if room >= share), None)
+        if gpu is None:
+            raise SetupError(_refusal(list(asked.values()), 0, num_gpus, where))
+        left[gpu] -= share
+        parts[name] = GpuPart(share=share / WHOLE, gpu=gpu)
+    share = _equal_share(left, len(unasked))
+    if unasked and share == 0:
+        raise SetupError(_refusal(list(asked.values()), len(unasked), num_gpus, where))
+    for name in unasked:
+        gpu = max(range(num_gpus), key=left.__getitem__)  # the first of the emptiest: no GPU idles beside a shared one
+        left[gpu] -= share
+        parts[name] = GpuPart(share=share / WHOLE, gpu=gpu)
+    return parts
 
 
-def gpu_for(ordinal: int, share: float, gpus: tuple[str, ...]) -> str:
-    """The GPU of the ``ordinal``-th instance of a host, for CUDA_VISIBLE_DEVICES: filled one after the other, round."""
-    return gpus[ordinal // max(1, int(1 / share + 1e-6)) % len(gpus)]
+def in_parts(amount: float) -> int:
+    """Ten-thousandths of ``amount``, rounded down; above 0 at least 1."""
+    return max(int(amount * WHOLE + 1e-6), 1 if amount > 0 else 0)
+
+
+def _equal_share(left: Sequence[int], count: int) -> int:
+    """The largest share that ``count`` instances find in what is ``left`` of the GPUs, each within one; 0: there is none."""
+    # with the largest some GPU is full, or else all of them could have more
+    fillings = {room // sharers for room in set(left) for sharers in range(1, count + 1)} - {0}
+    fitting = (share for share in sorted(fillings, reverse=True) if sum(room // share for room in left) >= count)
+    return next(fitting, 0)
+
+
+def _refusal(asked: Sequence[int], num_unasked: int, num_gpus: int, where: str) -> str:
+    total = sum(asked)
+    instances, ask = ("1 instance", "asks") if len(asked) == 1 else (f"{len(asked)} instances", "ask")
+    text = f"{instances} {ask} for {total / WHOLE:g} GPU{'' if total == WHOLE else 's'}"
+    if not num_unasked and total <= num_gpus * WHOLE:
+        counts = " and ".join(f"{asked.count(share)} x {share / WHOLE:g}" for share in sorted(set(asked), reverse=True))
+        text += f" ({counts}, each within one)"
+    text += f", {where} has {num_gpus}"
+    if num_unasked:
+        text += f", which leaves none for the {num_unasked} without gpus"
+    return f"{text}: lower gpus (a fraction shares a GPU, 0 is the CPU) or replicas"
 
 
 def host_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> tuple[str, ...]:

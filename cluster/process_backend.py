@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from biphase.cluster.backend import Handle, Kind, ProcessSpec
-from biphase.cluster.gpus import gpu_for, host_gpus, share_of
+from biphase.cluster.gpus import divide, host_gpus
 from biphase.cluster.run_dir import RunDir, replace_file, started_ticks
-from biphase.cluster.wanted import ordinal_of
 from biphase.protos.errors import SetupError
 from biphase.protos.process import Announcement
 
@@ -129,12 +128,7 @@ class ProcessBackend:
 
     async def check(self, specs: Sequence[ProcessSpec]) -> None:
         """One host takes what it is given (threads and memory are the instances' own defaults to bound), GPUs apart."""
-        asked = [spec.gpus for spec in specs if spec.gpus]
-        if sum(asked) > len(self._gpus):
-            raise SetupError(
-                f"{len(asked)} instances ask for {sum(asked):g} GPUs, this host has {len(self._gpus)}: "
-                "lower gpus (a fraction shares a GPU, 0 is the CPU) or replicas"
-            )
+        divide(specs[0].deployment, len(self._gpus))
 
     async def start(self, spec: ProcessSpec) -> ProcessHandle:
         spec = self._with_gpu(spec)
@@ -167,14 +161,10 @@ class ProcessBackend:
         """An instance, told its share of which GPU; the others need none."""
         if spec.kind != "prefill" and spec.kind != "decode":
             return spec
-        deployment = spec.deployment
-        share = share_of(
-            spec.gpus, device=deployment.device, num_instances=deployment.num_instances, num_gpus=len(self._gpus)
-        )
-        if share == 0:
+        part = divide(spec.deployment, len(self._gpus))[spec.name]
+        if part.gpu is None:
             return replace(spec, gpus=0.0)
-        gpu = gpu_for(ordinal_of(deployment, spec.name), share, self._gpus)
-        return replace(spec, gpus=share, env=(*spec.env, ("CUDA_VISIBLE_DEVICES", gpu)))
+        return replace(spec, gpus=part.share, env=(*spec.env, ("CUDA_VISIBLE_DEVICES", self._gpus[part.gpu])))
 
     async def adopt(self) -> list[Handle]:
         """Every process with a record here. One that has ended already is there too, with its end and last word."""

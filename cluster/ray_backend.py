@@ -7,7 +7,6 @@ starts a local cluster of its own and ends it with itself; somebody else's clust
 
 import asyncio
 import logging
-import math
 import os
 import signal
 import socket
@@ -26,7 +25,8 @@ from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from biphase.cluster.backend import Handle, Kind, ProcessSpec
-from biphase.cluster.gpus import host_gpus, share_of
+from biphase.cluster.deployment import Deployment
+from biphase.cluster.gpus import WHOLE, GpuPart, divide, host_gpus, in_parts
 from biphase.cluster.ray_actor import ProcessActor, host_id
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.process import Announcement
@@ -160,24 +160,29 @@ class RayBackend:
     async def check(self, specs: Sequence[ProcessSpec]) -> None:
         """First fit of the GPUs and CPUs asked for on those that are free, host by host.
 
+        A share must lie in one GPU: ``divide`` has seen to that, over all GPUs of the cluster. What is free Ray tells by
+        host and not by GPU, so where others hold fractions, what passes here may still have to wait for them.
+
         What was just killed gives back its own a little later: where the hosts are large enough, wait for it.
         """
         everything = await self._call(_all_there)
-        asked = sorted((_Room(_share(spec, everything), spec.cpus) for spec in specs), reverse=True)
-        asked = [one for one in asked if one != _NOTHING]
+        await self._call(partial(self._keep_num_gpus, sum(room.gpus // WHOLE for room in everything)))
+        parts = await self._call(partial(self._parts, specs[0].deployment))
+        rooms = [_Room(in_parts(parts.get(spec.name, GpuPart()).share), in_parts(spec.cpus)) for spec in specs]
+        asked = sorted((one for one in rooms if one != _NOTHING), reverse=True)
         patient = _fits(asked, everything)
         deadline_s = time.monotonic() + (RELEASE_S if patient else 0.0)
         while not _fits(asked, free := await self._call(_all_free)):
             if time.monotonic() >= deadline_s:
                 hosts = f" on {len(free)} hosts" if len(free) > 1 else ""
                 wanted, there = _sum(asked), _sum(free)
-                short_of_gpus = not _fits([_Room(one.gpus, 0.0) for one in asked], free)
+                short_of_gpus = not _fits([_Room(one.gpus, 0) for one in asked], free)
                 raise SetupError(
-                    f"{len(asked)} instances ask Ray for {wanted.gpus:g} GPUs, {there.gpus:g} are free{hosts}: "
-                    "lower gpus (a fraction shares a GPU, 0 is the CPU) or replicas"
+                    f"{len(asked)} instances ask Ray for {wanted.gpus / WHOLE:g} GPUs, "
+                    f"{there.gpus / WHOLE:g} are free{hosts}: lower gpus (a fraction shares a GPU, 0 is the CPU) or replicas"
                     if short_of_gpus
-                    else f"{len(asked)} instances ask Ray for {wanted.cpus:g} CPUs, {there.cpus:g} are free{hosts}: "
-                    "lower cpus (0 is allowed) or replicas"
+                    else f"{len(asked)} instances ask Ray for {wanted.cpus / WHOLE:g} CPUs, "
+                    f"{there.cpus / WHOLE:g} are free{hosts}: lower cpus (0 is allowed) or replicas"
                 )
             await asyncio.sleep(RELEASE_POLL_S)
 
@@ -187,8 +192,19 @@ class RayBackend:
         self._handles[spec.name, spec.incarnation] = handle
         return handle
 
+    def _parts(self, deployment: Deployment) -> dict[str, GpuPart]:
+        num_gpus = int(internal_kv._internal_kv_get(self._num_gpus_key()) or 0)
+        return divide(deployment, num_gpus, where="the Ray cluster")
+
+    def _keep_num_gpus(self, num_gpus: int) -> None:
+        """As many as there are at the start, for every life: a host that goes must change no instance's share."""
+        internal_kv._internal_kv_put(self._num_gpus_key(), str(num_gpus).encode(), overwrite=True)
+
+    def _num_gpus_key(self) -> bytes:
+        return f"{self._namespace}:gpus".encode()
+
     def _create(self, spec: ProcessSpec) -> Any:
-        spec = replace(spec, gpus=_share(spec, _all_there()))
+        spec = replace(spec, gpus=self._parts(spec.deployment).get(spec.name, GpuPart()).share)
         strategy: Any = "DEFAULT"
         if spec.kind in ("router", "controller"):  # where the user is: they listen on this host's addresses
             here = ray.get_runtime_context().get_node_id()
@@ -302,27 +318,13 @@ def _lean_head() -> Iterator[None]:
 
 
 class _Room(NamedTuple):
-    """What an instance asks for, or what a host has."""
+    """What an instance asks for, or what a host has, in ten-thousandths."""
 
-    gpus: float
-    cpus: float
-
-
-_NOTHING = _Room(0.0, 0.0)
+    gpus: int
+    cpus: int
 
 
-def _share(spec: ProcessSpec, hosts: Sequence[_Room]) -> float:
-    """The part of a GPU that the process gets; 0 for one that is no instance."""
-    if spec.kind not in ("prefill", "decode"):
-        return 0.0
-    deployment = spec.deployment
-    share = share_of(
-        spec.gpus,
-        device=deployment.device,
-        num_instances=deployment.num_instances,
-        num_gpus=int(_sum(hosts).gpus),
-    )
-    return math.floor(share * 1e4) / 1e4  # Ray counts in ten-thousandths
+_NOTHING = _Room(0, 0)
 
 
 def _sum(rooms: Sequence[_Room]) -> _Room:
@@ -341,7 +343,7 @@ def _fits(asked: Sequence[_Room], hosts: Sequence[_Room]) -> bool:
 
 
 def _room_of(resources: Mapping[str, Any]) -> _Room:
-    return _Room(float(resources.get("GPU", 0.0)), float(resources.get("CPU", 0.0)))
+    return _Room(in_parts(resources.get("GPU", 0.0)), in_parts(resources.get("CPU", 0.0)))
 
 
 def _all_there() -> list[_Room]:

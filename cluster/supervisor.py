@@ -155,7 +155,8 @@ class Supervisor:
         specs = [spec_of(self._base, wanted.name, 1) for wanted in wanted_of(self._deployment)]
         await self._backend.check(specs)
         await self._backend.save_state(first_state(specs))
-        for spec in specs:
+        # the largest shares of GPUs first: Ray places each as it comes, and small ones would take the large ones' room
+        for spec in sorted(specs, key=lambda spec: -(spec.gpus or 0.0)):
             await self._backend.start(spec)
         self._stage("processes started")
         incarnation, failures = 1, 0

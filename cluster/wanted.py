@@ -24,10 +24,5 @@ def spec_of(base: ProcessSpec, name: str, incarnation: int) -> ProcessSpec:
     return replace(base, name=name, kind=kind, incarnation=incarnation, cpus=cpus, gpus=gpus)
 
 
-def ordinal_of(deployment: Deployment, name: str) -> int:
-    """The place of an instance among all of the deployment."""
-    return list(_kinds(deployment)).index(name)
-
-
 def _kinds(deployment: Deployment) -> dict[str, Kind]:
     return {wanted.name: wanted.kind for wanted in wanted_of(deployment)}

@@ -3,34 +3,136 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from biphase.cluster.gpus import gpu_for, host_gpus, share_of
+from biphase.cluster.deployment import Deployment, Device, RolePlan
+from biphase.cluster.gpus import divide, host_gpus, in_parts
+from biphase.protos.errors import SetupError
+
+Role = tuple[int, float | None]
+"""Replicas and ``gpus``."""
+
+
+def deployment_of(prefill: Role, decode: Role, device: Device = "auto") -> Deployment:
+    return Deployment(
+        model="m",
+        device=device,
+        prefill=RolePlan(replicas=prefill[0], gpus=prefill[1]),
+        decode=RolePlan(replicas=decode[0], gpus=decode[1]),
+    )
+
+
+def placed(prefill: Role, decode: Role, num_gpus: int, device: Device = "auto") -> dict[str, tuple[float, int | None]]:
+    parts = divide(deployment_of(prefill, decode, device), num_gpus)
+    return {name: (part.share, part.gpu) for name, part in parts.items()}
+
+
+CPU = (0.0, None)
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "num_instances", "num_gpus", "share"),
+    ("prefill", "decode", "num_gpus", "parts"),
     [
-        (None, "auto", 2, 0, 0.0),
-        (None, "auto", 2, 1, 0.5),
-        (None, "auto", 2, 2, 1.0),
-        (None, "auto", 2, 8, 1.0),
-        (None, "cuda", 4, 3, 0.5),  # two on one, one on each of the others
-        (None, "cpu", 2, 2, 0.0),
-        (0.0, "auto", 2, 2, 0.0),
-        (0.25, "auto", 2, 1, 0.25),
-        (1.0, "auto", 2, 0, 1.0),  # the backend refuses it, with both numbers
+        # nobody says: one each where there are enough, else equal shares and no GPU that idles
+        ((1, None), (1, None), 0, [CPU, CPU]),
+        ((1, None), (1, None), 1, [(0.5, 0), (0.5, 0)]),
+        ((1, None), (1, None), 2, [(1, 0), (1, 1)]),
+        ((1, None), (1, None), 8, [(1, 0), (1, 1)]),
+        ((2, None), (1, None), 1, [(0.3333, 0)] * 3),
+        ((2, None), (2, None), 3, [(0.5, 0), (0.5, 1), (0.5, 2), (0.5, 0)]),
+        ((0, None), (1, None), 1, [(1, 0)]),
+        # explicit ones: the largest first, each on the first GPU with room
+        ((1, 1.0), (2, 0.5), 2, [(1, 0), (0.5, 1), (0.5, 1)]),
+        ((2, 0.5), (1, 1.0), 2, [(0.5, 1), (0.5, 1), (1, 0)]),
+        ((2, 0.4), (2, 0.6), 2, [(0.4, 0), (0.4, 1), (0.6, 0), (0.6, 1)]),
+        ((2, 0.6), (0, None), 3, [(0.6, 0), (0.6, 1)]),
+        ((1, 0.9), (1, 0.1), 1, [(0.9, 0), (0.1, 0)]),
+        ((10, 0.1), (0, None), 1, [(0.1, 0)] * 10),
+        ((3, 1 / 3), (0, None), 1, [(0.3333, 0)] * 3),
+        # what explicit ones leave, for the others
+        ((1, 0.5), (1, None), 1, [(0.5, 0), (0.5, 0)]),
+        ((1, 0.7), (1, None), 1, [(0.7, 0), (0.3, 0)]),
+        ((1, 0.7), (2, None), 1, [(0.7, 0), (0.15, 0), (0.15, 0)]),
+        ((1, 0.7), (2, None), 2, [(0.7, 0), (0.5, 1), (0.5, 1)]),
+        ((2, None), (1, 1.0), 2, [(0.5, 1), (0.5, 1), (1, 0)]),
+        ((1, None), (2, 0.7), 2, [(0.3, 0), (0.7, 0), (0.7, 1)]),
+        # an instance on the CPU takes no part
+        ((1, 0.0), (1, None), 1, [CPU, (1, 0)]),
+        ((3, 0.0), (2, 1.0), 2, [CPU, CPU, CPU, (1, 0), (1, 1)]),
+        ((1, 0.0), (1, 0.0), 2, [CPU, CPU]),
     ],
 )
-def test_a_share(asked: float | None, device: str, num_instances: int, num_gpus: int, share: float) -> None:
-    assert share_of(asked, device=device, num_instances=num_instances, num_gpus=num_gpus) == share
+def test_shares_and_places(prefill: Role, decode: Role, num_gpus: int, parts: list[tuple[float, int | None]]) -> None:
+    assert list(placed(prefill, decode, num_gpus).values()) == parts
 
 
-def test_gpus_are_filled_one_after_the_other() -> None:
-    gpus = ("4", "7", "GPU-3f")
-    assert [gpu_for(i, 1.0, gpus) for i in range(3)] == ["4", "7", "GPU-3f"]
-    assert [gpu_for(i, 0.5, gpus) for i in range(4)] == ["4", "4", "7", "7"]
-    assert [gpu_for(i, 1 / 3, gpus) for i in range(4)] == ["4", "4", "4", "7"]
-    assert [gpu_for(i, 0.6, gpus) for i in range(3)] == ["4", "7", "GPU-3f"]
+def test_on_the_cpu_nobody_has_a_share() -> None:
+    assert placed((1, None), (1, None), 2, device="cpu") == {"prefill-0": CPU, "decode-0": CPU}
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "num_gpus", "line"),
+    [
+        ((1, 1.0), (1, None), 0, "1 instance asks for 1 GPU, this host has 0: lower gpus"),
+        ((1, 1.0), (1, 0.5), 1, "2 instances ask for 1.5 GPUs, this host has 1: lower gpus"),
+        (
+            (1, 1.0),
+            (1, None),
+            1,
+            "1 instance asks for 1 GPU, this host has 1, which leaves none for the 1 without gpus: ",
+        ),
+        (
+            (3, 0.6),
+            (0, None),
+            2,
+            "3 instances ask for 1.8 GPUs (3 x 0.6, each within one), this host has 2: lower gpus",
+        ),
+        ((1, 0.6), (2, 0.7), 2, "3 instances ask for 2 GPUs (2 x 0.7 and 1 x 0.6, each within one), this host has 2: "),
+        ((3, 0.5), (0, 1.0), 1, "3 instances ask for 1.5 GPUs, this host has 1: "),
+    ],
+)
+def test_what_does_not_fit_is_one_line(prefill: Role, decode: Role, num_gpus: int, line: str) -> None:
+    with pytest.raises(SetupError) as refused:
+        placed(prefill, decode, num_gpus)
+    assert line in str(refused.value)
+    assert str(refused.value).endswith("lower gpus (a fraction shares a GPU, 0 is the CPU) or replicas")
+    assert "\n" not in str(refused.value)
+
+
+ROLES = st.tuples(st.integers(0, 6), st.none() | st.floats(0, 1))
+
+
+@given(ROLES, ROLES, st.integers(0, 4))
+def test_no_gpu_is_given_twice(prefill: Role, decode: Role, num_gpus: int) -> None:
+    try:
+        parts = placed(prefill, decode, num_gpus)
+    except SetupError:
+        return
+    assert parts == placed(prefill, decode, num_gpus), "another life, the same GPU"
+    assert len(parts) == prefill[0] + decode[0]
+    for gpu in range(num_gpus):
+        assert sum(in_parts(share) for share, where in parts.values() if where == gpu) <= 10_000
+    for role, (_, gpus) in (("prefill", prefill), ("decode", decode)):
+        shares = {part for name, (part, _) in parts.items() if name.startswith(role)}
+        assert len(shares) <= 1, "the same for all of a role"
+        if gpus is not None and shares:
+            assert shares.pop() == pytest.approx(gpus, abs=1.01e-4)
+    assert all((share > 0) == (gpu is not None) for share, gpu in parts.values())
+    if num_gpus and None in (gpus for replicas, gpus in (prefill, decode) if replicas):
+        idle = set(range(num_gpus)) - {gpu for _, gpu in parts.values()}
+        doubled = [
+            name
+            for name, (_, gpu) in parts.items()
+            if gpu is not None
+            and _unasked(name, prefill, decode)
+            and [where for _, where in parts.values()].count(gpu) > 1
+        ]
+        assert not (idle and doubled), "nobody who leaves the choice shares while a GPU idles"
+
+
+def _unasked(name: str, prefill: Role, decode: Role) -> bool:
+    return (prefill if name.startswith("prefill") else decode)[1] is None
 
 
 def test_the_gpus_of_a_host_are_those_that_are_visible(tmp_path: Path) -> None:

@@ -44,6 +44,24 @@ def test_more_gpus_than_there_are_is_one_line(environment: dict[str, str]) -> No
     assert "2 instances ask for 2 GPUs, this host has 1: lower gpus" in refused.stderr.splitlines()[-1]
 
 
+def test_gpus_of_roles_that_differ_are_given_once(serve: Serve, tmp_path: Path) -> None:
+    roles = tmp_path / "roles.yaml"
+    roles.write_text("model: smollm2\nprefill: {replicas: 2, gpus: 0.5}\ndecode: {replicas: 1, gpus: 1}\n")
+    served = serve(str(roles), CUDA_VISIBLE_DEVICES="4,7")
+    served.wait_ready()
+    status = served.wait_for(is_ready("decode-0", 1))
+    names = ("prefill-0", "prefill-1", "decode-0")
+    assert [_environment(pid_of(status, name))["CUDA_VISIBLE_DEVICES"] for name in names] == ["7", "7", "4"]
+
+
+def test_gpus_that_leave_none_to_the_others_are_one_line(environment: dict[str, str], tmp_path: Path) -> None:
+    roles = tmp_path / "roles.yaml"
+    roles.write_text("model: smollm2\nbackend: process\nport: 0\nprefill: {gpus: 1}\n")
+    refused = run_biphase(environment | {"CUDA_VISIBLE_DEVICES": "4"}, "serve", str(roles))
+    assert refused.returncode == 2
+    assert "this host has 1, which leaves none for the 1 without gpus: lower gpus" in refused.stderr.splitlines()[-1]
+
+
 def _environment(pid: int) -> dict[str, str]:
     pairs = (pair.partition("=") for pair in Path(f"/proc/{pid}/environ").read_text().split("\0"))
     return {name: value for name, _, value in pairs}

@@ -93,7 +93,21 @@ def test_gpus_that_do_not_fit_are_refused_with_both_numbers(environment: dict[st
         within_s=120.0,
     )
     assert refused.returncode == 2
-    assert "2 instances ask Ray for 1.2 GPUs, 1 are free: lower gpus" in refused.stderr.splitlines()[-1]
+    assert "2 instances ask for 1.2 GPUs, the Ray cluster has 1: lower gpus" in refused.stderr.splitlines()[-1]
+
+
+def test_large_shares_of_gpus_find_room_beside_small_ones(environment: dict[str, str], tmp_path: Path) -> None:
+    # Ray gives each the fullest GPU with room, as it comes: prefill's 0.4s first would share one, and a decode hangs
+    roles = tmp_path / "roles.yaml"
+    roles.write_text(
+        "model: smollm2\nname: roles\nport: 0\n"
+        "prefill: {replicas: 2, gpus: 0.4, cpus: 0}\ndecode: {replicas: 2, gpus: 0.6, cpus: 0}\n"
+    )
+    gpus = {"CUDA_VISIBLE_DEVICES": "0,1"}
+    ready = run_biphase(environment | gpus, "serve", str(roles), "--detach", within_s=120.0)
+    stopped = run_biphase(environment, "stop", "--name", "roles")
+    assert ready.stdout.startswith("ready: "), ready.stderr
+    assert stopped.returncode == 0
 
 
 def _descendants(pid: int) -> set[int]:
