@@ -170,7 +170,8 @@ def _experts(device: torch.device, kind: str, tokens: int, experts: int, taken: 
     from biphase.kernels.moe.triton_gpu import grouped_down, grouped_gate_up, route
 
     workspace = RoutingWorkspace(max_tokens=tokens, num_experts=experts, num_taken=taken, dtype=_BF16, device=device)
-    routing = route(torch.randn(tokens, experts, device=device).to(_BF16), workspace, renormalize=True)
+    logits = torch.randn(tokens, -(-experts // 8) * 8, device=device).to(_BF16)[:, :experts]
+    routing = route(logits, workspace, renormalize=True)
     pairs = tokens * taken
     if kind == "gate_up":
         x, out = (torch.randn(*s, device=device).to(_BF16) for s in ((tokens, hidden), (pairs, inter)))
@@ -182,7 +183,7 @@ def _experts(device: torch.device, kind: str, tokens: int, experts: int, taken: 
 
 
 def _sample_workloads(device: torch.device, small: bool) -> Iterator[Workload]:
-    vocab = 300 if small else 128_256
+    vocab = 304 if small else 128_256
     for rows in (2,) if small else (1, 64):
         yield _workload("sample", f"{rows} x {vocab}", 4 * rows * vocab, partial(_sample, device, rows, vocab))
 

@@ -36,8 +36,7 @@ def plan_decode(context_lens: torch.Tensor, query_starts: torch.Tensor, workspac
 
     ``context_lens`` [B] int32, tokens in the cache after this step (0: padding); ``query_starts`` [B + 1] int32.
     """
-    num_seqs = context_lens.shape[0]
-    _check_lengths(context_lens, query_starts, workspace)
+    num_seqs = _check_lengths(context_lens, query_starts, workspace)
     check_same_device(context_lens=context_lens, query_starts=query_starts, workspace=workspace.rows)
     if num_seqs == 0:
         return
@@ -58,7 +57,7 @@ def plan_decode(context_lens: torch.Tensor, query_starts: torch.Tensor, workspac
         LONG_RUN=workspace.settings["LONG_RUN"],
         MAX_SEQS=max_seqs,
         RUNS=runs,
-        num_warps=4 if max_seqs <= 512 else 8,
+        num_warps=4 if max_seqs <= 512 else 16,
         **dependent_launch(target_of(context_lens.device)),
     )
 
@@ -85,13 +84,16 @@ def decode_attention(
     Query token j of the q that a sequence has sees its tokens up to ``context - q + j``, of those the last ``window``;
     with ``soft_cap``, logits x become ``cap * tanh(x / cap)``. Lengths are read on the device only: grids and arguments
     are the same for all of them, so a graph of these launches serves any. ``max_query_len`` is one of those arguments.
-    Rows of padding sequences (context 0) are left alone. Raises ValueError naming the argument.
+    Rows of padding sequences (context 0) are left alone. In debug mode (kernels.gpu.table_check) block tables and query
+    starts are checked too. Raises ValueError naming the argument.
     """
     check_shape("pool_layer", pool_layer, None, 2, workspace.num_kv_heads, workspace.block_size, workspace.head_dim)
     check_dtype("pool_layer", pool_layer, workspace.kv_dtype)
     check_contiguous("pool_layer", pool_layer)
     check_rows("pool_layer", pool_layer)
-    num_tokens, num_heads = q_NHD.shape[0], workspace.num_heads
+    num_heads = workspace.num_heads
+    check_shape("q", q_NHD, None, num_heads, workspace.head_dim)
+    num_tokens = q_NHD.shape[0]
     num_kv_heads, block_size, head_dim = pool_layer.shape[2:]
     is_fp8 = pool_layer.dtype == FP8
     for name, tensor in {"q": q_NHD, "out": out_NHD}.items():
@@ -103,8 +105,7 @@ def decode_attention(
         check_rows(name, tensor)
         if tensor.stride(1) != head_dim and num_heads > 1:
             raise ValueError(f"{name} has heads {tensor.stride(1)} elements apart, expected {head_dim}")
-    num_seqs = context_lens.shape[0]
-    _check_lengths(context_lens, query_starts, workspace)
+    num_seqs = _check_lengths(context_lens, query_starts, workspace)
     check_shape("block_tables", block_tables, num_seqs, None)
     check_dtype("block_tables", block_tables, torch.int32)
     if block_tables.stride(-1) != 1 and block_tables.shape[1] > 1:
@@ -133,8 +134,8 @@ def decode_attention(
     )
     if num_seqs == 0 or num_tokens == 0:
         return
-    if table_check.DEBUG and not q_NHD.is_meta:
-        _check_tables(pool_layer, block_tables, context_lens, query_starts, window)
+    if table_check.may_check(q_NHD):
+        _check_tables(num_tokens, pool_layer, block_tables, context_lens, query_starts, window, max_query_len)
     target = target_of(q_NHD.device)
     if is_fp8:
         target.require_fp8("an fp8 KV cache")
@@ -200,13 +201,16 @@ def decode_attention(
 
 
 def _check_tables(
+    num_tokens: int,
     pool_layer: torch.Tensor,
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     query_starts: torch.Tensor,
     window: int | None,
+    max_query_len: int,
 ) -> None:
     contexts, query_lens = context_lens.tolist(), query_starts.diff().tolist()
+    table_check.check_query_starts(query_starts.tolist(), contexts, num_tokens=num_tokens, max_query_len=max_query_len)
     table_check.check_block_tables(
         block_tables,
         [0 if window is None else max(0, c - q + 1 - window) for c, q in zip(contexts, query_lens, strict=True)],
@@ -216,12 +220,14 @@ def _check_tables(
     )
 
 
-def _check_lengths(context_lens: torch.Tensor, query_starts: torch.Tensor, workspace: DecodeWorkspace) -> None:
+def _check_lengths(context_lens: torch.Tensor, query_starts: torch.Tensor, workspace: DecodeWorkspace) -> int:
+    """How many sequences there are."""
+    check_shape("context_lens", context_lens, None)
     num_seqs = context_lens.shape[0]
     if num_seqs > workspace.max_seqs:
         raise ValueError(f"context_lens has {num_seqs} sequences, the workspace holds {workspace.max_seqs}")
-    check_shape("context_lens", context_lens, num_seqs)
     check_shape("query_starts", query_starts, num_seqs + 1)
     for name, tensor in {"context_lens": context_lens, "query_starts": query_starts}.items():
         check_dtype(name, tensor, torch.int32)
         check_contiguous(name, tensor)
+    return num_seqs

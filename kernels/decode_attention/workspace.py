@@ -78,7 +78,7 @@ class DecodeWorkspace:
             raise ValueError(f"max_seqs is {max_seqs}, supported: 1 to {MAX_SEQS}")
         if max_query_len < 1:
             raise ValueError(f"max_query_len is {max_query_len}, it must be at least 1")
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads is {num_heads}, not a multiple of num_kv_heads, {num_kv_heads}")
         if window is not None and window < 1:
             raise ValueError(f"window is {window}, it must be at least 1")

@@ -7,10 +7,12 @@ a step can be launched before the host has seen the tokens it continues.
 import torch
 
 from biphase.kernels.embed.triton_kernel import embed_kernel
-from biphase.kernels.gpu.check import check_dtype, check_rows, check_shape
+from biphase.kernels.gpu import table_check
+from biphase.kernels.gpu.check import check_dtype, check_rows, check_same_device, check_shape
 from biphase.kernels.gpu.launch import launch
 
 _BLOCK = 1024
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def embed(
@@ -24,18 +26,25 @@ def embed(
 
     ``token_ids`` [N] int64 (its values are trusted: the host has checked them); ``sources`` [N] int32, rows of ``drawn``
     or negative; ``drawn`` [R] int64; ``table`` [V, F] and ``out`` [N, F] of one dtype, rows aligned to 16 bytes.
-    Raises ValueError naming the argument.
+    In debug mode (kernels.gpu.table_check) ids and sources are checked too. Raises ValueError naming the argument.
     """
+    check_shape("out", out_NF, None, None)
     num_rows, num_features = out_NF.shape
     check_dtype("token_ids", token_ids, torch.int64)
     check_dtype("sources", sources, torch.int32)
     check_dtype("drawn", drawn, torch.int64)
+    check_dtype("table", table_VF, *_DTYPES)
     check_dtype("out", out_NF, table_VF.dtype)
     check_shape("token_ids", token_ids, num_rows)
     check_shape("sources", sources, num_rows)
+    check_shape("drawn", drawn, None)
     check_shape("table", table_VF, None, num_features)
-    check_rows("table", table_VF)
-    check_rows("out", out_NF)
+    given = {"token_ids": token_ids, "sources": sources, "drawn": drawn, "table": table_VF, "out": out_NF}
+    for name, tensor in given.items():
+        check_rows(name, tensor)
+    check_same_device(**given)
+    if table_check.may_check(out_NF):
+        _check_ids(token_ids, sources, drawn, table_VF.shape[0])
     launch(
         embed_kernel,
         (num_rows, -(-num_features // _BLOCK)),
@@ -50,3 +59,12 @@ def embed(
         BLOCK=_BLOCK,
         num_warps=4,
     )
+
+
+def _check_ids(token_ids: torch.Tensor, sources: torch.Tensor, drawn: torch.Tensor, vocab_size: int) -> None:
+    from_drawn = sources >= 0
+    table_check.check_range("sources", sources, drawn.shape[0], "drawn has rows", where=from_drawn)
+    table_check.check_range("token_ids", token_ids, vocab_size, "table has rows", where=~from_drawn)
+    used = torch.zeros(drawn.shape, dtype=torch.bool, device=drawn.device)
+    used[sources[from_drawn].long()] = True
+    table_check.check_range("drawn", drawn, vocab_size, "table has rows", where=used)

@@ -32,8 +32,7 @@ def check_rows(name: str, tensor: torch.Tensor) -> None:
     *strides, last = tensor.stride()
     if last != 1 and tensor.shape[-1] > 1:
         raise ValueError(f"{name} has stride {last} in its last dimension, it must be contiguous")
-    if tensor.data_ptr() % ALIGNMENT:
-        raise ValueError(f"{name} starts {tensor.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}")
+    check_base(name, tensor)
     itemsize = tensor.element_size()
     for axis, stride in enumerate(strides):
         if stride * itemsize % ALIGNMENT and tensor.shape[axis] > 1:
@@ -41,6 +40,12 @@ def check_rows(name: str, tensor: torch.Tensor) -> None:
                 f"{name} has a stride of {stride * itemsize} bytes in dimension {axis}, "
                 f"it must be a multiple of {ALIGNMENT}"
             )
+
+
+def check_base(name: str, tensor: torch.Tensor) -> None:
+    """The first element at a multiple of 16 bytes."""
+    if tensor.data_ptr() % ALIGNMENT:
+        raise ValueError(f"{name} starts {tensor.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}")
 
 
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
-"""Debug mode, BIPHASE_DEBUG=1: block tables are checked on the host before a kernel trusts them.
+"""Debug mode, BIPHASE_DEBUG=1: block tables, slots, positions and token ids are checked on the host before a kernel
+trusts them.
 
-Off otherwise: it waits for the GPU, and a graph that is replayed reads tables which nobody has checked.
+Off otherwise: it waits for the GPU, and a graph that is replayed reads numbers which nobody has checked.
 """
 
 import os
@@ -8,6 +9,35 @@ import os
 import torch
 
 DEBUG = os.environ.get("BIPHASE_DEBUG") == "1"
+
+
+def may_check(tensor: torch.Tensor, *, asked: bool = False) -> bool:
+    """Whether a launcher is to read what lies beside ``tensor``: in debug mode or where the caller ``asked``, and there is
+    something to read, and no graph is being captured, which a read would end."""
+    if not (DEBUG or asked) or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_range(name: str, values: torch.Tensor, end: int, what: str, *, where: torch.Tensor | None = None) -> None:
+    """Every entry, or those ``where`` says, is one of 0 to ``end`` - 1. Raises ValueError naming the first that is not."""
+    wrong = (values < 0) | (values >= end)
+    if where is not None:
+        wrong &= where
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"{name}[{row}] is {int(values[row])}, {what} 0 to {end - 1}")
+
+
+def check_query_starts(starts: list[int], context_lens: list[int], *, num_tokens: int, max_query_len: int) -> None:
+    """Each sequence that has a context has its rows among ``num_tokens``, as many as one may have, and no more than the
+    context. Raises ValueError naming ``query_starts``."""
+    for row, (first, end, context) in enumerate(zip(starts, starts[1:], context_lens, strict=False)):
+        if context > 0 and not (0 <= first <= end <= num_tokens and end - first <= min(max_query_len, context)):
+            raise ValueError(
+                f"query_starts gives sequence {row} the rows {first} to {end} of {num_tokens}, its context is {context}, "
+                f"max_query_len is {max_query_len}"
+            )
 
 
 def check_block_tables(

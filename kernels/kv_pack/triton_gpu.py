@@ -7,6 +7,7 @@ and the arithmetic of the sum hides behind the memory.
 
 import torch
 
+from biphase.kernels.gpu import table_check
 from biphase.kernels.gpu.check import (
     check_contiguous,
     check_dtype,
@@ -43,8 +44,8 @@ def pack(
 ) -> None:
     """Write the box to ``out`` (uint8, of ``packed_bytes``), and its sum to ``total`` (int64 ``[1]``, the bits of mod 2^64).
 
-    ``block_table`` (int32 ``[W]``) is the request's, from token 0 on. ``debug`` reads it back and checks it. Raises
-    ValueError naming the argument; the fp8 codec needs capability 8.9, raw packing of an fp8 pool does not.
+    ``block_table`` (int32 ``[W]``) is the request's, from token 0 on. ``debug`` reads it back and checks it, as
+    debug mode does (kernels.gpu.table_check). Raises ValueError naming the argument; the fp8 codec needs capability 8.9, raw packing of an fp8 pool does not.
     """
     _launch(pool, block_table, box, out, total, codec, debug, is_pack=True)
 
@@ -180,7 +181,7 @@ def _check(
     check_same_device(pool=pool, block_table=block_table, total=total, **{name: buffer})
     for aligned, tensor in (("pool", pool), (name, buffer)):
         check_rows(aligned, tensor.view(-1))
-    if debug and block_table.numel():
+    if block_table.numel() and table_check.may_check(block_table, asked=debug):
         used = block_table[blocks_of(layout, box).start : layout.blocks_for(box.token_end)].tolist()
         for block in used:
             if not 0 <= block < pool.shape[1]:

@@ -38,6 +38,7 @@ def linear_rows(
     if bias_O is not None:
         check_dtype("bias", bias_O, weight_OI.dtype)
         check_shape("bias", bias_O, out_features)
+        check_rows("bias", bias_O)
     check_same_device(x=x_NI, weight=weight_OI, out=out_NO, bias=bias_O)
     if bias_O is None:
         torch.mm(x_NI, weight_OI.t(), out=out_NO)

@@ -39,17 +39,17 @@ def route(
     """Each token's k experts of the highest logits (the lower id among equals), weighted by softmax, and their grouping.
 
     ``renormalize``: softmax over the k instead of over all (Mixtral; Qwen3-MoE's norm_topk_prob). ``slots`` [N] int64:
-    a token below 0 takes no experts (padding). A NaN among a token's logits makes its weights NaN. Raises ValueError naming the argument.
+    a token below 0 takes no experts (padding). A NaN among a token's logits makes its weights NaN. Rows of logits aligned
+    to 16 bytes. Raises ValueError naming the argument.
     """
     check_shape("router_logits", router_logits_NE, None, workspace.num_experts)
     check_dtype("router_logits", router_logits_NE, *_DTYPES)
-    if router_logits_NE.shape[1] > 1 and router_logits_NE.stride(1) != 1:
-        raise ValueError(f"router_logits has stride {router_logits_NE.stride(1)} in its last dimension, expected 1")
+    check_rows("router_logits", router_logits_NE)
     num_tokens, experts = router_logits_NE.shape
     if slots is not None:
         check_shape("slots", slots, num_tokens)
         check_dtype("slots", slots, torch.int64)
-        check_contiguous("slots", slots)
+        check_rows("slots", slots)
     target = target_of(router_logits_NE.device)
     rows = tile_rows(num_tokens * workspace.num_taken, experts, target, workspace.dtype.itemsize)
     routing = workspace.routing(num_tokens, rows)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from biphase.kernels.gpu.check import check_base, check_one_of, check_shape
 from biphase.kernels.gpu.target import target_of
-from biphase.kernels.prefill_attention.settings import PrefillShape, settings_for
+from biphase.kernels.prefill_attention.settings import BLOCK_SIZES, HEAD_DIMS, PrefillShape, settings_for
 
 TILE_FIELDS = 8
 """int32 per tile: sequence, first packed row, first query token of the sequence in the step, packed rows of the sequence,
@@ -54,14 +55,17 @@ def plan_prefill(
     One copy to the device, from pinned memory and without waiting: torch keeps that memory until the copy is done.
     Raises ValueError naming the argument.
     """
-    block_size = pool_layer.shape[3]
+    check_shape("pool_layer", pool_layer, None, 2, None, None, None)
+    kv_heads, block_size, head_dim = pool_layer.shape[2:]
+    check_one_of("head_dim", head_dim, HEAD_DIMS)
+    check_one_of("block_size", block_size, BLOCK_SIZES)
     _check(query_lens, context_lens, block_tables, block_size)
-    if num_heads % pool_layer.shape[2]:
-        raise ValueError(f"num_heads is {num_heads}, no multiple of the {pool_layer.shape[2]} kv heads")
+    if kv_heads < 1 or num_heads < 1 or num_heads % kv_heads:
+        raise ValueError(f"num_heads is {num_heads}, no multiple of the {kv_heads} kv heads")
+    if first_row < 0:
+        raise ValueError(f"first_row is {first_row}, it must be at least 0")
     block_m = settings_for(target_of(pool_layer.device), PrefillShape.of(pool_layer))["BLOCK_M"]
-    tiles = torch.from_numpy(
-        tile_list(query_lens, context_lens, num_heads // pool_layer.shape[2], block_m, first_row=first_row)
-    )
+    tiles = torch.from_numpy(tile_list(query_lens, context_lens, num_heads // kv_heads, block_m, first_row=first_row))
     if pool_layer.device.type == "cuda":
         tiles = tiles.pin_memory()
     return PrefillPlan(
@@ -101,6 +105,7 @@ def _check(query_lens: Sequence[int], context_lens: Sequence[int], block_tables:
             f"block_tables is {str(block_tables.dtype).removeprefix('torch.')} {list(block_tables.shape)} with strides "
             f"{list(block_tables.stride())}, expected int32 [B, W] with contiguous rows"
         )
+    check_base("block_tables", block_tables)
     num_sequences, width = block_tables.shape
     for name, lens in (("query_lens", query_lens), ("context_lens", context_lens)):
         if len(lens) != num_sequences:

@@ -57,7 +57,7 @@ def prefill_attention(
     bfloat16 or float16, rows and heads at any stride that is a multiple of 16 bytes; ``pool_layer``
     [blocks, 2, K, block_size, D] of q's dtype or float8_e4m3fn, then with ``kv_scale`` [2, K] float32. A token sees itself
     and the tokens before it, ``window`` in all if given; with ``soft_cap`` its scores are soft_cap * tanh(score /
-    soft_cap). Raises ValueError naming the argument.
+    soft_cap). In debug mode (kernels.gpu.table_check) block tables are checked too. Raises ValueError naming the argument.
     """
     num_heads, dim = _check(q_NHD, pool_layer, plan, out_NHD, scale, window, soft_cap, kv_scale)
     kv_heads, block_size = pool_layer.shape[2:4]
@@ -69,7 +69,7 @@ def prefill_attention(
         )
     if pool_layer.dtype == torch.float8_e4m3fn:
         target.require_fp8("an fp8 KV cache")
-    if table_check.DEBUG and not q_NHD.is_meta:
+    if table_check.may_check(q_NHD):
         _check_block_tables(plan, pool_layer, window)
     dim_padded = triton.next_power_of_2(dim)
     use_tma = bool(settings["USE_TMA"])
@@ -148,7 +148,7 @@ def _check(
     check_contiguous("pool_layer", pool_layer)
     check_rows("pool_layer", pool_layer)
     kv_heads = pool_layer.shape[2]
-    if num_heads % kv_heads:
+    if kv_heads < 1 or num_heads % kv_heads:
         raise ValueError(f"q has {num_heads} heads, no multiple of the {kv_heads} of pool_layer")
     if plan.first_row + plan.num_tokens > num_tokens:
         raise ValueError(f"q has {num_tokens} rows, the plan's end at {plan.first_row + plan.num_tokens}")

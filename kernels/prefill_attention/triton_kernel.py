@@ -123,7 +123,7 @@ def prefill_attention_kernel(
     value_scale = 1.0
     if kv_scale_ptr is not None:
         # one scale per kv head: K's goes into the scores, V's into the output; fp8 codes are exact in float16
-        q_MD = tl.clamp(q_MD.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+        q_MD = tl.clamp(q_MD.to(tl.float32), -65504.0, 65504.0, tl.PropagateNan.ALL).to(tl.float16)
         if HAS_CAP:
             cap_in *= tl.load(kv_scale_ptr + kv_head)
         else:

@@ -7,7 +7,9 @@ H query heads, K kv heads, D head_dim, R <= D rotary part, P positions of the ta
 
 import torch
 
+from biphase.kernels.gpu import table_check
 from biphase.kernels.gpu.check import (
+    check_base,
     check_contiguous,
     check_dtype,
     check_one_of,
@@ -47,10 +49,15 @@ def rope_and_cache(
     ``qkv`` [N, (H + 2 K) * D]; ``positions`` [N] int32, below P; ``slots`` [N] int64 = block * block_size + offset, -1 for a
     padding row, which is left alone; ``table`` [P, 2, R / 2] from ``rotation_table``; ``pool_layer`` [blocks, 2, K,
     block_size, D]. An e4m3 pool takes ``kv_scale`` [2, K] float32: code = clamp(x / scale, -448, 448). Arithmetic is in
-    float32 throughout. Raises ValueError naming the argument.
+    float32 throughout. In debug mode (kernels.gpu.table_check) slots, and positions of rows with one, are checked too.
+    Raises ValueError naming the argument.
     """
     check_shape("pool_layer", pool_layer, None, 2, None, None, None)
-    _, _, kv_heads, block_size, head_dim = pool_layer.shape
+    num_blocks, _, kv_heads, block_size, head_dim = pool_layer.shape
+    if num_heads < 1:
+        raise ValueError(f"num_heads is {num_heads}, it must be at least 1")
+    if kv_heads < 1:
+        raise ValueError(f"pool_layer has shape {list(pool_layer.shape)}, it must hold at least 1 head")
     check_shape("qkv", qkv_NX, None, (num_heads + 2 * kv_heads) * head_dim)
     num_tokens = qkv_NX.shape[0]
     check_shape("table", table, None, 2, None)
@@ -68,6 +75,7 @@ def rope_and_cache(
     check_dtype("table", table, torch.float32)
     for name, tensor in {"pool_layer": pool_layer, "table": table, "positions": positions, "slots": slots}.items():
         check_contiguous(name, tensor)
+    check_base("table", table)
     check_rows("pool_layer", pool_layer)
     _check_norms(head_dim, q_norm=q_norm, k_norm=k_norm)
     target = target_of(qkv_NX.device)
@@ -82,6 +90,9 @@ def rope_and_cache(
         k_norm=k_norm,
         kv_scale=kv_scale,
     )
+    if table_check.may_check(qkv_NX):
+        table_check.check_range("slots", slots, num_blocks * block_size, "the pool has slots", where=slots >= 0)
+        table_check.check_range("positions", positions, table.shape[0], "table has positions", where=slots >= 0)
     key = key_of(num_heads, kv_heads, head_dim)
     settings = tuned(OP, target, key) or default_settings(target, key)
     groups = -(-num_heads // settings["HEADS"]) + 2 * -(-kv_heads // settings["HEADS"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from biphase.kernels.gpu.check import check_base, check_contiguous, check_dtype, check_same_device, check_shape
 from biphase.kernels.sample.draw_row import MAX_TOP_LOGPROBS, Drawn
 
 MAX_SPLITS = 64
@@ -30,6 +31,25 @@ class SampleOut:
     """[R, 20] int32, best first, the lower id first among equals; as many as the row asks for"""
     top_logprobs: torch.Tensor
     """[R, 20] float32"""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the tensor: once here, not at every draw."""
+        check_shape("token_ids", self.token_ids, None)
+        rows = self.token_ids.shape[0]
+        for name, dtype, shape in (
+            ("token_ids", torch.int64, (rows,)),
+            ("scores", torch.float32, (rows,)),
+            ("logprobs", torch.float32, (rows,)),
+            ("top_ids", torch.int32, (rows, MAX_TOP_LOGPROBS)),
+            ("top_logprobs", torch.float32, (rows, MAX_TOP_LOGPROBS)),
+        ):
+            tensor = getattr(self, name)
+            check_dtype(name, tensor, dtype)
+            check_shape(name, tensor, *shape)
+            check_contiguous(name, tensor)
+            check_base(name, tensor)
+        check_same_device(token_ids=self.token_ids, scores=self.scores, logprobs=self.logprobs)
+        check_same_device(token_ids=self.token_ids, top_ids=self.top_ids, top_logprobs=self.top_logprobs)
 
     @classmethod
     def allocate(cls, max_rows: int, device: torch.device) -> "SampleOut":

@@ -75,6 +75,8 @@ class SampleParams:
         ]
         self.has_filters = False
         """Whether a row asked for top-k, top-p or log-probabilities, which need the whole vocabulary in one place."""
+        self.last_late_row = -1
+        """The highest entry of ``late_ids`` that a row takes."""
 
     def fill(self, rows: Sequence[DrawRow], late_rows: Sequence[int] | None = None) -> None:
         """Upload ``rows``, row i for logits row i. ``late_rows``: per row the entry of the launcher's ``late_ids``
@@ -90,6 +92,7 @@ class SampleParams:
             staging.copied.synchronize()
         used = _write(staging.host.numpy(), self.max_rows, self.vocab_size, rows, late_rows)
         self.has_filters = any(_filtered(row) for row in rows)
+        self.last_late_row = max(late_rows, default=-1) if late_rows is not None else -1
         self.words[:used].copy_(staging.host[:used], non_blocking=True)
         if staging.copied is not None:
             staging.copied.record()

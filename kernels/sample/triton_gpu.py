@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from biphase.kernels.gpu.check import check_contiguous, check_dtype, check_same_device, check_shape
+from biphase.kernels.gpu.check import check_dtype, check_rows, check_same_device, check_shape
 from biphase.kernels.gpu.launch import launch
 from biphase.kernels.gpu.target import Target, target_of
 from biphase.kernels.gpu.tuning import Settings, tuned
@@ -47,12 +47,13 @@ def sample(
     reduce_max: Callable[[torch.Tensor], None] | None = None,
     settings: Settings | None = None,
 ) -> None:
-    """Draw row i of ``logits`` [R, V] (last dimension contiguous, any row stride) as row i of ``params`` says.
+    """Draw row i of ``logits`` [R, V] (rows aligned to 16 bytes) as row i of ``params`` says.
 
     ``late_ids`` int64: the last step's ``out.token_ids``, may be the same tensor; see ``SampleParams.fill``.
     Logits may be one shard of the vocabulary, from global id ``vocab_start`` on (a multiple of 32; masks are the
     shard's own): ``reduce_max`` then makes a tensor [R] float32 the maximum over the shards, in place and on the
     stream, and ``merge_shards`` picks among the shards' ``out``. Top-k, top-p and log-probabilities need it whole.
+    Raises ValueError naming the argument.
     """
     num_rows, vocab_size = _check(logits_RV, params, out, workspace, late_ids, vocab_start, reduce_max)
     target = target_of(logits_RV.device)
@@ -172,8 +173,7 @@ def _check(
 ) -> tuple[int, int]:
     check_dtype("logits", logits_RV, *_LOGIT_DTYPES)
     check_shape("logits", logits_RV, None, None)
-    if logits_RV.stride(1) != 1 and logits_RV.shape[1] > 1:
-        raise ValueError(f"logits has stride {logits_RV.stride(1)} in its last dimension, it must be contiguous")
+    check_rows("logits", logits_RV)
     rows, vocab = logits_RV.shape
     for name, limit in (("params", params.max_rows), ("workspace", workspace.max_rows), ("out", len(out.token_ids))):
         if rows > limit:
@@ -183,7 +183,11 @@ def _check(
             raise ValueError(f"{name} is made for a vocabulary of {size}, logits has {vocab}")
     if late_ids is not None:
         check_dtype("late_ids", late_ids, torch.int64)
-        check_contiguous("late_ids", late_ids)
+        check_shape("late_ids", late_ids, None)
+        check_rows("late_ids", late_ids)
+    num_late = (out.token_ids if late_ids is None else late_ids).shape[0]
+    if params.last_late_row >= num_late:
+        raise ValueError(f"late_ids has {num_late} entries, a row takes entry {params.last_late_row}")
     if vocab_start < 0 or vocab_start % VOCAB_START_MULTIPLE:
         raise ValueError(f"vocab_start is {vocab_start}, it must be a multiple of {VOCAB_START_MULTIPLE}")
     if (vocab_start or reduce_max is not None) and params.has_filters:

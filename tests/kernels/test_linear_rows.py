@@ -46,7 +46,12 @@ def test_sums_are_float32_for_the_whole_process(monkeypatch: pytest.MonkeyPatch)
         ("weight", {"weight_OI": torch.zeros(8, 4).t()}),
         ("weight", {"weight_OI": torch.zeros(4, 8, dtype=torch.int8)}),
         ("out", {"out_NO": torch.zeros(3, 4)}),
+        ("out", {"out_NO": torch.zeros(2, 5)[:, :4]}),
         ("bias", {"bias_O": torch.zeros(5)}),
+        ("bias", {"bias_O": torch.zeros(4, dtype=torch.bfloat16)}),
+        ("bias", {"bias_O": torch.zeros(8)[::2]}),
+        ("bias", {"bias_O": torch.zeros(5)[1:]}),
+        ("tensors", {"bias_O": torch.zeros(4, device="meta")}),
     ],
 )
 def test_bad_arguments_are_named(name: str, change: dict[str, torch.Tensor]) -> None:

@@ -1,11 +1,15 @@
 """Argument checks name the argument, what it is and what it should be; what is right passes."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from biphase.kernels.gpu import table_check
 from biphase.kernels.gpu.check import (
+    check_base,
     check_contiguous,
     check_dtype,
     check_one_of,
@@ -26,6 +30,7 @@ _X = torch.zeros(2, 8)
         (lambda: check_shape("x", _X, 2), "x has shape [2, 8], expected [2]"),
         (lambda: check_rows("x", _X.t()), "x has stride 8 in its last dimension, it must be contiguous"),
         (lambda: check_rows("x", torch.zeros(9)[1:]), "x starts 4 bytes past a multiple of 16"),
+        (lambda: check_base("x", torch.zeros(9)[2:]), "x starts 8 bytes past a multiple of 16"),
         (
             lambda: check_rows("x", torch.zeros(3, 2, 9)[:, :, :8]),
             "x has a stride of 72 bytes in dimension 0, it must be a multiple of 16",
@@ -62,3 +67,31 @@ def test_what_is_right_passes() -> None:
     check_same_device(x=_X, none=None, y=_X)
     check_same_device(none=None)
     check_one_of("head_dim", 96, (64, 96))
+
+
+@pytest.mark.parametrize(
+    ("debug", "asked", "tensor", "capturing", "expected"),
+    [
+        (True, False, _X, True, True),  # on a CPU nothing is captured
+        (False, False, _X, False, False),
+        (False, True, _X, False, True),
+        (True, True, _X.to("meta"), False, False),
+        (True, False, SimpleNamespace(is_meta=False, is_cuda=True), False, True),
+        (True, True, SimpleNamespace(is_meta=False, is_cuda=True), True, False),
+    ],
+)
+def test_numbers_are_checked_in_debug_mode_and_outside_of_graphs(
+    monkeypatch: pytest.MonkeyPatch, debug: bool, asked: bool, tensor: Any, capturing: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(table_check, "DEBUG", debug)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert table_check.may_check(tensor, asked=asked) is expected
+
+
+@pytest.mark.parametrize(("debug", "on_cuda"), [(False, True), (True, False)])
+def test_nobody_asks_about_graphs_for_nothing(monkeypatch: pytest.MonkeyPatch, debug: bool, on_cuda: bool) -> None:
+    """A CPU has no CUDA to ask, and every launch of a server that is not being debugged passes here."""
+    monkeypatch.setattr(table_check, "DEBUG", debug)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("was asked"))
+    tensor: Any = SimpleNamespace(is_meta=False, is_cuda=on_cuda)
+    assert table_check.may_check(tensor) is debug

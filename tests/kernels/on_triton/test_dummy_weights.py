@@ -76,6 +76,8 @@ def test_bad_arguments_are_named(which: Any, out: torch.Tensor, options: dict[st
         which.fill(out, 1, spread=SPREAD, **options)
 
 
-def test_integers_cannot_be_filled(device: torch.device) -> None:
+def test_integers_and_what_is_not_aligned_cannot_be_filled(device: torch.device) -> None:
     with pytest.raises(ValueError, match="^out has dtype int32"):
         triton_gpu.fill(torch.zeros(4, dtype=torch.int32, device=device), 1, spread=SPREAD)
+    with pytest.raises(ValueError, match="^out starts 4 bytes past"):
+        triton_gpu.fill(torch.zeros(5, device=device)[1:], 1, spread=SPREAD)

@@ -5,6 +5,7 @@ import torch
 
 from biphase.kernels.embed.reference import embed_reference
 from biphase.kernels.embed.triton_gpu import embed
+from biphase.kernels.gpu import table_check
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -39,18 +40,65 @@ def test_drawn_tokens_are_taken_only_where_a_source_says_so(device: torch.device
     [
         ("token_ids", {"token_ids": torch.zeros(2, dtype=torch.int32)}),
         ("sources", {"sources": torch.zeros(3, dtype=torch.int32)}),
+        ("token_ids", {"token_ids": torch.zeros(4, dtype=torch.int64)[::2]}),
+        ("token_ids", {"token_ids": torch.zeros(3, dtype=torch.int64)[1:]}),
+        ("token_ids", {"token_ids": torch.zeros(2, 1, dtype=torch.int64)}),
+        ("sources", {"sources": torch.zeros(2, dtype=torch.int64)}),
+        ("sources", {"sources": torch.zeros(4, dtype=torch.int32)[::2]}),
+        ("sources", {"sources": torch.zeros(3, dtype=torch.int32)[1:]}),
+        ("drawn", {"drawn": torch.zeros(2, dtype=torch.int32)}),
+        ("drawn", {"drawn": torch.zeros(2, 1, dtype=torch.int64)}),
+        ("drawn", {"drawn": torch.zeros(4, dtype=torch.int64)[::2]}),
+        ("drawn", {"drawn": torch.zeros(3, dtype=torch.int64)[1:]}),
         ("table", {"table_VF": torch.zeros(4, 9)}),
-        ("out", {"out_NF": torch.zeros(2, 8, dtype=torch.float16)}),
+        ("table", {"table_VF": torch.zeros(8)}),
+        ("table", {"table_VF": torch.zeros(4, 8, dtype=torch.int8), "out_NF": torch.zeros(2, 8, dtype=torch.int8)}),
+        ("table", {"table_VF": torch.zeros(4, 8).double(), "out_NF": torch.zeros(2, 8).double()}),
         ("table", {"table_VF": torch.zeros(4, 16)[:, ::2]}),
+        ("table", {"table_VF": torch.zeros(4, 9)[:, :8]}),
+        ("table", {"table_VF": torch.zeros(33)[1:].view(4, 8)}),
+        ("tensors on several devices", {"table_VF": torch.zeros(4, 8, device="meta")}),
+        ("tensors on several devices", {"drawn": torch.zeros(2, dtype=torch.int64, device="meta")}),
+        ("out", {"out_NF": torch.zeros(2, 8, dtype=torch.float16)}),
+        ("out", {"out_NF": torch.zeros(2)}),
+        ("out", {"out_NF": torch.zeros(2, 9)[:, :8]}),
+        ("out", {"out_NF": torch.zeros(17)[1:].view(2, 8)}),
     ],
 )
 def test_bad_arguments_are_named(name: str, change: dict[str, torch.Tensor]) -> None:
-    arguments = {
+    with pytest.raises(ValueError, match=f"^{name}"):
+        embed(**_good() | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": torch.tensor([4, 3])}, r"token_ids\[0\] is 4, table has rows 0 to 3"),
+        ({"token_ids": torch.tensor([-1, 0])}, r"token_ids\[0\] is -1"),
+        ({"sources": torch.tensor([-1, 2], dtype=torch.int32)}, r"sources\[1\] is 2, drawn has rows 0 to 1"),
+        ({"drawn": torch.tensor([0, 4])}, r"drawn\[1\] is 4, table has rows 0 to 3"),
+        ({"token_ids": torch.tensor([3, 99])}, None),
+        ({"drawn": torch.tensor([99, 0])}, None),
+    ],
+)
+def test_debug_mode_checks_what_is_read(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, torch.Tensor], message: str | None
+) -> None:
+    """The first row has its token given, the second takes what was drawn in row 1."""
+    monkeypatch.setattr(table_check, "DEBUG", True)
+    arguments = _good() | {"sources": torch.tensor([-1, 1], dtype=torch.int32)} | change
+    if message is None:
+        embed(**arguments)
+    else:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            embed(**arguments)
+
+
+def _good() -> dict[str, torch.Tensor]:
+    return {
         "token_ids": torch.zeros(2, dtype=torch.int64),
         "sources": torch.zeros(2, dtype=torch.int32),
         "drawn": torch.zeros(2, dtype=torch.int64),
         "table_VF": torch.zeros(4, 8),
         "out_NF": torch.zeros(2, 8),
     }
-    with pytest.raises(ValueError, match=f"^{name} "):
-        embed(**{**arguments, **change})

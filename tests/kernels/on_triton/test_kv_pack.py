@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paged_cache import poison
 
+from biphase.kernels.gpu import table_check
 from biphase.kernels.gpu.target import AOT_TARGETS, compiling_for
 from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack import torch_pool, triton_gpu
@@ -276,15 +277,26 @@ def _good(device: torch.device) -> dict[str, Any]:
 BAD = {
     "pool has dtype int32": lambda good: {"pool": good["pool"].int()},
     "pool with shape .* is not contiguous": lambda good: {"pool": good["pool"].repeat(1, 1, 1, 1, 1, 2)[..., :16]},
+    r"pool has shape \[4, 2": lambda good: {"pool": good["pool"][0]},
+    "pool starts 4 bytes past": lambda good: {
+        "pool": torch.zeros(good["pool"].numel() + 1, device=good["pool"].device)[1:].view(good["pool"].shape)
+    },
     "head_dim is 24": lambda good: {"pool": good["pool"].new_zeros(1, 4, 2, 2, 16, 24)},
     "block_size is 8": lambda good: {"pool": good["pool"].new_zeros(1, 4, 2, 2, 8, 16)},
     "block_table has dtype int64": lambda good: {"block_table": good["block_table"].long()},
+    "block_table has shape": lambda good: {"block_table": good["block_table"][None]},
+    "block_table with shape .* is not contiguous": lambda good: {
+        "block_table": torch.zeros(4, dtype=torch.int32, device=good["pool"].device)[::2]
+    },
     "lies outside 1 blocks": lambda good: {"block_table": good["block_table"][:1]},
     r"(out|data) has shape \[5116\]": lambda good: {"buffer": good["buffer"][:-4]},
     "(out|data) starts 4 bytes past a multiple of 16": lambda good: {
         "buffer": torch.cat([good["buffer"], good["buffer"]])[4 : 4 + good["buffer"].numel()]
     },
     "(out|data) has dtype float32": lambda good: {"buffer": good["buffer"].float()},
+    "(out|data) with shape .* is not contiguous": lambda good: {"buffer": good["buffer"].repeat(2)[::2]},
+    "total has shape": lambda good: {"total": good["total"].repeat(2)},
+    "tensors on several devices": lambda good: {"total": good["total"].to("meta")},
     "total has dtype float32": lambda good: {"total": good["total"].float()},
     "codec is 'zip'": lambda _: {"codec": "zip"},
     "codec int8 packs pools of": lambda good: {
@@ -307,6 +319,18 @@ def test_bad_input_is_named(message: str, direction: str, device: torch.device) 
     with pytest.raises(ValueError, match=message) as caught:
         getattr(triton_gpu, direction)(*order, **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("direction", ["pack", "unpack"])
+def test_debug_mode_checks_the_block_table(
+    direction: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_check, "DEBUG", True)
+    arguments = _good(device)
+    arguments["block_table"] = torch.tensor([-1, 2], dtype=torch.int32, device=device)
+    order = [arguments[name] for name in ("pool", "block_table", "box", "buffer", "total")]
+    with pytest.raises(ValueError, match="^block_table names block -1, the pool has 4"):
+        getattr(triton_gpu, direction)(*order)
 
 
 def test_fp8_is_refused_on_sm_80() -> None:

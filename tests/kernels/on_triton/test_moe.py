@@ -27,11 +27,20 @@ def workspace(tokens: int, experts: int, taken: int, device: torch.device, dtype
     return made
 
 
+def aligned(logits: torch.Tensor) -> torch.Tensor:
+    """The same in rows of a multiple of 16 bytes, NaN behind each."""
+    tokens, experts = logits.shape
+    wide = logits.new_full((tokens, -(-experts // 8) * 8), torch.nan)
+    wide[:, :experts] = logits
+    return wide[:, :experts]
+
+
 def routed(
     logits: torch.Tensor, taken: int, renormalize: bool = True, slots: torch.Tensor | None = None
 ) -> tuple[Routing, Routing]:
     """As the kernels route, and as the reference does."""
     tokens, experts = logits.shape
+    logits = logits if logits.stride(0) * logits.element_size() % 16 == 0 else aligned(logits)
     found = triton_gpu.route(
         logits, workspace(tokens, experts, taken, logits.device), renormalize=renormalize, slots=slots
     )
@@ -154,7 +163,7 @@ def feed_forward(
 
     gate_up, down = weights(experts, 2 * inter, features), weights(experts, features, inter)
     memory = workspace(tokens, experts, taken, device, dtype)
-    routing = triton_gpu.route(logits, memory, renormalize=True, slots=slots)
+    routing = triton_gpu.route(aligned(logits), memory, renormalize=True, slots=slots)
     pairs, tolerance = tokens * taken, TOLERANCE[dtype]
     hidden, hidden_expected = blank(pairs, inter), blank(pairs, inter)
     triton_gpu.grouped_gate_up(x, gate_up, routing, hidden)
@@ -247,12 +256,16 @@ def good(device: torch.device) -> dict[str, Any]:
         ("x", {"x": torch.zeros(4, 32)[:, ::2]}),
         ("x", {"x": torch.zeros(4, 17)[:, :16]}),
         ("x", {"x": torch.zeros(4, 16, dtype=torch.float16)}),
+        ("x", {"x": torch.zeros(65)[1:].view(4, 16)}),
+        ("experts", {"experts": torch.zeros(32, 16)}),
+        ("experts", {"experts": torch.zeros(4, 32, 15), "x": torch.zeros(4, 16)[:, :15]}),
         ("experts", {"experts": torch.zeros(3, 32, 16)}),
         ("experts", {"experts": torch.zeros(4, 31, 16)}),
         ("experts", {"experts": torch.zeros(4, 16, 32).transpose(1, 2)}),
         ("experts", {"experts": torch.zeros(4, 32, 16, dtype=torch.int32)}),
         ("out", {"out": torch.zeros(8, 24)}),
         ("out", {"out": torch.zeros(8, 16, dtype=torch.bfloat16)}),
+        ("out", {"out": torch.zeros(8, 17)[:, :16]}),
     ],
 )
 def test_bad_arguments_of_products_are_named(device: torch.device, name: str, change: dict[str, torch.Tensor]) -> None:
@@ -262,12 +275,37 @@ def test_bad_arguments_of_products_are_named(device: torch.device, name: str, ch
 
 
 @pytest.mark.parametrize(
+    ("name", "rows", "out"),
+    [
+        ("rows", torch.zeros(7, 16), torch.zeros(4, 16)),
+        ("rows", torch.zeros(8), torch.zeros(4, 16)),
+        ("rows", torch.zeros(8, 16, dtype=torch.int32), torch.zeros(4, 16)),
+        ("rows", torch.zeros(8, 17)[:, :16], torch.zeros(4, 16)),
+        ("out", torch.zeros(8, 16), torch.zeros(4, 8)),
+        ("out", torch.zeros(8, 16), torch.zeros(4, 32)[:, ::2]),
+        ("out", torch.zeros(8, 16), torch.zeros(65)[1:].view(4, 16)),
+        ("tensors on several devices", torch.zeros(8, 16), torch.zeros(4, 16, device="meta")),
+    ],
+)
+def test_bad_arguments_of_combine_are_named(
+    device: torch.device, name: str, rows: torch.Tensor, out: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match=f"^{name}"):
+        triton_gpu.combine(rows.to(device), good(device)["routing"], out if out.is_meta else out.to(device))
+
+
+@pytest.mark.parametrize(
     ("name", "logits", "slots"),
     [
         ("router_logits", torch.zeros(4, 5), None),
         ("router_logits", torch.zeros(9, 4), None),
         ("router_logits", torch.zeros(4, 4, dtype=torch.int32), None),
+        ("router_logits", torch.zeros(4), None),
         ("router_logits", torch.zeros(4, 4).t(), None),
+        ("router_logits", torch.zeros(4, 5)[:, :4], None),
+        ("router_logits", torch.zeros(17)[1:].view(4, 4), None),
+        ("slots", torch.zeros(4, 4), torch.zeros(8, dtype=torch.int64)[::2]),
+        ("tensors on several devices", torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64, device="meta")),
         ("slots", torch.zeros(4, 4), torch.zeros(3, dtype=torch.int64)),
         ("slots", torch.zeros(4, 4), torch.zeros(4, dtype=torch.int32)),
     ],
@@ -276,8 +314,13 @@ def test_bad_arguments_of_route_are_named(
     device: torch.device, name: str, logits: torch.Tensor, slots: torch.Tensor | None
 ) -> None:
     memory = RoutingWorkspace(max_tokens=8, num_experts=4, num_taken=2, dtype=torch.float32, device=device)
-    with pytest.raises(ValueError, match=f"^{name} "):
-        triton_gpu.route(logits.to(device), memory, renormalize=True, slots=None if slots is None else slots.to(device))
+    with pytest.raises(ValueError, match=f"^{name}"):
+        triton_gpu.route(
+            logits.to(device),
+            memory,
+            renormalize=True,
+            slots=slots if slots is None or slots.is_meta else slots.to(device),
+        )
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -381,6 +382,15 @@ def launch_on_meta(tensors: dict[str, torch.Tensor], **options: object) -> None:
         ("q has a stride of 520", {"q_NHD": torch.empty(8, 260, dtype=BF16, device="meta")[:, :256].view(8, 4, 64)}),
         ("head_dim is 80", {"q_NHD": torch.empty(8, 4, 80, dtype=BF16, device="meta")}),
         ("out has dtype", {"out_NHD": torch.empty(8, 4, 64, device="meta")}),
+        ("q has shape", {"q_NHD": torch.empty(8, 256, dtype=BF16, device="meta")}),
+        ("q starts 2 bytes", {"q_NHD": torch.empty(2049, dtype=BF16)[1:].view(8, 4, 64)}),
+        ("out has a stride", {"out_NHD": torch.empty(8, 260, dtype=BF16, device="meta")[:, :256].view(8, 4, 64)}),
+        ("out has stride 2", {"out_NHD": torch.empty(8, 4, 128, dtype=BF16, device="meta")[..., ::2]}),
+        ("out starts 2 bytes", {"out_NHD": torch.empty(2049, dtype=BF16)[1:].view(8, 4, 64)}),
+        ("pool_layer starts 2 bytes", {"pool_layer": torch.empty(81921, dtype=BF16)[1:].view(5, 2, 2, 64, 64)}),
+        ("pool_layer with shape", {"pool_layer": torch.empty(5, 2, 2, 64, 128, dtype=BF16, device="meta")[..., ::2]}),
+        ("q has 4 heads", {"pool_layer": torch.empty(5, 2, 0, 64, 64, dtype=BF16, device="meta")}),
+        ("tensors on several devices", {"pool_layer": torch.empty(5, 2, 2, 64, 64, dtype=BF16)}),
         ("out has shape", {"out_NHD": torch.empty(7, 4, 64, dtype=BF16, device="meta")}),
         ("pool_layer has dtype", {"pool_layer": torch.empty(5, 2, 2, 64, 64, device="meta")}),
         ("pool_layer has shape", {"pool_layer": torch.empty(5, 2, 64, 64, dtype=BF16, device="meta")}),
@@ -401,6 +411,7 @@ def test_bad_tensors_are_named(named: str, change: dict[str, torch.Tensor]) -> N
         ("scale is 0", {"scale": 0.0}),
         ("window is 0", {"window": 0}),
         ("soft_cap is -1", {"soft_cap": -1.0}),
+        ("scale is nan", {"scale": float("nan")}),
         ("kv_scale was given", {"kv_scale": torch.empty(2, 2, device="meta")}),
     ],
 )
@@ -421,6 +432,65 @@ def test_bad_lengths_are_named(named: str, query_lens: list[int], context_lens: 
     tables = torch.zeros(1, 4, dtype=torch.int32)
     with pytest.raises(ValueError, match=f"^{named}"):
         plan_prefill(query_lens, context_lens, tables, torch.empty(5, 2, 2, 64, 64), num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("named", "change"),
+    [
+        ("block_tables is int64", {"block_tables": torch.zeros(1, 4, dtype=torch.int64)}),
+        (r"block_tables is int32 \[4\]", {"block_tables": torch.zeros(4, dtype=torch.int32)}),
+        ("block_tables is int32 .* with strides", {"block_tables": torch.zeros(1, 8, dtype=torch.int32)[:, ::2]}),
+        ("block_tables starts 4 bytes", {"block_tables": torch.zeros(1, 5, dtype=torch.int32)[:, 1:]}),
+        ("pool_layer has shape", {"pool_layer": torch.empty(5, 2, 2, 64)}),
+        ("pool_layer has shape", {"pool_layer": torch.empty(5, 3, 2, 64, 64)}),
+        ("head_dim is 80", {"pool_layer": torch.empty(5, 2, 2, 64, 80)}),
+        ("block_size is 48", {"pool_layer": torch.empty(5, 2, 2, 48, 64)}),
+        ("num_heads is 4, no multiple of the 0", {"pool_layer": torch.empty(5, 2, 0, 64, 64)}),
+        ("num_heads is 5", {"num_heads": 5}),
+        ("num_heads is 0", {"num_heads": 0}),
+        ("first_row is -1", {"first_row": -1}),
+    ],
+)
+def test_bad_arguments_of_the_plan_are_named(named: str, change: dict[str, Any]) -> None:
+    arguments = {
+        "query_lens": [3],
+        "context_lens": [4],
+        "block_tables": torch.zeros(1, 4, dtype=torch.int32),
+        "pool_layer": torch.empty(5, 2, 2, 64, 64),
+        "num_heads": 4,
+    }
+    with pytest.raises(ValueError, match=f"^{named}"):
+        plan_prefill(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("named", "kv_scale"),
+    [
+        ("kv_scale has dtype", torch.empty(2, 2, dtype=BF16, device="meta")),
+        ("kv_scale has shape", torch.empty(2, 3, device="meta")),
+        ("kv_scale with", torch.empty(2, 4, device="meta")[:, ::2]),
+        ("tensors on several devices", torch.empty(2, 2)),
+    ],
+)
+def test_bad_scales_are_named(named: str, kv_scale: torch.Tensor) -> None:
+    change = {"pool_layer": torch.empty(5, 2, 2, 64, 64, dtype=F8, device="meta")}
+    with compiling_for(AOT_TARGETS[90]), pytest.raises(ValueError, match=f"^{named}"):
+        launch_on_meta(meta_inputs(**change), kv_scale=kv_scale)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float16, F8])
+def test_a_query_that_is_not_a_number_is_seen(kv_dtype: torch.dtype, device: torch.device) -> None:
+    """In its own head and token, not in others."""
+    if kv_dtype == F8 and target_of(device).capability < 89:
+        pytest.skip("no fp8 arithmetic on this GPU")
+    case = Case(query_lens=(5,), context_lens=(70,), dtype=torch.float16, kv_dtype=kv_dtype)
+    inputs = make_inputs(case, device)
+    inputs.q_NHD[3, 2, 7] = torch.nan
+    out = torch.zeros_like(inputs.out_NHD)
+    prefill_attention(inputs.q_NHD, inputs.pool_layer, inputs.plan(case), out, scale=0.1, kv_scale=inputs.kv_scale)
+    expected = torch.zeros(out.shape[:2], dtype=torch.bool)
+    expected[3, 2] = True
+    assert torch.equal(out.isnan().all(-1).cpu(), expected) and torch.equal(out.isnan().any(-1).cpu(), expected)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biphase.kernels.gpu import table_check
 from biphase.kernels.rope_and_cache.reference import rope_and_cache_paged_reference
 from biphase.kernels.rope_and_cache.rotation_table import rotation_table
 from biphase.kernels.rope_and_cache.triton_gpu import rope_and_cache
@@ -183,13 +184,32 @@ def test_fp8_is_refused_below_capability_8_9() -> None:
         ("qkv", {"qkv_NX": torch.zeros(7, 512, dtype=torch.int32)}),
         ("qkv", {"qkv_NX": torch.zeros(7, 500)}),
         ("qkv", {"qkv_NX": torch.zeros(7, 513)[:, :512]}),
+        ("qkv", {"qkv_NX": torch.zeros(512)}),
+        ("qkv", {"qkv_NX": torch.zeros(7 * 512 + 1)[1:].view(7, 512)}),
+        ("qkv", {"qkv_NX": torch.zeros(7, 1024)[:, ::2]}),
         ("positions", {"positions": torch.zeros(7)}),
+        ("positions", {"positions": torch.zeros(14, dtype=torch.int32)[::2]}),
         ("positions", {"positions": torch.zeros(8, dtype=torch.int32)}),
         ("slots", {"slots": torch.zeros(7, dtype=torch.int32)}),
+        ("slots", {"slots": torch.zeros(8, dtype=torch.int64)}),
+        ("slots", {"slots": torch.zeros(14, dtype=torch.int64)[::2]}),
+        ("table", {"table": torch.zeros(9, 64)}),
+        ("table", {"table": torch.zeros(9, 2, 0)}),
+        ("table", {"table": torch.zeros(9, 2, 64)[..., ::2]}),
+        ("table", {"table": torch.zeros(9 * 64 + 1)[1:].view(9, 2, 32)}),
         ("table", {"table": torch.zeros(9, 2, 33)}),
         ("table", {"table": torch.zeros(9, 2, 8, dtype=_F16)}),
         ("pool_layer", {"pool_layer": torch.zeros(2, 2, 2, 16, 128)[..., ::2]}),
         ("pool_layer", {"pool_layer": torch.zeros(2, 3, 2, 16, 64)}),
+        ("pool_layer", {"pool_layer": torch.zeros(2, 2, 0, 16, 64), "qkv_NX": torch.zeros(7, 256)}),
+        ("pool_layer", {"pool_layer": torch.zeros(2, 2, 2, 16, 64, dtype=torch.int8)}),
+        ("pool_layer", {"pool_layer": torch.zeros(8193)[1:].view(2, 2, 2, 16, 64)}),
+        ("num_heads", {"num_heads": 0, "qkv_NX": torch.zeros(7, 256)}),
+        ("num_heads", {"num_heads": -1, "qkv_NX": torch.zeros(7, 192)}),
+        ("q_norm", {"q_norm": torch.zeros(64, dtype=torch.int32), "k_norm": torch.zeros(64)}),
+        ("k_norm", {"q_norm": torch.zeros(64), "k_norm": torch.zeros(65)[1:]}),
+        ("k_norm", {"q_norm": torch.zeros(64), "k_norm": torch.zeros(128)[::2]}),
+        ("tensors", {"slots": torch.zeros(7, dtype=torch.int64, device="meta")}),
         ("block_size", {"pool_layer": torch.zeros(2, 2, 2, 8, 64)}),
         ("head_dim", {"pool_layer": torch.zeros(2, 2, 2, 16, 80), "qkv_NX": torch.zeros(7, 640)}),
         ("q_norm and k_norm", {"q_norm": torch.zeros(64)}),
@@ -199,7 +219,37 @@ def test_fp8_is_refused_below_capability_8_9() -> None:
         ("kv_scale", {"pool_layer": torch.zeros(2, 2, 2, 16, 64).to(_FP8), "kv_scale": torch.zeros(2, 3)}),
     ],
 )
-def test_bad_arguments_are_named(name: str, change: dict[str, torch.Tensor]) -> None:
+def test_bad_arguments_are_named(name: str, change: dict[str, Any]) -> None:
     arguments = _arguments(replace(_Case()), torch.device("cpu")) | change
     with pytest.raises(ValueError, match=f"^{name} "):
         rope_and_cache(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("slots", "positions", "message"),
+    [
+        ([0, -1, 32], [0, 0, 0], r"slots\[2\] is 32, the pool has slots 0 to 31"),
+        ([0, -1, 1], [0, 0, 8], r"positions\[2\] is 8, table has positions 0 to 7"),
+        ([0, -1, 1], [-1, 0, 0], r"positions\[0\] is -1"),
+        ([31, -1, 0], [7, _NOWHERE, 0], None),
+        ([0, -2, 1], [0, -5, 0], None),
+    ],
+)
+def test_debug_mode_checks_slots_and_positions(
+    monkeypatch: pytest.MonkeyPatch, slots: list[int], positions: list[int], message: str | None
+) -> None:
+    """Of rows that are no padding."""
+    monkeypatch.setattr(table_check, "DEBUG", True)
+    arguments = {
+        "qkv_NX": torch.zeros(3, 256),
+        "positions": torch.tensor(positions, dtype=torch.int32),
+        "slots": torch.tensor(slots),
+        "table": torch.zeros(8, 2, 32),
+        "pool_layer": torch.zeros(2, 2, 1, 16, 64),
+        "num_heads": 2,
+    }
+    if message is None:
+        rope_and_cache(**arguments)
+    else:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            rope_and_cache(**arguments)

@@ -34,7 +34,7 @@ def logits_of(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Rows further apart than their length, NaN between them."""
-    padded = torch.full((rows, vocab + 24), torch.nan, device=device, dtype=dtype)
+    padded = torch.full((rows, -(-vocab // 8) * 8 + 24), torch.nan, device=device, dtype=dtype)
     padded[:, :vocab] = (spread * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))).to(dtype)
     return padded[:, :vocab]
 
@@ -320,10 +320,18 @@ def test_bad_input_is_named(device: torch.device) -> None:
     refused("logits has dtype float64", good.double())
     refused("logits has shape", good[0])
     refused("logits has stride 2 in its last dimension", good.repeat(1, 2)[:, ::2])
+    refused("logits starts 4 bytes past", torch.zeros(201, device=device)[1:].view(2, 100))
+    refused("logits has a stride of 404 bytes", torch.zeros(2, 101, device=device)[:, :100])
     refused("params has room for 2 rows, logits has 3", torch.zeros(3, 100, device=device))
     refused("params is made for a vocabulary of 100, logits has 96", good[:, :96])
     refused("vocab_start is 33", vocab_start=33)
     refused("late_ids has dtype int32", late_ids=torch.zeros(2, dtype=torch.int32, device=device))
+    refused("late_ids has shape", late_ids=torch.zeros(2, 1, dtype=torch.int64, device=device))
+    refused("late_ids has stride 2", late_ids=torch.zeros(4, dtype=torch.int64, device=device)[::2])
+    refused("tensors on several devices", late_ids=torch.zeros(2, dtype=torch.int64, device="meta"))
+    params.fill([DrawRow(temperature=1.0)], [2])
+    refused("late_ids has 2 entries, a row takes entry 2")
+    refused("late_ids has 1 entries, a row takes entry 2", late_ids=torch.zeros(1, dtype=torch.int64, device=device))
     params.fill([DrawRow(temperature=1.0, top_k=3)])
     refused("reduce_max: top-k", vocab_start=32)
     for rows, message in (
@@ -335,6 +343,26 @@ def test_bad_input_is_named(device: torch.device) -> None:
         with pytest.raises(ValueError, match=message):
             params.fill(rows)
     sample(good[:0], params, out, workspace)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("token_ids", torch.zeros(3, dtype=torch.int32)),
+        ("token_ids", torch.zeros(6, dtype=torch.int64)[::2]),
+        ("token_ids", torch.zeros(4, dtype=torch.int64)[1:]),
+        ("scores", torch.zeros(4)),
+        ("logprobs", torch.zeros(3, dtype=torch.float64)),
+        ("top_ids", torch.zeros(3, 19, dtype=torch.int32)),
+        ("top_logprobs", torch.zeros(3, 21)[:, :20]),
+    ],
+)
+def test_bad_outputs_are_named(name: str, tensor: torch.Tensor) -> None:
+    out = SampleOut.allocate(3, torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"^{name} "):
+        replace(out, **{name: tensor})
+    with pytest.raises(ValueError, match=f"^tensors on several devices: .*{name} on meta"):
+        replace(out, **{name: getattr(out, name).to("meta")})
 
 
 def test_settings_exist_for_any_number_of_rows() -> None:

@@ -2,6 +2,7 @@
 
 _KERNEL = "kernels/rope_and_cache/triton_kernel.py"
 _TABLE = "kernels/rope_and_cache/rotation_table.py"
+_LAUNCHER = "kernels/rope_and_cache/triton_gpu.py"
 _TEST = "tests/kernels/on_triton/test_rope_and_cache.py"
 
 MUTATIONS = [
@@ -19,5 +20,7 @@ MUTATIONS = [
     (_KERNEL, "offset = slot % BLOCK_SIZE", "offset = slot % (BLOCK_SIZE - 1)", _TEST),
     (_KERNEL, "kv_scale_ptr + side * K + head", "kv_scale_ptr + head", _TEST),
     (_KERNEL, "-448.0, 448.0", "-500.0, 500.0", _TEST),
+    (_LAUNCHER, "num_blocks * block_size, ", "num_blocks * block_size + 1, ", _TEST),
+    (_LAUNCHER, '"positions", positions, table.shape[0]', '"positions", positions, table.numel()', _TEST),
     (_TABLE, "(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())", _TEST),
 ]
