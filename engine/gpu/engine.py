@@ -24,7 +24,7 @@ from biphase.engine.gpu.model import GpuModel, StepShape
 from biphase.engine.gpu.sampler import GpuSampler
 from biphase.engine.gpu.step_batch import StepRows, fill, rows_of
 from biphase.engine.gpu.step_inputs import StepInputs
-from biphase.engine.gpu.warm_up import warm_up_plans
+from biphase.engine.gpu.warm_up import warm_up_handoff, warm_up_plans
 from biphase.engine.step import PendingStep, StepPlan, StepResult
 from biphase.kernels.linear.rows import accumulate_in_float32
 from biphase.kernels.ops import PagedKernels, paged_kernels
@@ -189,11 +189,13 @@ class GpuEngine(Engine):
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[float], None]) -> None:
-        """Run every kind of step once and capture the graphs: nothing is compiled or allocated afterwards.
+        """Run every kind of step and of copy once, and capture the graphs: nothing is compiled afterwards.
 
         Block 0 is free yet; what is written there is never read.
         """
-        plans = list(warm_up_plans(self.plan_limits, max_rows=self._max_rows, max_seqs=self._max_seqs))
+        plans = list(
+            warm_up_plans(self.plan_limits, max_rows=self._max_rows, max_seqs=self._max_seqs, buckets=self._buckets)
+        )
         total = len(plans) + len(self._buckets)
         for done, plan in enumerate(plans):
             self.launch(plan).wait()
@@ -201,6 +203,7 @@ class GpuEngine(Engine):
         for done, bucket in enumerate(reversed(self._buckets), start=len(plans)):
             self._capture(bucket)
             progress(done / total)
+        warm_up_handoff(self.kv_memory)
         self._drawn_rows = {}
         _log.info("%d graphs for batches of up to %d", len(self._graphs), self._max_seqs)
         self._model.kernels.no_more_compiling()

@@ -12,8 +12,8 @@ from biphase.kernels.ops import PagedKernels
 
 
 class FeedForward(Protocol):
-    def __call__(self, i: int, x_NF: torch.Tensor, slots: torch.Tensor | None, out_NF: torch.Tensor) -> None:
-        """Layer ``i`` applied to ``x``. ``slots`` [N] int64, negative for padding rows; None: there are none."""
+    def __call__(self, i: int, x_NF: torch.Tensor, slots: torch.Tensor, out_NF: torch.Tensor) -> None:
+        """Layer ``i`` applied to ``x``. ``slots`` [N] int64, negative for padding rows."""
         ...
 
 
@@ -34,7 +34,7 @@ class Dense:
         self._gate_up = like.new_zeros(max_rows, 2 * config.intermediate_size)
         self._activated = like.new_zeros(max_rows, config.intermediate_size)
 
-    def __call__(self, i: int, x_NF: torch.Tensor, slots: torch.Tensor | None, out_NF: torch.Tensor) -> None:
+    def __call__(self, i: int, x_NF: torch.Tensor, slots: torch.Tensor, out_NF: torch.Tensor) -> None:
         ops, tensors, count = self._kernels, self._tensors, x_NF.shape[0]
         gate_up, activated = self._gate_up[:count], self._activated[:count]
         ops.linear(x_NF, tensors[f"layers.{i}.gate_up"], gate_up)
@@ -63,7 +63,7 @@ class Experts:
             device=like.device,
         )
 
-    def __call__(self, i: int, x_NF: torch.Tensor, slots: torch.Tensor | None, out_NF: torch.Tensor) -> None:
+    def __call__(self, i: int, x_NF: torch.Tensor, slots: torch.Tensor, out_NF: torch.Tensor) -> None:
         ops, tensors, count = self._kernels, self._tensors, x_NF.shape[0]
         logits, pairs = self._logits[:count], count * self._num_taken
         activated, rows = self._activated[:pairs], self._rows[:pairs]

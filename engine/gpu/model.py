@@ -121,7 +121,7 @@ class GpuModel:
         ops, config, tensors, count = self.kernels, self.config, self._tensors, shape.num_rows
         eps, last = config.rms_norm_eps, config.num_layers - 1
         residual, normed, hidden = self._residual[:count], self._normed[:count], self._hidden[:count]
-        slots: torch.Tensor | None = inputs.slots[:count]
+        slots = inputs.slots[:count]
         ops.embed(inputs.token_ids[:count], inputs.sources[:count], drawn, tensors["embed"], residual)
         ops.rms_norm(residual, tensors["layers.0.attn_norm"], eps, normed)
         if shape.num_decode:
@@ -138,7 +138,8 @@ class GpuModel:
                 # of the last layer's output nothing but the sampled rows is ever read
                 picked = inputs.sampled_rows[: shape.num_sampled]
                 attended, residual = attended.index_select(0, picked), residual.index_select(0, picked)
-                normed, hidden, slots = self._normed[: shape.num_sampled], self._hidden[: shape.num_sampled], None
+                slots = slots.index_select(0, picked)  # none is padding; kernels without slots would be other kernels
+                normed, hidden = self._normed[: shape.num_sampled], self._hidden[: shape.num_sampled]
             ops.linear(attended, tensors[name + "o"], hidden)
             ops.add_rms_norm(hidden, residual, tensors[name + "mlp_norm"], eps, normed)
             self._feed_forward(i, normed, slots, hidden)

@@ -161,8 +161,10 @@ class _Lane:
         self._end = table_at + 4 * num_blocks
         if self._end > self._on_device.numel():
             size = max(_LEAST_STAGING, 1 << (self._end - 1).bit_length())
-            self._on_device = torch.empty(size, dtype=torch.uint8, device=self._device)
-            self._on_host = torch.zeros(size, dtype=torch.uint8, pin_memory=self._is_cuda)
+            # the engine makes it under inference mode, the event loop writes it without: a plain tensor serves both
+            with torch.inference_mode(False):
+                self._on_device = torch.empty(size, dtype=torch.uint8, device=self._device)
+                self._on_host = torch.zeros(size, dtype=torch.uint8, pin_memory=self._is_cuda)
         self._fetched = total_at + 8
         self.data = self._on_device[:num_bytes]
         self.total = self._on_device[total_at : self._fetched].view(torch.int64)

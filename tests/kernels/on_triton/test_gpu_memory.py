@@ -85,6 +85,20 @@ def test_threads_take_turns(device: torch.device) -> None:
     assert not wrong
 
 
+def test_staging_made_under_inference_mode_serves_outside_of_it(device: torch.device) -> None:
+    """As the engine's warm-up and the event loop share it; torch refuses to write inference tensors anywhere else."""
+    cpu, gpu, host, pool = both(LAYOUT, device)
+    expected, packed = (bytearray(BOX.num_bytes(LAYOUT)) for _ in range(2))
+    cpu.pack(BLOCKS, BOX, expected)
+    with torch.inference_mode():
+        gpu.pack(BLOCKS, BOX, packed)
+        gpu.unpack(BLOCKS, BOX, packed)
+    assert gpu.pack(BLOCKS, BOX, packed) == sum64(expected)
+    assert packed == expected
+    gpu.unpack(BLOCKS, BOX, packed)
+    assert pool.view(torch.uint8).cpu().numpy().tobytes() == host.tobytes()
+
+
 def test_what_is_pending_is_asked_for_at_each_pack(device: torch.device) -> None:
     pool = torch.zeros(LAYOUT.pool_shape(NUM_BLOCKS), dtype=torch.bfloat16, device=device)
     asked = []
