@@ -45,7 +45,8 @@ def pack(
     """Write the box to ``out`` (uint8, of ``packed_bytes``), and its sum to ``total`` (int64 ``[1]``, the bits of mod 2^64).
 
     ``block_table`` (int32 ``[W]``) is the request's, from token 0 on. ``debug`` reads it back and checks it, as
-    debug mode does (kernels.gpu.table_check). Raises ValueError naming the argument; the fp8 codec needs capability 8.9, raw packing of an fp8 pool does not.
+    debug mode does (kernels.gpu.table_check). Raises ValueError naming the argument; the fp8 codec needs capability 8.9,
+    raw packing of an fp8 pool does not.
     """
     _launch(pool, block_table, box, out, total, codec, debug, is_pack=True)
 

@@ -76,9 +76,9 @@ def test_bad_arguments_are_named(name: str, change: dict[str, torch.Tensor]) -> 
         ({"token_ids": torch.tensor([4, 3])}, r"token_ids\[0\] is 4, table has rows 0 to 3"),
         ({"token_ids": torch.tensor([-1, 0])}, r"token_ids\[0\] is -1"),
         ({"sources": torch.tensor([-1, 2], dtype=torch.int32)}, r"sources\[1\] is 2, drawn has rows 0 to 1"),
-        ({"drawn": torch.tensor([0, 4])}, r"drawn\[1\] is 4, table has rows 0 to 3"),
+        ({"drawn": torch.tensor([0, 4, 0])}, r"drawn\[1\] is 4, table has rows 0 to 3"),
         ({"token_ids": torch.tensor([3, 99])}, None),
-        ({"drawn": torch.tensor([99, 0])}, None),
+        ({"drawn": torch.tensor([99, 0, 99])}, None),
     ],
 )
 def test_debug_mode_checks_what_is_read(

@@ -61,6 +61,7 @@ MUTATIONS = [
     (_KERNEL, "cap_in *= tl.load(kv_scale_ptr + kv_head)", "cap_in *= 1.0", _CASE + "_in_more_cases[cap, fp8]"),
     (_KERNEL, "tl.load(kv_scale_ptr + KV_HEADS + kv_head)", "tl.load(kv_scale_ptr + kv_head)", _FP8),
     (_KERNEL, "(value_scale / sum_M)", "(value_scale / (sum_M + 1.0))", _UNEVEN),
+    (_KERNEL, "65504.0, tl.PropagateNan.ALL)", "65504.0)", _TEST + "test_a_query_that_is_not_a_number_is_seen"),
     # the product that is held back
     (
         _KERNEL,
