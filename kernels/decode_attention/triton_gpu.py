@@ -24,11 +24,14 @@ from biphase.kernels.gpu.check import (
 from biphase.kernels.gpu.dependent_launch import dependent_launch
 from biphase.kernels.gpu.launch import launch
 from biphase.kernels.gpu.target import target_of
+from biphase.kernels.gpu.tuning import Settings
 
 __all__ = ["OP", "DecodeWorkspace", "candidates", "decode_attention", "default_settings", "key_of", "plan_decode"]
 
 _PARTS = 32
 """Partial results that the join reads at once."""
+_REGISTERS, _MAX_REGISTERS, _MAX_FP32_REGISTERS = 64 << 10, 248, 168
+"""Of a multiprocessor, and of a thread."""
 
 
 def plan_decode(context_lens: torch.Tensor, query_starts: torch.Tensor, workspace: DecodeWorkspace) -> None:
@@ -178,6 +181,7 @@ def decode_attention(
         WINDOWED=window is not None,
         CAPPED=soft_cap is not None,
         num_warps=settings["num_warps"],
+        maxnreg=_registers(settings, pool_layer.dtype),
         num_stages=settings["num_stages"],
         **dependent_launch(target),
     )
@@ -218,6 +222,13 @@ def _check_tables(
         block_size=pool_layer.shape[3],
         num_blocks=pool_layer.shape[0],
     )
+
+
+def _registers(settings: Settings, kv_dtype: torch.dtype) -> int:
+    """What a thread may have with all resident programs: left alone, ptxas aims lower and spills a few bytes. float32,
+    which has no tensor core tiles to hold, spills with more."""
+    threads = 32 * settings["num_warps"] * settings["resident"]
+    return min(_MAX_FP32_REGISTERS if kv_dtype == torch.float32 else _MAX_REGISTERS, _REGISTERS // threads // 8 * 8)
 
 
 def _check_lengths(context_lens: torch.Tensor, query_starts: torch.Tensor, workspace: DecodeWorkspace) -> int:
