@@ -227,7 +227,7 @@ WINDOWS = (1, 15, 16, 17, 33, 500)
 @pytest.mark.parametrize(
     ("window", "tile"),
     [
-        (w, t) if (w, t) in {(17, 16), (33, 32)} else pytest.param(w, t, marks=pytest.mark.long)
+        (w, t) if (w, t) in {(17, 16), (17, 32)} else pytest.param(w, t, marks=pytest.mark.long)
         for w in WINDOWS
         for t in (16, 32)
     ],
@@ -395,7 +395,9 @@ def test_plan_gives_every_tile_to_one_program_and_all_the_same(
         assert (first, end) == (min(p * run_length, total), min((p + 1) * run_length, total))
         for b in range(first_seq, end_seq):
             begins, ends, shift, *_ = rows[b]
-            owned += [(b, t - begins + shift, p) for t in range(max(first, begins), min(end, ends))]
+            tiles = range(max(first, begins), min(end, ends))
+            assert tiles or lengths[b] == 0, "a result over no tile is NaN, in place of another program's"
+            owned += [(b, t - begins + shift, p) for t in tiles]
     assert [(b, tile) for b, tile, _ in owned] == [(b, s + i) for b, s in enumerate(shifts) for i in range(counts[b])]
     for b, length in enumerate(lengths):
         programs = [p for sequence, _, p in owned if sequence == b]

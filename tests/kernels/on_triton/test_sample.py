@@ -14,7 +14,7 @@ from biphase.kernels.gpu.target import AOT_TARGETS
 from biphase.kernels.sample import DrawRow, allowed_words, buffers, sample_with_logprobs
 from biphase.kernels.sample.buffers import SampleOut, SampleWorkspace, merge_shards
 from biphase.kernels.sample.edits import edit
-from biphase.kernels.sample.filters import keep_candidates
+from biphase.kernels.sample.filters import keep_candidates, min_p_floor
 from biphase.kernels.sample.params import SampleParams
 from biphase.kernels.sample.reference import of_shard, rows_reference
 from biphase.kernels.sample.triton_gpu import candidates, default, key, sample
@@ -239,6 +239,24 @@ def test_nan_and_forbidden_tokens_never_win(device: torch.device) -> None:
     out = draw(logits, rows, spare=0)
     assert not logits[torch.arange(3), out.token_ids].isnan().any()
     assert out.token_ids[2] == 6
+
+
+def test_a_row_may_have_more_biases_than_a_program_has_lanes(device: torch.device) -> None:
+    vocab = 600
+    biases = tuple((token, token % 7 - 3.5) for token in range(vocab - 1, 0, -2))
+    assert _SMALL["TILE"] < len(biases)
+    draw(logits_of(device, 1, vocab), [DrawRow(logit_bias=biases)], spare=0)
+
+
+def test_min_p_keeps_its_floor_and_nothing_below(device: torch.device) -> None:
+    """Nearly every draw would be one of the many."""
+    vocab, best, min_p = 500, 123, 0.9
+    floor = min_p_floor(min_p)
+    logits = torch.full((2, vocab), float(floor), device=device)
+    logits[1] = float(np.nextafter(floor, np.float32(-np.inf)))
+    logits[:, best] = 0.0
+    out = draw(logits, [DrawRow(temperature=1.0, min_p=min_p, seed=s) for s in range(2)], spare=0)
+    assert out.token_ids[0] != best and out.token_ids[1] == best
 
 
 @settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ NO_TESTS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """``noticed``: how; None where nothing noticed."""
+    """``noticed``: "noticed", and how if not by a failed test; None where nothing noticed."""
 
     mutation: Mutation
     noticed: str | None
@@ -99,12 +98,12 @@ class Copy:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return "hung", ""
+            return "noticed (hung)", ""
         output = (done.stdout + done.stderr)[-2000:]
         if done.returncode < 0:
-            return f"crashed ({-done.returncode})", output
+            return f"noticed (crashed {-done.returncode})", output
         if done.returncode == 1 and " failed" in output:
-            return "failed", output
+            return "noticed", output
         if done.returncode not in (0, NO_TESTS):
             output = f"pytest could not run it (exit code {done.returncode})\n{output}"
         return None, output
@@ -141,12 +140,12 @@ def main() -> int:
             verdicts = []
             for verdict in pool.map(lambda m: with_copy(lambda copy: copy.try_out(m)), mutations):
                 verdicts.append(verdict)
-                print(f"{verdict.noticed or 'SURVIVED':<12} {verdict.seconds:6.1f} s  {verdict.mutation}", flush=True)
+                print(f"{verdict.noticed or 'SURVIVED':<20} {verdict.seconds:6.1f} s  {verdict.mutation}", flush=True)
                 if verdict.noticed is None:
                     print("    " + verdict.output.replace("\n", "\n    "), flush=True)
-    outcomes = Counter(verdict.noticed or "SURVIVED" for verdict in verdicts)
-    print(f"{len(verdicts)} mutations: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
-    return 1 if outcomes["SURVIVED"] or not verdicts else 0
+    survived = sum(verdict.noticed is None for verdict in verdicts)
+    print(f"{len(verdicts)} mutations: {len(verdicts) - survived} noticed, {survived} survived")
+    return 1 if survived or not verdicts else 0
 
 
 if __name__ == "__main__":

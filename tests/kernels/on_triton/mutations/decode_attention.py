@@ -19,7 +19,7 @@ MUTATIONS = [
     (_KERNEL, "position_T[None, :] <= last_seen_M", "position_T[None, :] < last_seen_M", _UNEVEN),
     (_KERNEL, "position_T[None, :] > (last_seen_M - window)", "position_T[None, :] >= (last_seen_M - window)", _WINDOW),
     (_KERNEL, "place_T = tl.minimum(tl.maximum(position_T, lowest), last) %", "place_T = position_T %", _UNEVEN),
-    (_KERNEL, "lowest = tl.maximum(context - query_len + 1 - window, 0)", "lowest = 0", _TEST + "test_window[33-32]"),
+    (_KERNEL, "lowest = tl.maximum(context - query_len + 1 - window, 0)", "lowest = 0", _TEST + "test_window[17-32]"),
     (_KERNEL, "query_M < query_len", "query_M < query_len + 1", _MIXED),
     (_KERNEL, "context - query_len + tl.minimum(query_M", "context - 1 + tl.minimum(0 * query_M", _MIXED),
     (_KERNEL, "kv_head * GROUP + row_M % GROUP", "kv_head + row_M % GROUP", _UNEVEN),
