@@ -72,9 +72,14 @@ class Outcome:
     problems: tuple[str, ...] = field(default=())
 
 
+def known_ops(kernels: Path) -> list[str]:
+    """Its folders with variants."""
+    return sorted(path.parent.name for path in kernels.glob("*/variants.py"))
+
+
 def all_jobs(kernels: Path, capabilities: Sequence[int], *, ops: Iterable[str] | None, quick: bool) -> list[Job]:
     """Every variant with its op's defaults, then (unless ``quick``) every entry of the tuning table where it is asked for."""
-    found = sorted(path.parent.name for path in kernels.glob("*/variants.py"))
+    found = known_ops(kernels)
     jobs: list[Job] = []
     for op in found if ops is None else ops:
         for variant in load(kernels, op).variants():
@@ -170,7 +175,7 @@ def _entry_jobs(kernels: Path, folders: Sequence[str], capabilities: Sequence[in
 
 def entries_nobody_asks_for(kernels: Path) -> list[str]:
     """Of the tuning table: keys that no variant of an op looks up, so that they are never compiled ahead of time."""
-    variants = [v for path in sorted(kernels.glob("*/variants.py")) for v in load(kernels, path.parent.name).variants()]
+    variants = [variant for op in known_ops(kernels) for variant in load(kernels, op).variants()]
     wrong = []
     for device, by_op in table().items():
         target = AOT_TARGETS[_capability(device)]

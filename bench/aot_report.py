@@ -13,6 +13,12 @@ RESULTS = Path(__file__).resolve().parent / "results" / "aot"
 
 _HEAD = ["variant", "kernel", "sm", "warps", "regs", "shared KiB", "spilled", *INSTRUCTIONS, ""]
 
+ASSERTED = """
+Asserted: 0 bytes spilled, shared memory within the GPU's, and, where the variant asks for it, that one of its kernels
+loads 16 bytes at a time, loads asynchronously, uses the architecture's tensor cores. The other counts are for reading:
+load_narrow counts lengths, indices and masked loads, and an empty load_16 is a failure only where a variant asks for it.
+""".strip()
+
 _ABOUT = """
 `python bench/aot.py --write`: the machine code of every launch as production makes it, compiled without a GPU. Counts
 are of instructions in the code, not of executions. `load_16`: 16-byte global loads into registers; `load_narrow`: others;
@@ -54,6 +60,7 @@ def write(report: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
     for op in dict.fromkeys(outcome.job.op for outcome in outcomes):
         rows = [row for outcome in outcomes if outcome.job.op == op for row in _rows(outcome)]
         lines += [f"## {op}", "", _markdown(_HEAD), _markdown(["---"] * len(_HEAD)), *map(_markdown, rows), ""]
+    lines += [*ASSERTED.splitlines(), ""]
     (RESULTS / "README.md").write_text("\n".join(lines))
 
 

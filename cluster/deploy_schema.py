@@ -6,7 +6,7 @@ Every mistake is one SetupError line that names the file, the line, the key, the
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -40,7 +40,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class _RolePlanSchema(_Strict):
@@ -136,9 +136,16 @@ def merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
 
 
 def deployment_from(
-    values: Mapping[str, Any], *, source: str, lines: Mapping[tuple[str, ...], int] | None = None
+    values: Mapping[str, Any],
+    *,
+    source: str = "",
+    lines: Mapping[tuple[str, ...], int] | None = None,
+    named: Callable[[tuple[str, ...]], str] = ".".join,
 ) -> Deployment:
-    """Check ``values`` as a deploy file's content. ``lines`` maps a key's path to its line, for the message."""
+    """Check ``values`` as a deploy file's content.
+
+    For the message: ``source`` begins it, ``lines`` maps a key's path to its line, ``named`` says what a path is called.
+    """
     try:
         deployment = _DeploymentSchema.model_validate(dict(values)).to_deployment()
     except ValidationError as error:
@@ -147,10 +154,11 @@ def deployment_from(
         first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
         path = tuple(str(part) for part in first["loc"])
         line = _line(path, lines or {})
-        raise SetupError(f"{source}{f':{line}' if line else ''}: {_explain(path, dict(first))}") from error
+        where = f"{source}{f':{line}' if line else ''}: " if source else ""
+        raise SetupError(where + _explain(path, dict(first), named)) from error
     problem = _contradiction(deployment)
     if problem is not None:
-        raise SetupError(f"{source}: {problem}")
+        raise SetupError(f"{source}: {problem}" if source else problem)
     return deployment
 
 
@@ -175,8 +183,10 @@ def _contradiction(deployment: Deployment) -> str | None:
     return None
 
 
-def _explain(path: tuple[str, ...], error: dict[str, Any]) -> str:
-    key, value, context = ".".join(path), error.get("input"), error.get("ctx", {})
+def _explain(path: tuple[str, ...], error: dict[str, Any], named: Callable[[tuple[str, ...]], str]) -> str:
+    key, value, context = named(path), error.get("input"), error.get("ctx", {})
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     match error["type"]:
         case "extra_forbidden":
@@ -191,7 +201,10 @@ def _explain(path: tuple[str, ...], error: dict[str, Any]) -> str:
         case "greater_than":
             return f"{key} is {shown}: it must be above {context['gt']:g}"
         case "less_than_equal":
-            return f"{key} is {shown}: the most is {context['le']:g}"
+            hint = ", instances of several GPUs are not there yet" if path[-1] == "gpus" else ""
+            return f"{key} is {shown}: the most is {context['le']:g}{hint}"
+        case "finite_number":
+            return f"{key} is {shown}: it must be a finite number"
         case "literal_error":
             return f"{key} is {shown}: it must be {context['expected']}"
         case "string_pattern_mismatch":

@@ -66,7 +66,13 @@ def deployment_of(arguments: argparse.Namespace) -> Deployment:
             raise SetupError(f"{one_line(error)}; did you mean --model {path}?") from error
     if not arguments.model:
         raise SetupError("give a deploy file or --model, as in: biphase serve --model smollm2")
-    return deployment_from(flags, source="biphase serve")
+    return deployment_from(flags, named=_flag_of)
+
+
+def _flag_of(path: tuple[str, ...]) -> str:
+    """The flag that gives the key at ``path``."""
+    key = path[0] if path[1:] == ("replicas",) else path[-1]
+    return f"--{key.replace('_', '-')}"
 
 
 def _flags(arguments: argparse.Namespace) -> dict[str, Any]:

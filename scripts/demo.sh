@@ -9,12 +9,21 @@ name=demo-$$
 export BIPHASE_RUN_DIR
 BIPHASE_RUN_DIR=$(mktemp -d "${TMPDIR:-/tmp}/biphase-demo.XXXXXX")
 
+# Of what was refused (exit code 2) the line on the terminal says everything, unless something broke behind it.
+logs_help() {
+  if [ "$status" -eq 2 ]; then
+    grep -rqs Traceback "$BIPHASE_RUN_DIR"
+  else
+    [ -n "$(find "$BIPHASE_RUN_DIR" -name '*.log' -size +0)" ]
+  fi
+}
+
 clean_up() {
   local status=$?
   trap - EXIT
   trap '' INT TERM
   "$bin/biphase" stop --name "$name" 2>/dev/null || true
-  if [ $status -ne 0 ] && [ $status -ne 130 ] && [ -n "$(find "$BIPHASE_RUN_DIR" -name '*.log' -size +0)" ]; then
+  if [ $status -ne 0 ] && [ $status -ne 130 ] && logs_help; then
     say "demo.sh: failed; the logs are below $BIPHASE_RUN_DIR"
   else
     rm -rf "$BIPHASE_RUN_DIR"

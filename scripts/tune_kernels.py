@@ -5,6 +5,8 @@
     python scripts/tune_kernels.py --dry-run [--target 90]        lists what would be measured; needs no GPU
     python scripts/tune_kernels.py --defaults                     the ops' own settings for every architecture; needs no GPU
 
+Ops without settings (embed, linear, ...) are not tuned; --op of another name lists those that are.
+
 A shape class is measured on up to two workloads; its best candidate has the least geometric mean of its times, each
 relative to the default's. ``measured`` in the table says of each op how its entries were found. Measured entries belong
 to the GPU's name, defaults to its architecture, which is asked second; ``--defaults`` leaves measured ones alone. After
@@ -39,16 +41,29 @@ _LEAST_GAIN = 0.99
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", choices=sorted(tuned_ops()), help="only these (default: all)")
+    known = ", ".join(tuned_ops())
+    parser.add_argument(
+        "--op", nargs="+", help=f"only these (default: all that have settings; others are not tuned): {known}"
+    )
     parser.add_argument("--budget-s", type=float, default=60, help="seconds for one shape class (default: 60)")
     parser.add_argument("--dry-run", action="store_true", help="list the shape classes and their candidates")
     parser.add_argument("--target", type=int, default=90, choices=AOT_TARGETS, help="of --dry-run without a GPU")
     parser.add_argument("--defaults", action="store_true", help="write the ops' own settings instead of measuring")
     parser.add_argument("--table", type=Path, default=TABLE, help="the file (default: the one in the tree)")
     arguments = parser.parse_args()
+    others = [name for name in arguments.op or [] if name not in tuned_ops()]
+    if others:
+        print(
+            f"tune_kernels.py: no settings under the name {', '.join(others)}, and ops without settings are not tuned; "
+            f"tuned are: {known}",
+            file=sys.stderr,
+        )
+        return 2
     ops = [op for name, op in tuned_ops().items() if arguments.op is None or name in arguments.op]
     if arguments.defaults:
+        before = entries(arguments.table)
         write_defaults(arguments.table, ops)
+        print(f"wrote {arguments.table}: {changes(before, entries(arguments.table))}")
         return 0
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not arguments.dry_run:
@@ -61,12 +76,26 @@ def main() -> int:
     if arguments.dry_run:
         list_work(ops, target)
         return 0
+    before = entries(arguments.table)
     for op in ops:
         cases = [w for w in workloads(device, target.capability) if w.op == op.name]
         for key, users in by_key(op, cases).items():
             best, how = measure(op, target, key, users, arguments.budget_s)
             put(arguments.table, target.name, op.name, {key: best}, how)
+    print(f"wrote {arguments.table}: {changes(before, entries(arguments.table))}")
     return 0
+
+
+def entries(path: Path) -> dict[tuple[str, str, str], Settings]:
+    """Of a table: (GPU or sm_NN, op, shape class) -> settings."""
+    found = json.loads(path.read_text())["settings"] if path.exists() else {}
+    return {(d, op, key): value for d, ops in found.items() for op, keys in ops.items() for key, value in keys.items()}
+
+
+def changes(before: dict[tuple[str, str, str], Settings], after: dict[tuple[str, str, str], Settings]) -> str:
+    new, gone = len(after.keys() - before.keys()), len(before.keys() - after.keys())
+    changed = sum(before[entry] != after[entry] for entry in before.keys() & after.keys())
+    return f"{len(after)} entries, of which {changed} changed and {new} are new; {gone} removed"
 
 
 def write_defaults(path: Path, ops: list[TunedOp]) -> None:

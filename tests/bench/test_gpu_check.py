@@ -56,6 +56,9 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_one_part_in_a_bare_python(bare: dict[str, str], tmp_path: Path) -> None:
     done = check(bare, "--smoke", "--only", "compile", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("smoke: tiny shapes, on the CPU: the figures mean nothing\n")
+    said = (tmp_path / "out/summary.md").read_text().splitlines()
+    assert said[:3] == ["# no GPU (smoke)", "", "smoke: tiny shapes, on the CPU: the figures mean nothing"]
     assert "; installed with pip; results in" in done.stdout and "compile: ok in" in done.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compile.json", "summary.md"]
     assert json.loads((tmp_path / "out/compile.json").read_text())["problems"] == 0

@@ -62,10 +62,13 @@ def test_help_imports_neither_torch_nor_ray(environment: Environment) -> None:
         (("serve", "smollm2"), "did you mean --model smollm2?"),
         (("serve", "nowhere.yaml"), "cannot read deploy file nowhere.yaml"),
         (("serve", "--model", "nowhere.gguf"), "nowhere.gguf"),
-        (("serve", "--model", "smollm2", "--kv-memory", "lots"), "kv_memory is 'lots'"),
-        (("serve", "--model", "smollm2", "--decode", "0"), "decode.replicas is 0"),
-        (("serve", "--model", "smollm2", "--port", "99999"), "port is 99999: the most is 65535"),
-        (("serve", "--model", "smollm2", "--name", "No Name"), "name is 'No Name'"),
+        (("serve", "--model", "smollm2", "--kv-memory", "lots"), "biphase: --kv-memory is 'lots'"),
+        (("serve", "--model", "smollm2", "--decode", "0"), "biphase: decode.replicas is 0"),
+        (("serve", "--model", "smollm2", "--port", "99999"), "biphase: --port is 99999: the most is 65535"),
+        (("serve", "--model", "smollm2", "--prefill", "-1"), "biphase: --prefill is -1: the least is 0"),
+        (("serve", "--model", "smollm2", "--gpus", "2"), "biphase: --gpus is 2: the most is 1, instances of several"),
+        (("serve", "--model", "smollm2", "--gpus", "nan"), "biphase: --gpus is nan: it must be a finite number"),
+        (("serve", "--model", "smollm2", "--name", "No Name"), "biphase: --name is 'No Name'"),
     ],
 )
 def test_a_mistake_is_one_line(environment: Environment, arguments: tuple[str, ...], words: str) -> None:

@@ -1,5 +1,6 @@
 """The deploy file: what it accepts, and the one line it answers a mistake with."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,12 @@ def test_a_full_deployment_survives_json() -> None:
         ({"model": "m", "decode": {"replicas": 0}}, "decode.replicas is 0: at least 1 decode instance is needed"),
         ({"model": "m", "mode": "strict", "prefill": {"replicas": 0}}, "strict needs at least 1 prefill instance"),
         ({"model": "m", "prefill": {"block_size": 16}}, "are 16 and the default: they must be equal"),
-        ({"model": "m", "decode": {"gpus": 2}}, "here: decode.gpus is 2: the most is 1"),
+        (
+            {"model": "m", "decode": {"gpus": 2.0}},
+            "here: decode.gpus is 2: the most is 1, instances of several GPUs are not there yet",
+        ),
+        ({"model": "m", "decode": {"gpus": math.nan}}, "here: decode.gpus is nan: it must be a finite number"),
+        ({"model": "m", "drain_s": math.inf}, "here: drain_s is inf: it must be a finite number"),
         ({"model": "m", "device": "gpu"}, "here: device is 'gpu': it must be 'auto', 'cpu' or 'cuda'"),
         ({"model": "m", "device": "cpu", "decode": {"gpus": 0.5}}, "decode.gpus is 0.5 with device cpu: give another"),
         (

@@ -25,6 +25,14 @@ def compiled(tmp_path: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]
     return done.returncode, done.stdout, json.loads(report.read_text())
 
 
+def test_an_unknown_op_is_refused_in_a_line() -> None:
+    command = [sys.executable, str(ROOT / "bench" / "aot.py"), "--op", "embed", "nope"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("aot.py: no op nope; there are: decode_attention, ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_variant_of_each_kernel_compiles_for_all_architectures(tmp_path: Path) -> None:

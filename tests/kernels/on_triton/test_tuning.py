@@ -116,3 +116,33 @@ def test_without_a_gpu_it_says_so(
     monkeypatch.setattr(sys, "argv", ["tune_kernels.py", "--dry-run", "--op", "rms_norm"])
     assert script.main() == 0
     assert "F4096: 6 candidates, default {'num_warps': 8}" in capsys.readouterr().out
+
+
+def test_defaults_say_what_was_written_where(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "table.json"
+    script.put(path, "sm_90", "silu_mul", {"I7": {"BLOCK": 1, "num_warps": 1}}, script.NOT_MEASURED)
+    script.put(path, "sm_90", "rms_norm", {"F4096": {"num_warps": 1}}, script.NOT_MEASURED)
+    before = path.read_text()
+    monkeypatch.setattr(
+        sys, "argv", ["tune_kernels.py", "--defaults", "--op", "rms_norm", "silu_mul", "--table", str(path)]
+    )
+    assert script.main() == 0
+    number = len(script.entries(path))
+    assert capsys.readouterr().out == (
+        f"wrote {path}: {number} entries, of which 1 changed and {number - 1} are new; 1 removed\n"
+    )
+    assert path.read_text() != before
+    assert script.main() == 0
+    assert "of which 0 changed and 0 are new; 0 removed" in capsys.readouterr().out
+
+
+def test_an_op_without_settings_is_refused_in_a_line(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune_kernels.py", "--op", "rms_norm", "embed"])
+    assert script.main() == 2
+    said = capsys.readouterr().err
+    assert "under the name embed, and ops without settings are not tuned; tuned are: decode_attention, " in said
+    assert len(said.splitlines()) == 1
