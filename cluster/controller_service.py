@@ -83,6 +83,7 @@ def _process_status(controller: "Controller", slot: Slot) -> controller_pb2.Proc
         said = slot.announcement
         status.pid, status.address, status.threads = said.pid, said.address, said.threads
         status.kv_bytes, status.log_file, status.progress = said.kv_bytes, said.log_file, said.progress
+        status.device = said.device
         status.detail = status.detail or said.detail
     return status
 

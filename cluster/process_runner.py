@@ -79,7 +79,7 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
         engine=EngineConfig(
             model=deployment.model,
             load_format=deployment.load_format,
-            device="cpu" if spec.gpus == 0 and plan.gpus == 0 else deployment.device,
+            device=_device(deployment.device, plan.gpus),
             dtype=deployment.dtype,
             kv_dtype=deployment.kv_dtype,
             gpu_share=spec.gpus or 1.0,
@@ -96,6 +96,13 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
         max_queued_tokens=plan.max_queued_tokens,
         log_file=str(spec.log_file),
     )
+
+
+def _device(asked: str, gpus: float | None) -> str:
+    """A plan that says how many GPUs means it: without one the instance does not start, instead of computing elsewhere."""
+    if gpus is None:
+        return asked
+    return "cuda" if gpus else "cpu"
 
 
 def _router_config(spec: ProcessSpec) -> "RouterConfig":

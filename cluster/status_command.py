@@ -96,7 +96,7 @@ def _print_table(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> None
     if seen.detail:
         console.print(seen.detail, markup=False)
     table = Table(box=None, pad_edge=False)
-    for column in ("process", "state", "pid", "incarnation", "threads", "KV memory", "restarts", "address", "log"):
+    for column in ("process", "state", "pid", "incarnation", "device", "threads", "KV memory", "restarts", "address", "log"):
         table.add_column(column, overflow="fold")
     for process in seen.processes:
         state = process.state
@@ -107,6 +107,7 @@ def _print_table(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> None
             state,
             str(process.pid or "-"),
             str(process.incarnation),
+            process.device or "-",
             str(process.threads or "-"),
             f"{process.kv_bytes / 2**20:.0f} MiB" if process.kv_bytes else "-",
             str(process.restarts),

@@ -88,6 +88,13 @@ class Engine(ABC):
             max_model_len=max_model_len,
         )
 
+    @property
+    def device(self) -> str:
+        """Where it computes and in what, for people: ``cuda bfloat16, KV float8_e4m3fn``."""
+        config = self.config
+        kv_dtype = "" if config.kv_dtype == config.dtype else f", KV {config.kv_dtype}"
+        return f"{config.device} {config.dtype}{kv_dtype}"
+
     @staticmethod
     def load(config: EngineConfig, progress: Progress) -> "Engine":
         """The engine of the configured device. Call it in the thread that will launch: torch keeps thread counts and

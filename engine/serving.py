@@ -67,7 +67,13 @@ async def serve_worker(config: WorkerConfig, announcer: Announcer, stop: asyncio
         worker.on_drain = draining
         address = config.address(port)
         announcer.update(
-            state="ready", detail="", progress=1.0, address=address, threads=engine.threads, kv_bytes=engine.kv_bytes
+            state="ready",
+            detail="",
+            progress=1.0,
+            address=address,
+            threads=engine.threads,
+            kv_bytes=engine.kv_bytes,
+            device=engine.device,
         )
         _log.info(
             "%s, a %s instance of %s (incarnation %d), is ready at %s: %d threads, %d blocks of %d tokens, %d bytes of KV",

@@ -77,7 +77,9 @@ def choose_backend(device: str) -> Backend:
     if (name == "triton" or on_gpu) and importlib.util.find_spec("triton") is None:
         raise ValueError(f"device {device} with {name} kernels needs the package triton: pip install 'biphase[gpu]'")
     if name == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("Triton kernels on the cpu run in Triton's interpreter only: set TRITON_INTERPRET=1")
+        raise ValueError(
+            "BIPHASE_KERNELS=triton runs on a GPU; on the cpu only this project's tests use these kernels, interpreted"
+        )
     reason = f"BIPHASE_KERNELS={asked} says" if asked else f"the default of device {device}"
     return Backend(name=name, token_major=on_gpu or name == "triton", reason=reason)
 

@@ -130,6 +130,7 @@ class ProcessStatus(google.protobuf.message.Message):
     RESTARTS_FIELD_NUMBER: builtins.int
     LOG_FILE_FIELD_NUMBER: builtins.int
     COUNTERS_FIELD_NUMBER: builtins.int
+    DEVICE_FIELD_NUMBER: builtins.int
     name: builtins.str
     kind: builtins.str
     """prefill, decode, router, controller"""
@@ -146,6 +147,8 @@ class ProcessStatus(google.protobuf.message.Message):
     kv_bytes: builtins.int
     restarts: builtins.int
     log_file: builtins.str
+    device: builtins.str
+    """of an instance, with its dtypes"""
     @property
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     def __init__(
@@ -165,8 +168,9 @@ class ProcessStatus(google.protobuf.message.Message):
         restarts: builtins.int = ...,
         log_file: builtins.str = ...,
         counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        device: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "incarnation", b"incarnation", "kind", b"kind", "kv_bytes", b"kv_bytes", "log_file", b"log_file", "name", b"name", "node", b"node", "pid", b"pid", "progress", b"progress", "restarts", b"restarts", "state", b"state", "threads", b"threads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "kind", b"kind", "kv_bytes", b"kv_bytes", "log_file", b"log_file", "name", b"name", "node", b"node", "pid", b"pid", "progress", b"progress", "restarts", b"restarts", "state", b"state", "threads", b"threads"]) -> None: ...
 
 Global___ProcessStatus: typing_extensions.TypeAlias = ProcessStatus
 

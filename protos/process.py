@@ -30,6 +30,8 @@ class Announcement:
     address: str = ""
     threads: int = 0
     kv_bytes: int = 0
+    device: str = ""
+    """Of an instance, with its dtypes."""
     log_file: str = ""
 
     def to_json(self) -> str:

@@ -127,27 +127,27 @@ class GpuEngine(Engine):
         accelerator = Accelerator(torch.device(config.device))
         accelerator.enter()
         progress("opening weights", 0.0)
-        checkpoint = open_checkpoint(
-            config.model,
-            dtype=config.dtype,
-            cache_dir=Path(config.weights_cache) if config.weights_cache else None,
-            progress=lambda text, done: progress(text, 0.5 * done),
-            load_format=config.load_format,
-            device=accelerator.device,
-        )
-        progress(f"weights to {config.device}", 0.5)
-        with torch.inference_mode():
-            try:
+        try:
+            checkpoint = open_checkpoint(
+                config.model,
+                dtype=config.dtype,
+                cache_dir=Path(config.weights_cache) if config.weights_cache else None,
+                progress=lambda text, done: progress(text, 0.5 * done),
+                load_format=config.load_format,
+                device=accelerator.device,
+            )
+            progress(f"weights to {config.device}", 0.5)
+            with torch.inference_mode():
                 moved = {name: tensor.to(accelerator.device) for name, tensor in checkpoint.tensors.items()}
                 on_device = Checkpoint(config=checkpoint.config, model_hash=checkpoint.model_hash, tensors=moved)
                 engine = GpuEngine(config, on_device, paged_kernels(kernels), accelerator)
-                progress("kernels and graphs", 0.7)
-                engine.warm_up(lambda done: progress("kernels and graphs", 0.7 + 0.3 * done))
-            except torch.OutOfMemoryError as error:
-                line = f"{config.device} has too little memory for {config.model}: {one_line(error)}"
-                raise SetupError(line) from error
-            except ValueError as error:  # what the kernels do not support: a head_dim, a dtype on this GPU, a size
-                raise SetupError(f"{config.model} on {config.device}: {one_line(error)}") from error
+            progress("kernels and graphs", 0.7)
+            engine.warm_up(lambda done: progress("kernels and graphs", 0.7 + 0.3 * done))
+        except torch.OutOfMemoryError as error:
+            line = f"{config.device} has too little memory for {config.model}: {one_line(error)}"
+            raise SetupError(line) from error
+        except ValueError as error:  # what the kernels do not support: a head_dim, a dtype on this GPU, a size
+            raise SetupError(f"{config.model} on {config.device}: {one_line(error)}") from error
         progress("loaded", 1.0)
         return engine
 

@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from biphase.cluster.backend import ProcessSpec
 from biphase.cluster.deployment import Deployment, Device, RolePlan
 from biphase.cluster.gpus import divide, host_gpus, in_parts
+from biphase.cluster.process_runner import _worker_config
+from biphase.cluster.wanted import spec_of
 from biphase.protos.errors import SetupError
 
 Role = tuple[int, float | None]
@@ -142,3 +145,14 @@ def test_the_gpus_of_a_host_are_those_that_are_visible(tmp_path: Path) -> None:
     assert host_gpus({"CUDA_VISIBLE_DEVICES": "3, GPU-3f"}, tmp_path) == ("3", "GPU-3f")
     assert host_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == ()
     assert host_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path) == ()
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(None, "auto"), (0.0, "cpu"), (0.5, "cuda"), (1.0, "cuda")])
+def test_a_plan_that_says_how_many_gpus_means_it(gpus: float | None, device: str) -> None:
+    """An instance that was promised a GPU and finds none must not start on the CPU instead."""
+    deployment = Deployment(model="m", decode=RolePlan(gpus=gpus))
+    base = ProcessSpec(
+        name="controller", kind="controller", incarnation=1, deployment=deployment, run_dir="/r", controller_address=""
+    )
+    assert _worker_config(spec_of(base, "decode-0", 1)).engine.device == device
+    assert _worker_config(spec_of(base, "prefill-0", 1)).engine.device == "auto"

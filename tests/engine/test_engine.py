@@ -116,6 +116,7 @@ def test_forbidden_ids_are_not_drawn(engine: Engine) -> None:
 def test_the_pool_is_shared_with_transfers(engine: Engine) -> None:
     assert engine.kv_memory.layout == engine.layout
     assert engine.kv_memory.num_blocks == engine.num_blocks == 12
+    assert engine.device == "cpu float32"
     assert engine.kv_bytes == 12 * engine.layout.block_bytes
     assert engine.model_info.max_model_len == 32
     assert engine.model_info.architecture == "llama"
