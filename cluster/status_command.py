@@ -96,7 +96,18 @@ def _print_table(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> None
     if seen.detail:
         console.print(seen.detail, markup=False)
     table = Table(box=None, pad_edge=False)
-    for column in ("process", "state", "pid", "incarnation", "device", "threads", "KV memory", "restarts", "address", "log"):
+    for column in (
+        "process",
+        "state",
+        "pid",
+        "incarnation",
+        "device",
+        "threads",
+        "KV memory",
+        "restarts",
+        "address",
+        "log",
+    ):
         table.add_column(column, overflow="fold")
     for process in seen.processes:
         state = process.state
