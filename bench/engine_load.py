@@ -11,9 +11,7 @@ from biphase.decode_worker.requests import DecodeRequest
 from biphase.decode_worker.scheduler import DecodeScheduler
 from biphase.engine.block_pool import BlockPool
 from biphase.engine.cpu_engine import CpuEngine
-from biphase.engine.limits import Limits
 from biphase.engine.step import SeqStep, StepPlan, StepResult
-from biphase.kernels.kv_layout import KvBox
 from biphase.protos.ids import BlockId, SeqId
 from biphase.protos.values import Sampling
 
@@ -69,15 +67,9 @@ class Colocated:
 
     def run(self, requests: int, input_len: int, output_len: int, sampling: Sampling | None = None) -> Run:
         """That many requests at once, to their last token."""
-        info, engine = self.engine.model_info, self.engine
+        engine = self.engine
         pool = BlockPool(engine.num_blocks, engine.layout.block_size)
-        limits = Limits(
-            vocab_size=info.vocab_size,
-            max_model_len=info.max_model_len,
-            eos_token_ids=info.eos_token_ids,
-            num_blocks=engine.num_blocks,
-            block_size=engine.layout.block_size,
-        )
+        limits = engine.limits
         scheduler = DecodeScheduler(pool, limits)
         base = sampling or Sampling()
         offers = [self._request(input_len, output_len, base, i) for i in range(requests)]
@@ -141,14 +133,7 @@ class LongContext:
         self._tables = [
             [BlockId(block) for block in blocks[i * per_request : (i + 1) * per_request]] for i in range(requests)
         ]
-        box = KvBox(
-            layer_start=0,
-            layer_end=layout.num_layers,
-            head_start=0,
-            head_end=layout.num_kv_heads,
-            token_start=0,
-            token_end=context,
-        )
+        box = layout.box(context)
         values = np.random.default_rng(0).standard_normal(box.num_bytes(layout) // layout.itemsize, dtype=np.float32)
         for table in self._tables:
             engine.kv_memory.unpack(table, box, values)

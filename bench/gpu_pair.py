@@ -35,7 +35,6 @@ from biphase.engine.engine import Engine
 from biphase.engine.engine_thread import EngineThread
 from biphase.engine.gpu.engine import GpuEngine
 from biphase.engine.step import SeqStep, StepPlan
-from biphase.kernels.kv_layout import KvBox
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
 from biphase.kvtransfer.puller import KvPuller, PullResult
 from biphase.kvtransfer.server import KvServer
@@ -323,14 +322,7 @@ async def compare(arguments: argparse.Namespace, folder: Path, out: GpuReport) -
 
 def kv_bytes(engine: Engine, blocks: Sequence[BlockId], num_tokens: int) -> bytes:
     layout = engine.layout
-    box = KvBox(
-        layer_start=0,
-        layer_end=layout.num_layers,
-        head_start=0,
-        head_end=layout.num_kv_heads,
-        token_start=0,
-        token_end=num_tokens,
-    )
+    box = layout.box(num_tokens)
     packed = bytearray(box.num_bytes(layout))
     engine.kv_memory.pack(blocks, box, packed)
     return bytes(packed)

@@ -118,14 +118,7 @@ async def host_gaps(
 async def _host_gap(
     config: WorkerConfig, thread: EngineThread, engine: Engine, load: Load, steps: int, trace: Path | None
 ) -> Gap:
-    info = engine.model_info
-    limits = Limits(
-        vocab_size=info.vocab_size,
-        max_model_len=info.max_model_len,
-        eos_token_ids=info.eos_token_ids,
-        num_blocks=engine.num_blocks,
-        block_size=engine.layout.block_size,
-    )
+    limits = engine.limits
     async with decode_phase(config, engine, limits, thread) as (worker, _):
         source = _Source(worker, limits, load.prompt_len)
         running = asyncio.create_task(worker.run())

@@ -31,7 +31,7 @@ import grpc.aio
 import numpy as np
 import report
 
-from biphase.kernels.kv_layout import KvBox, KvLayout
+from biphase.kernels.kv_layout import KvLayout
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
 from biphase.kvtransfer.frames import HEADER_BYTES
@@ -63,14 +63,7 @@ def num_tokens_of(megabytes: int) -> int:
 
 def pieces_of(num_tokens: int, frame_bytes: int) -> list[int]:
     """Bytes of the frames of one handoff."""
-    whole = KvBox(
-        layer_start=0,
-        layer_end=LAYOUT.num_layers,
-        head_start=0,
-        head_end=LAYOUT.num_kv_heads,
-        token_start=0,
-        token_end=num_tokens,
-    )
+    whole = LAYOUT.box(num_tokens)
     pieces = split(LAYOUT, whole, frame_bytes - HEADER_BYTES)
     return [HEADER_BYTES + piece.num_bytes(LAYOUT) for piece in pieces]
 

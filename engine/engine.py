@@ -9,6 +9,7 @@ import torch
 
 from biphase.engine.checkpoint import Checkpoint
 from biphase.engine.config import EngineConfig
+from biphase.engine.limits import Limits
 from biphase.engine.model_config import ModelConfig
 from biphase.engine.plan_limits import PlanLimits
 from biphase.engine.step import PendingStep, StepPlan, StepResult
@@ -86,6 +87,18 @@ class Engine(ABC):
             num_blocks=num_blocks,
             vocab_size=self.model_info.vocab_size,
             max_model_len=max_model_len,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """What requests can fit here, by model and pool."""
+        info = self.model_info
+        return Limits(
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            eos_token_ids=info.eos_token_ids,
+            num_blocks=self.num_blocks,
+            block_size=self.layout.block_size,
         )
 
     @property

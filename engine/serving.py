@@ -48,13 +48,7 @@ async def serve_worker(config: WorkerConfig, announcer: Announcer, stop: asyncio
             announcer.update(state="stopped", detail="")
             return
         info = engine.model_info
-        limits = Limits(
-            vocab_size=info.vocab_size,
-            max_model_len=info.max_model_len,
-            eos_token_ids=info.eos_token_ids,
-            num_blocks=engine.num_blocks,
-            block_size=engine.layout.block_size,
-        )
+        limits = engine.limits
         worker, kv_address = await closing.enter_async_context(phase(config, engine, limits, thread))
         service = LinkService(_identity(config, engine, kv_address), worker)
         port, standard = await closing.enter_async_context(_listening(config, service))

@@ -70,6 +70,17 @@ class KvLayout:
         """Blocks that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
+    def box(self, num_tokens: int) -> "KvBox":
+        """All layers and heads of a request's first ``num_tokens`` tokens."""
+        return KvBox(
+            layer_start=0,
+            layer_end=self.num_layers,
+            head_start=0,
+            head_end=self.num_kv_heads,
+            token_start=0,
+            token_end=num_tokens,
+        )
+
 
 def uniform_scales(num_layers: int, num_kv_heads: int, scale: float = 1.0) -> KvScales:
     """The same scale everywhere: what a model without calibrated ones gets."""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack import KvMemory
 from biphase.kvtransfer import frames
 from biphase.kvtransfer.allocator import keep_freed_memory
@@ -104,14 +103,7 @@ class KvPuller:
                 f"ticket {short(ticket.id)} is over {ticket.num_tokens} tokens, "
                 f"{len(blocks)} blocks hold {len(blocks) * layout.block_size}"
             )
-        whole = KvBox(
-            layer_start=0,
-            layer_end=layout.num_layers,
-            head_start=0,
-            head_end=layout.num_kv_heads,
-            token_start=0,
-            token_end=ticket.num_tokens,
-        )
+        whole = layout.box(ticket.num_tokens)
         handoff = Handoff(layout=layout, epoch=epoch, whole=whole)
         peer = self._peer(ticket.kv_address)
         peer.users += 1

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from biphase.engine.plan_limits import PlanLimits
 from biphase.engine.step import SeqStep, StepPlan
-from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack import KvMemory
 from biphase.protos.ids import BlockId, SeqId
 from biphase.protos.values import Sampling
@@ -52,14 +51,7 @@ def row_counts(most: int) -> list[int]:
 def warm_up_handoff(memory: KvMemory) -> None:
     """One token of block 0 out of the pool and back, as a handoff moves it: the event loop must never wait for a compiler."""
     layout = memory.layout
-    box = KvBox(
-        layer_start=0,
-        layer_end=layout.num_layers,
-        head_start=0,
-        head_end=layout.num_kv_heads,
-        token_start=0,
-        token_end=1,
-    )
+    box = layout.box(1)
     packed = bytearray(box.num_bytes(layout))
     memory.pack([0], box, packed)
     memory.unpack([0], box, packed)

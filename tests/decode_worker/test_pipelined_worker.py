@@ -17,7 +17,6 @@ from biphase.decode_worker.worker import DecodeWorker
 from biphase.engine.config import EngineConfig
 from biphase.engine.engine import Engine, Progress
 from biphase.engine.engine_thread import EngineThread
-from biphase.engine.limits import Limits
 from biphase.engine.worker import Worker
 from biphase.engine.worker_config import WorkerConfig
 from biphase.prefill_worker.serve import prefill_phase
@@ -78,14 +77,7 @@ async def instance(role: Role, model_dir: Path, load: Load, **settings: int) -> 
         engine = await thread.load(lambda detail, done: None)
         if isinstance(engine, PipelinedEngine):
             closing.callback(engine.close)
-        info = engine.model_info
-        limits = Limits(
-            vocab_size=info.vocab_size,
-            max_model_len=info.max_model_len,
-            eos_token_ids=info.eos_token_ids,
-            num_blocks=engine.num_blocks,
-            block_size=BLOCK_SIZE,
-        )
+        limits = engine.limits
         phase = prefill_phase if role == "prefill" else decode_phase
         worker, _ = await closing.enter_async_context(phase(config, engine, limits, thread))
         address, _ = await closing.enter_async_context(serving(worker, role))

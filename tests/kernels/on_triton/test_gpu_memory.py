@@ -126,7 +126,7 @@ def test_what_is_pending_is_asked_for_at_each_pack(device: torch.device) -> None
 def test_packing_waits_for_the_engines_stream(device: torch.device) -> None:
     """The pool is written behind a long wait on the engine's stream; pack returns what that has written."""
     if device.type != "cuda":
-        pytest.skip("needs streams")
+        pytest.skip("no GPU: its streams are what this is about")
     pool = torch.zeros(LAYOUT.pool_shape(NUM_BLOCKS), dtype=torch.bfloat16, device=device)
     engine, event = torch.cuda.Stream(), torch.cuda.Event()
     memory = GpuKvMemory(pool, LAYOUT, after=lambda: event)
