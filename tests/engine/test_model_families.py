@@ -5,21 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.random_models import LLAMA3_ROPE, random_model
 from transformers import (
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
     MixtralConfig,
-    MixtralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from biphase.engine.config import EngineConfig
@@ -41,31 +36,22 @@ SIZES = {
     "eos_token_id": 2,
     "attn_implementation": "eager",
 }
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 QWEN3_EXPERTS = SIZES | {"head_dim": 16, "num_experts": 16, "num_experts_per_tok": 5, "moe_intermediate_size": 24}
-FAMILIES: dict[str, Callable[[], tuple[type[PreTrainedModel], PretrainedConfig]]] = {
-    "llama": lambda: (LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "llama-tied": lambda: (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "llama3-rope": lambda: (LlamaForCausalLM, LlamaConfig(**SIZES, rope_scaling=LLAMA3_ROPE)),
-    "linear-rope": lambda: (
-        LlamaForCausalLM,
-        LlamaConfig(**SIZES, rope_scaling={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama-tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama3-rope": lambda: LlamaConfig(**SIZES, rope_scaling=LLAMA3_ROPE),
+    "linear-rope": lambda: LlamaConfig(
+        **SIZES, rope_scaling={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     ),
-    "qwen2": lambda: (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
-    "qwen3": lambda: (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16)),
-    "mistral": lambda: (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
-    "mistral-window": lambda: (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=13)),
-    "mixtral": lambda: (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
-    "mixtral-window": lambda: (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=8, sliding_window=13)),
-    "qwen3-moe": lambda: (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_EXPERTS, norm_topk_prob=True)),
-    "qwen3-moe-not-renormalized": lambda: (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_EXPERTS)),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "mistral-window": lambda: MistralConfig(**SIZES, sliding_window=13),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+    "mixtral-window": lambda: MixtralConfig(**SIZES, num_local_experts=8, sliding_window=13),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**QWEN3_EXPERTS, norm_topk_prob=True),
+    "qwen3-moe-not-renormalized": lambda: Qwen3MoeConfig(**QWEN3_EXPERTS),
 }
 BLOCK_SIZE = 8
 TABLES = ([3, 0, 9, 14, 1, 12, 8], [2, 11, 5, 7, 4, 16, 6], [10, 15, 17, 13, 18, 19, 20])
@@ -76,15 +62,7 @@ GREEDY = Sampling()
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Engine]:
     """A small random model as transformers runs it, and the same one as we do."""
     folder: Path = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(7)
-    model_class, config = FAMILIES[request.param]()
-    model = model_class(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            else:
-                parameter.mul_(4)  # far from uniform: greedy tokens then have a margin
+    model = random_model(FAMILIES[request.param](), seed=7, gain=4)
     model.save_pretrained(folder)
     engine = Engine.load(
         EngineConfig(

@@ -8,21 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.random_models import LLAMA3_ROPE, random_model
 from transformers import (
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
     MixtralConfig,
-    MixtralForCausalLM,
     PretrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from biphase.engine.config import EngineConfig
@@ -46,24 +40,16 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 EXPERTS = SIZES | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
-FAMILIES: dict[str, Callable[[], tuple[type[PreTrainedModel], PretrainedConfig]]] = {
-    "llama3-rope": lambda: (LlamaForCausalLM, LlamaConfig(**SIZES, rope_scaling=LLAMA3_ROPE)),
-    "llama-tied": lambda: (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "mistral-window": lambda: (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=13)),
-    "qwen2": lambda: (Qwen2ForCausalLM, Qwen2Config(**(SIZES | {"hidden_size": 256}))),
-    "qwen3": lambda: (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
-    "mixtral": lambda: (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
-    "qwen3-moe": lambda: (Qwen3MoeForCausalLM, Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True)),
-    "qwen3-moe-not-renormalized": lambda: (Qwen3MoeForCausalLM, Qwen3MoeConfig(**EXPERTS)),
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama3-rope": lambda: LlamaConfig(**SIZES, rope_scaling=LLAMA3_ROPE | {"original_max_position_embeddings": 16}),
+    "llama-tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mistral-window": lambda: MistralConfig(**SIZES, sliding_window=13),
+    "qwen2": lambda: Qwen2Config(**(SIZES | {"hidden_size": 256})),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True),
+    "qwen3-moe-not-renormalized": lambda: Qwen3MoeConfig(**EXPERTS),
 }
 GREEDY = Sampling()
 NUM_DECODED = 5
@@ -74,15 +60,7 @@ BLOCKS = ([3, 0, 6], [2, 7, 1])
 @pytest.fixture(scope="module", params=FAMILIES)
 def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(11)
-    model_class, config = FAMILIES[request.param]()
-    model = model_class(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            else:
-                parameter.mul_(12)  # far from uniform: greedy tokens then have a margin
+    model = random_model(FAMILIES[request.param](), seed=11, gain=12)
     model.save_pretrained(folder)
     return folder
 
