@@ -1,10 +1,12 @@
 """Everything one worker process is started with. Plain values; defaults live here and nowhere else."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 from biphase.engine.config import EngineConfig
 from biphase.protos.errors import SetupError
+from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.values import Role
 
 
@@ -17,6 +19,14 @@ class WorkerConfig:
     two steps): what may wait here; a single longer prompt is taken when nothing waits. ``local_prefill_tokens``
     (decode): prompt tokens per step while others decode. ``lease_s``: how long an abandoned ticket lives.
     ``pull_timeout_s``: how long a pull may go without progress.
+
+    ``plan``, ``rank``: which part of the instance this process is. The ranks share ``rank_key``, 32 hex digits; rank 0
+    listens for the others on ``rank_port`` of ``host``, they find it at ``leader`` (its address, or the file that it
+    announces itself in) or as their starter tells them. ``join_timeout_s``: how long they wait for each other before
+    anything is loaded; ``step_timeout_s``: how long a step may take before the instance is given up.
+
+    ``kv_transport``, ``kv_codec``: how KV travels to and from here; ``inject_faults``: what goes wrong on its way, for
+    drills.
     """
 
     name: str
@@ -34,6 +44,16 @@ class WorkerConfig:
     lease_s: float = 30.0
     pull_timeout_s: float = 60.0
     log_file: str = ""
+    plan: ParallelPlan = ParallelPlan()
+    rank: int = 0
+    rank_key: str = ""
+    rank_port: int = 0
+    leader: str = ""
+    join_timeout_s: float = 120.0
+    step_timeout_s: float = 60.0
+    kv_transport: str = "auto"
+    kv_codec: str = "raw"
+    inject_faults: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -48,10 +68,16 @@ class WorkerConfig:
         _in_range("local_prefill_tokens", self.local_prefill_tokens, 1, 2**20)
         if self.max_queued_tokens is not None:
             _in_range("max_queued_tokens", self.max_queued_tokens, 1, 2**31 - 1)
-        for name in ("lease_s", "pull_timeout_s"):
+        for name in ("lease_s", "pull_timeout_s", "join_timeout_s", "step_timeout_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise SetupError(f"{name} is {value}, it must be above 0")
+        _in_range("rank_port", self.rank_port, 0, 65535)
+        _in_range("rank", self.rank, 0, self.plan.num_ranks - 1)
+        if self.plan.num_ranks > 1 and re.fullmatch(r"[0-9a-f]{32}", self.rank_key) is None:
+            raise SetupError(
+                f"rank_key has {len(self.rank_key)} characters, the ranks of {self.plan} share 32 hex digits"
+            )
 
     @property
     def queue_tokens(self) -> int:

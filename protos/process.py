@@ -33,6 +33,10 @@ class Announcement:
     device: str = ""
     """Of an instance, with its dtypes."""
     log_file: str = ""
+    rank: int = 0
+    """Of an instance of several: each rank announces itself; the instance is what its rank 0 says."""
+    rank_address: str = ""
+    """Of rank 0 of several: where the other ranks join it."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
