@@ -36,8 +36,9 @@ from biphase.engine.engine_thread import EngineThread
 from biphase.engine.gpu.engine import GpuEngine
 from biphase.engine.step import SeqStep, StepPlan
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
+from biphase.kvtransfer.grpc_server import GrpcKvServer
 from biphase.kvtransfer.puller import KvPuller, PullResult
-from biphase.kvtransfer.server import KvServer
+from biphase.kvtransfer.service import KvService
 from biphase.kvtransfer.signature import KvSignatureValue
 from biphase.protos.ids import BlockId, Incarnation, InstanceName, SeqId, TicketId
 from biphase.protos.values import KvTicket, Sampling
@@ -156,7 +157,9 @@ async def source(config: EngineConfig) -> None:
     def ended(end: ExportEnded) -> None:
         pass
 
-    server = KvServer(exports=exports, memory=engine.kv_memory, signature=signature("P", engine), on_ended=ended)
+    service = KvService(exports=exports, memory=engine.kv_memory, signature=signature("P", engine), on_ended=ended)
+    service.start()
+    server = GrpcKvServer(service)
     port = await server.start("127.0.0.1", 0)
     print(json.dumps({"port": port}), flush=True)
     free = Blocks(engine, seed=1)
@@ -169,6 +172,7 @@ async def source(config: EngineConfig) -> None:
         exports.finish(ticket, token, time.monotonic())
         print(json.dumps({"ticket": ticket.hex(), "token": token, "logits": logits}), flush=True)
     await server.stop()
+    await service.stop()
     await thread.close()
 
 

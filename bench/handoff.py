@@ -35,9 +35,10 @@ from biphase.kernels.kv_layout import KvLayout
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
 from biphase.kvtransfer.frames import HEADER_BYTES
+from biphase.kvtransfer.grpc_server import GrpcKvServer
 from biphase.kvtransfer.pieces import split
 from biphase.kvtransfer.puller import KvPuller, PullResult
-from biphase.kvtransfer.server import KvServer
+from biphase.kvtransfer.service import KvService
 from biphase.kvtransfer.signature import MAX_FRAME_BYTES, KvSignatureValue
 from biphase.protos.grpc_setup import bind, channel_options, server_options
 from biphase.protos.ids import BlockId, Incarnation, InstanceName, SeqId, TicketId
@@ -80,7 +81,7 @@ class Endless:
 
 # The source: a process of its own.
 
-_servers: list[KvServer] = []
+_servers: list[GrpcKvServer] = []
 """Kept for as long as the process lives."""
 
 
@@ -95,7 +96,9 @@ async def serve_kv(num_tokens: int, frame_bytes: int) -> tuple[ExportTable, list
         pass
 
     kv_signature = signature("prefill-bench", frame_bytes)
-    server = KvServer(exports=exports, memory=CpuKvMemory(pool, LAYOUT), signature=kv_signature, on_ended=on_ended)
+    service = KvService(exports=exports, memory=CpuKvMemory(pool, LAYOUT), signature=kv_signature, on_ended=on_ended)
+    service.start()
+    server = GrpcKvServer(service)
     kv_port = await server.start("127.0.0.1", 0)
     _servers.append(server)
     return exports, blocks, kv_port

@@ -1,13 +1,14 @@
 """The reading end of the gRPC transport. Payload bytes pass no protobuf: the pull is a generic stream of raw frames."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import grpc.aio
 
+from biphase.kvtransfer.frames import HEADER_BYTES
 from biphase.kvtransfer.signature import KvSignatureValue
-from biphase.kvtransfer.transport import PullOrder, SourceRefused, SourceUnreachable
+from biphase.kvtransfer.wire import PullOrder, SourceRefused, SourceUnreachable
 from biphase.protos import kv_pb2
 from biphase.protos.grpc_setup import channel_options
 from biphase.protos.ids import TicketId
@@ -20,12 +21,17 @@ _UNREACHABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_
 class GrpcTransport:
     """Sources reached by gRPC, each with a connection for control and one for bulk."""
 
+    name = "grpc"
+
     def open(self, address: str) -> "GrpcSource":
         return GrpcSource(address)
 
+    async def close(self) -> None:
+        pass
+
 
 class GrpcSource:
-    """One prefill instance's KV endpoint."""
+    """One rank's KV endpoint."""
 
     def __init__(self, address: str) -> None:
         self._control = grpc.aio.insecure_channel(address, options=channel_options(bulk=True))
@@ -85,10 +91,10 @@ class GrpcFrameStream:
         self._call = call
         self._broken_off: str | None = None
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncIterator["GrpcArrival"]:
         return self
 
-    async def __anext__(self) -> bytes:
+    async def __anext__(self) -> "GrpcArrival":
         try:
             frame = await self._call.read()
         except grpc.aio.AioRpcError as error:
@@ -99,7 +105,7 @@ class GrpcFrameStream:
                 raise
             raise SourceUnreachable(self._broken_off) from None
         if frame is not grpc.aio.EOF:
-            return bytes(frame)
+            return GrpcArrival(frame)
         if self._broken_off is not None:
             raise SourceUnreachable(self._broken_off)
         raise StopAsyncIteration
@@ -108,6 +114,29 @@ class GrpcFrameStream:
         if self._broken_off is None:
             self._broken_off = reason
             self._call.cancel()
+
+
+class GrpcArrival:
+    """One message: it is all there when it comes."""
+
+    scatters = False
+
+    def __init__(self, message: bytes) -> None:
+        self.header = message[:HEADER_BYTES]
+        self.num_bytes = max(0, len(message) - HEADER_BYTES)
+        self._payload = memoryview(message)[HEADER_BYTES:]
+
+    async def payload(self) -> memoryview:
+        return self._payload
+
+    async def read_into(self, parts: Sequence[memoryview]) -> None:
+        at = 0
+        for part in parts:
+            part[:] = self._payload[at : at + len(part)]
+            at += len(part)
+
+    def intact(self) -> bool:
+        return True
 
 
 def _told(error: grpc.aio.AioRpcError) -> SourceUnreachable | SourceRefused:

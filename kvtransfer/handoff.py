@@ -4,7 +4,7 @@ The driver (the puller) feeds it what happens and does what the state says:
 
     state       event            next        the driver
     CONNECTING  Connected        PULLING     opens the pull of everything
-    PULLING     PieceArrived     PULLING     writes the piece where ``take`` said so
+    PULLING     PieceArrived     PULLING     has written the piece where ``admit`` let it
     PULLING     TrailerArrived   PULLING
     PULLING     AllArrived       RELEASING   sends Release
     PULLING     SomeMissing      REPAIRING   asks for ``wanted`` again, in the same epoch
@@ -16,15 +16,15 @@ The driver (the puller) feeds it what happens and does what the state says:
     any live    Lost             FAILED      the source is gone, silent or refuses
     any live    CancelAsked      CANCELLED
 
-Nothing is believed before it is checked: a piece counts when its header fits the layout and the request, its digest
-is right and none of it has arrived before.
+Nothing is believed before it is checked: a piece is written where its header fits the layout and the request and none of
+it has arrived before, and counts when its digest is right as well.
 """
 
 from dataclasses import dataclass
 from enum import Enum
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
-from biphase.kvtransfer.frames import Frame, FrameError, FrameKind, Trailer, check_piece, read_trailer, where
+from biphase.kvtransfer.frames import FrameError, Header, Trailer, check_piece, where
 from biphase.kvtransfer.pieces import Coverage
 
 
@@ -141,25 +141,28 @@ class Handoff:
                 pass
         return self.state
 
-    def take(self, frame: Frame, wanted: KvBox) -> bool:
-        """Judge a received frame of a pull of ``wanted``. True: a good piece, to be written into the blocks now."""
-        try:
-            if not frame.digest_ok:
-                raise FrameError(f"the digest of a {frame.kind.name.lower()} at {where(frame.box)} is wrong")
-            if frame.epoch != self._epoch:
-                raise FrameError(f"a frame of epoch {frame.epoch} in a pull of epoch {self._epoch}")
-            self.computed_tokens = max(self.computed_tokens, frame.computed_tokens)
-            if frame.kind is FrameKind.TRAILER:
-                self.on(TrailerArrived(read_trailer(frame)))
-            elif frame.kind is FrameKind.PIECE:
-                check_piece(frame, self._layout, wanted)
-                if not self._coverage.add(frame.box):
-                    raise FrameError(f"a piece at {where(frame.box)} came twice")
-                self.on(PieceArrived(frame.box))
-                return True
-        except FrameError as error:
-            self.reject(str(error))
-        return False
+    def admit(self, header: Header, wanted: KvBox, codec: str = "raw") -> None:
+        """Whether a piece of a pull of ``wanted`` may be written, if only its digest is right. Raises FrameError."""
+        self._check_epoch(header)
+        check_piece(header, self._layout, wanted, codec)
+        if not self._coverage.is_free(header.box):
+            raise FrameError(f"a piece at {where(header.box)} came twice")
+
+    def piece_arrived(self, header: Header) -> None:
+        """An admitted piece is written and its digest is right."""
+        if not self._coverage.add(header.box):
+            raise LocalHandoffError(f"a piece at {where(header.box)} was never admitted")
+        self.on(PieceArrived(header.box))
+        self.heard(header)
+
+    def heard(self, header: Header) -> None:
+        """Any frame whose digest is right. Raises FrameError for one of another epoch."""
+        self._check_epoch(header)
+        self.computed_tokens = max(self.computed_tokens, header.computed_tokens)
+
+    def _check_epoch(self, header: Header) -> None:
+        if header.epoch != self._epoch:
+            raise FrameError(f"a frame of epoch {header.epoch} in a pull of epoch {self._epoch}")
 
     def reject(self, reason: str) -> None:
         """A frame that is of no use; what it should have brought is missing at the stream's end."""

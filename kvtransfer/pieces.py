@@ -83,15 +83,21 @@ class Coverage:
 
     def add(self, box: KvBox) -> bool:
         """``box`` has arrived: True, or False (and nothing changes) where it lies outside or overlaps what has."""
-        if not contains(self.whole, box):
+        if not self.is_free(box):
             return False
-        for (token_start, token_end), pieces in self._columns.items():
-            if token_start < box.token_end and box.token_start < token_end and _meets_any(box, pieces):
-                return False
         self._columns.setdefault((box.token_start, box.token_end), []).append(box)
         self.num_pieces += 1
         self._volume += _volume(box)
         return True
+
+    def is_free(self, box: KvBox) -> bool:
+        """Whether ``box`` lies inside and nothing of it has arrived."""
+        if not contains(self.whole, box):
+            return False
+        return not any(
+            token_start < box.token_end and box.token_start < token_end and _meets_any(box, pieces)
+            for (token_start, token_end), pieces in self._columns.items()
+        )
 
     @property
     def complete(self) -> bool:

@@ -1,7 +1,7 @@
-"""The decode side's shell of a handoff: drives the machine over a transport and writes pieces into blocks.
+"""The decode side's shell of a handoff: drives the machine over a wire and writes pieces into blocks.
 
-Lives in the worker's loop and writes there too: a piece takes some 0.2 ms per MiB, and fresh from gRPC it is still in
-the cache. While the instance decodes, the pull leaves the loop, and with it the GIL, to the decode most of the time.
+Lives in the worker's loop and writes there too: a piece takes some 0.2 ms per MiB, and fresh from the wire it is still
+in the cache. While the instance decodes, the pull leaves the loop, and with it the GIL, to the decode most of the time.
 
 Two things end a pull whose source has stopped: keepalive (see grpc_setup), and silence of SILENCE_S where the source
 should have sent a piece or, while it computes, a beat. A source that computes slowly is left alone as long as it beats
@@ -19,11 +19,11 @@ from biphase.kernels.kv_pack import KvMemory
 from biphase.kvtransfer import frames
 from biphase.kvtransfer.allocator import keep_freed_memory
 from biphase.kvtransfer.exports import short
-from biphase.kvtransfer.frames import FrameError
+from biphase.kvtransfer.frames import FrameError, FrameKind, Header
 from biphase.kvtransfer.grpc_transport import GrpcTransport
-from biphase.kvtransfer.handoff import Acknowledged, CancelAsked, Connected, Handoff, Lost, State
+from biphase.kvtransfer.handoff import Acknowledged, CancelAsked, Connected, Handoff, Lost, State, TrailerArrived
 from biphase.kvtransfer.signature import BYTES_DIGEST, KvSignatureValue, common_codec, common_digest, mismatch
-from biphase.kvtransfer.transport import PullOrder, Source, SourceRefused, SourceUnreachable, Transport
+from biphase.kvtransfer.wire import Arrival, PullOrder, Source, SourceRefused, SourceUnreachable, Transport
 from biphase.protos.errors import HandoffFailed
 from biphase.protos.ids import BlockId
 from biphase.protos.values import KvTicket
@@ -202,29 +202,48 @@ class KvPuller:
         trailer_s = None
         num_bad_before = handoff.num_bad
         try:
-            async for data in stream:
+            async for arrival in stream:
                 watch.heard()
+                before = handoff.computed_tokens
                 try:
-                    frame = frames.parse(data, order.ticket, order.digest)
+                    header = frames.parse_header(arrival.header, arrival.num_bytes)
+                    await self._take(arrival, header, order, handoff, blocks)
                 except FrameError as error:
                     handoff.reject(str(error))
+                    if handoff.num_bad - num_bad_before > _MOST_BAD:
+                        raise SourceRefused(f"{_MOST_BAD} bad frames in one stream, the last: {error}") from None
                     continue
-                before = handoff.computed_tokens
-                if handoff.take(frame, order.box):
-                    self._memory.unpack(blocks, frame.box, frame.payload)
-                    watch.progressed()
-                elif frame.kind is frames.FrameKind.TRAILER:
+                finally:
+                    del arrival  # free for the message that is received meanwhile
+                if header.kind is FrameKind.TRAILER:
                     trailer_s = time.monotonic()
-                if handoff.computed_tokens > before:
+                if header.kind is FrameKind.PIECE or handoff.computed_tokens > before:
                     watch.progressed()
-                if handoff.num_bad - num_bad_before > _MOST_BAD:
-                    raise SourceRefused(f"{_MOST_BAD} bad frames in one stream, the last: {handoff.last_bad}")
-                del data, frame  # free for the message that is received meanwhile
                 await pace.rest()
         finally:
             watch.end()
             stream.break_off("the reader has ended it")
         return trailer_s
+
+    async def _take(
+        self, arrival: Arrival, header: Header, order: PullOrder, handoff: Handoff, blocks: Sequence[BlockId]
+    ) -> None:
+        """Write a piece, or note what else the frame says. Raises FrameError for one that does not count."""
+        if header.kind is not FrameKind.PIECE:
+            payload = await arrival.payload() if header.payload_bytes else b""
+            frames.check_digest(header, order.ticket, (payload,))
+            handoff.heard(header)
+            if header.kind is FrameKind.TRAILER:
+                handoff.on(TrailerArrived(frames.read_trailer(payload)))
+            return
+        handoff.admit(header, order.box, order.codec)
+        payload = await arrival.payload()
+        content_sum = frames.sum_of(payload) if frames.is_summed(header.kind, order.digest) else None
+        frames.check_digest(header, order.ticket, (payload,), content_sum)
+        self._memory.unpack(blocks, header.box, payload)
+        if not arrival.intact():
+            raise FrameError(f"a piece at {frames.where(header.box)} was overwritten while it was read")
+        handoff.piece_arrived(header)
 
     async def _repair(
         self, source: Source, order: PullOrder, handoff: Handoff, blocks: Sequence[BlockId], timeout_s: float

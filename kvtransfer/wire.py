@@ -130,7 +130,7 @@ class FrameSink(Protocol):
         ...
 
     async def send(self, header: bytes, payload: "Room | Sequence[memoryview] | bytes") -> None:
-        """When it returns, the memory behind ``payload`` is no longer read on our account."""
+        """When it returns or raises, cancelled too, the memory behind ``payload`` is no longer read on our account."""
         ...
 
     def close(self) -> None:

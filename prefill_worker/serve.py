@@ -12,7 +12,8 @@ from biphase.engine.serving import serve_worker
 from biphase.engine.worker import StepRunner
 from biphase.engine.worker_config import WorkerConfig
 from biphase.kvtransfer.exports import ExportTable
-from biphase.kvtransfer.server import KvServer
+from biphase.kvtransfer.grpc_server import GrpcKvServer
+from biphase.kvtransfer.service import KvService
 from biphase.kvtransfer.signature import KvSignatureValue
 from biphase.prefill_worker.scheduler import PrefillScheduler
 from biphase.prefill_worker.worker import PrefillWorker
@@ -47,10 +48,13 @@ async def prefill_phase(
         rope=engine.rope_signature,
         content_digest=engine.kv_memory.content_digest,
     )
-    server = KvServer(exports=exports, memory=engine.kv_memory, signature=signature, on_ended=worker.export_ended)
-    worker.transfer_counters = server.counters
+    service = KvService(exports=exports, memory=engine.kv_memory, signature=signature, on_ended=worker.export_ended)
+    service.start()
+    worker.transfer_counters = service.counters
+    server = GrpcKvServer(service)
     worker.kv_address = config.address(await server.start(config.host, config.kv_port))
     try:
         yield worker, worker.kv_address
     finally:
         await server.stop()
+        await service.stop()

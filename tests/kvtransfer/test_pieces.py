@@ -7,7 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
-from biphase.kvtransfer.frames import FrameError, FrameKind, NewFrame, Trailer, beat, parse, read_trailer, trailer
+from biphase.kvtransfer.frames import (
+    HEADER_BYTES,
+    FrameError,
+    FrameKind,
+    Header,
+    Trailer,
+    beat,
+    check_digest,
+    parse_header,
+    read_trailer,
+    seal,
+    trailer,
+)
 from biphase.kvtransfer.handoff import AllArrived, CancelAsked, Connected, Handoff, LocalHandoffError, State
 from biphase.kvtransfer.pieces import Coverage, contains, split
 from biphase.protos.ids import TicketId
@@ -84,10 +96,18 @@ def test_coverage_takes_each_element_once_and_knows_what_is_missing(whole: KvBox
     assert coverage.complete == (not missing)
 
 
+def received(data: bytes, ticket: TicketId = TICKET) -> tuple[Header, bytes]:
+    """Header and payload of a frame whose digest is right. Raises FrameError."""
+    payload = data[HEADER_BYTES:]
+    header = parse_header(data[:HEADER_BYTES], len(payload))
+    check_digest(header, ticket, (payload,))
+    return header, payload
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_frame_or_an_error(data: bytes) -> None:
     try:
-        parse(data, TICKET)
+        received(data)
     except FrameError as error:
         assert "\n" not in str(error)
 
@@ -95,25 +115,26 @@ def test_any_bytes_are_a_frame_or_an_error(data: bytes) -> None:
 @given(st.binary(max_size=64), st.data())
 def test_every_bit_of_a_frame_counts(payload: bytes, data: st.DataObject) -> None:
     box = KvBox(layer_start=0, layer_end=1, head_start=2, head_end=3, token_start=4, token_end=5)
-    frame = NewFrame(FrameKind.PIECE, epoch=3, box=box, payload_bytes=len(payload), computed_tokens=5)
-    frame.payload[:] = payload
-    sealed = frame.seal(TICKET)
-    good = parse(sealed, TICKET)
-    assert (good.digest_ok, good.box, good.epoch, bytes(good.payload)) == (True, box, 3, payload)
-    assert not parse(sealed, TicketId(b"another ticket!!")).digest_ok
+    parts = (payload[:7], payload[7:])
+    header = seal(
+        TICKET, FrameKind.PIECE, epoch=3, box=box, payload_bytes=len(payload), computed_tokens=5, contents=parts
+    )
+    sealed = header + payload
+    good, content = received(sealed)
+    assert (good.box, good.epoch, content) == (box, 3, payload)
+    with pytest.raises(FrameError, match="digest of a piece"):
+        received(sealed, TicketId(b"another ticket!!"))
     bit = data.draw(st.integers(0, len(sealed) * 8 - 1))
     flipped = bytearray(sealed)
     flipped[bit // 8] ^= 1 << bit % 8
-    try:
-        assert not parse(bytes(flipped), TICKET).digest_ok
-    except FrameError:
-        pass
+    with pytest.raises(FrameError):
+        received(bytes(flipped))
 
 
 def test_trailer_and_beat_survive_the_wire() -> None:
     value = Trailer(first_token=49151, total_bytes=1 << 40, num_pieces=9, age_ms=1.5)
-    assert read_trailer(parse(trailer(TICKET, 1, value, 10), TICKET)) == value
-    assert parse(beat(TICKET, 1, 10), TICKET).computed_tokens == 10
+    assert read_trailer(received(b"".join(trailer(TICKET, 1, value, 10)))[1]) == value
+    assert received(beat(TICKET, 1, 10))[0].computed_tokens == 10
 
 
 def test_the_table_forbids_what_a_state_does_not_know() -> None:

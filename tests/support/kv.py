@@ -17,9 +17,10 @@ from biphase.kernels.kv_layout import KvBox, KvLayout
 from biphase.kernels.kv_pack import CpuKvMemory, KvMemory
 from biphase.kernels.kv_pack.checksum import sum64
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
+from biphase.kvtransfer.grpc_server import GrpcKvServer
 from biphase.kvtransfer.grpc_transport import SERVICE
 from biphase.kvtransfer.puller import KvPuller
-from biphase.kvtransfer.server import KvServer
+from biphase.kvtransfer.service import KvService
 from biphase.kvtransfer.signature import KvSignatureValue
 from biphase.protos.grpc_setup import bind, channel_options, server_options
 from biphase.protos.ids import BlockId, Incarnation, InstanceName, TicketId
@@ -100,7 +101,8 @@ class PrefillSide:
     pool: np.ndarray[Any, Any]
     blocks_pool: CountingPool
     exports: ExportTable
-    server: KvServer
+    service: KvService
+    server: GrpcKvServer
     signature: KvSignatureValue
     address: str
     ended: list[ExportEnded]
@@ -177,12 +179,17 @@ async def prefill_side(
         ended.append(end)
         ended_event.set()
 
-    server = KvServer(exports=exports, memory=kv_memory, signature=signature, on_ended=on_ended)
+    service = KvService(exports=exports, memory=kv_memory, signature=signature, on_ended=on_ended)
+    service.start()
+    server = GrpcKvServer(service)
     port = await server.start("127.0.0.1", 0)
     try:
-        yield PrefillSide(pool, blocks_pool, exports, server, signature, f"127.0.0.1:{port}", ended, ended_event)
+        yield PrefillSide(
+            pool, blocks_pool, exports, service, server, signature, f"127.0.0.1:{port}", ended, ended_event
+        )
     finally:
         await server.stop()
+        await service.stop()
 
 
 @asynccontextmanager

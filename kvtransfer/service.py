@@ -1,0 +1,315 @@
+"""What one rank of a prefill instance answers its readers, whatever the wire: handshake, pull, release.
+
+Lives in the worker's loop, like the export table. A piece is packed and digested in the loop, in some 0.3 ms per MiB
+with the GIL released: handing it to a thread and back costs more than that. The blocks are held while a piece is packed
+or, where the sink takes the pool's own memory, until it has sent it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from biphase.kernels.kv_layout import KvBox
+from biphase.kernels.kv_pack import KvMemory
+from biphase.kvtransfer import frames
+from biphase.kvtransfer.allocator import keep_freed_memory
+from biphase.kvtransfer.exports import ExportEnded, ExportRefused, ExportTable, Pull, Refusal, short
+from biphase.kvtransfer.frames import FrameKind, Trailer
+from biphase.kvtransfer.pieces import split
+from biphase.kvtransfer.signature import SUM_DIGEST, KvSignatureValue, mismatch
+from biphase.kvtransfer.wire import FrameSink, PullOrder
+from biphase.protos.ids import TicketId
+
+_log = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+"""A waiting reader hears from us at least this often; see puller.SILENCE_S."""
+
+RefusedBecause = Literal["gone", "stale", "invalid"]
+"""The ticket is not, or no longer; the call is meant for another life, model or epoch; it could never be served."""
+
+
+class KvRefused(Exception):
+    """A call that is answered no; the text is one line, for the reader."""
+
+    def __init__(self, because: RefusedBecause, text: str) -> None:
+        super().__init__(text)
+        self.because = because
+
+    @staticmethod
+    def of(error: ExportRefused) -> "KvRefused":
+        return KvRefused("stale" if error.refusal is Refusal.STALE_EPOCH else "gone", str(error))
+
+
+@dataclass(eq=False, slots=True)
+class _Reader:
+    """One open pull. ``evicted`` is set when its task was cancelled because the pull must end."""
+
+    pull: Pull
+    order: PullOrder
+    sink: FrameSink
+    task: "asyncio.Task[object]"
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    evicted: bool = False
+    num_pieces: int = 0
+    num_bytes: int = 0
+
+
+class KvService:
+    """Answers for one rank. Wires call ``handshake``, ``release`` and, in a task of the pull's own, ``serve``.
+
+    ``wrap_sink`` is put around the sink of every pull, for drills.
+    """
+
+    def __init__(
+        self,
+        *,
+        exports: ExportTable,
+        memory: KvMemory,
+        signature: KvSignatureValue,
+        on_ended: Callable[[ExportEnded], None],
+        wrap_sink: Callable[[FrameSink], FrameSink] = lambda sink: sink,
+    ) -> None:
+        if SUM_DIGEST in signature.digests and memory.content_digest != "sum64":
+            raise ValueError(f"{signature.instance} offers digest {SUM_DIGEST}, its memory packs without a sum")
+        self.signature = signature
+        self._exports = exports
+        self._memory = memory
+        self._on_ended = on_ended
+        self._wrap_sink = wrap_sink
+        self._payload_bytes = signature.max_message_bytes - frames.HEADER_BYTES
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._readers: dict[TicketId, set[_Reader]] = {}
+        self._settling = False
+        self._lease_timer: asyncio.TimerHandle | None = None
+        self._counters = {"pulls": 0, "pulls_refused": 0, "pieces_sent": 0, "bytes_sent": 0, "handshakes_refused": 0}
+
+    def start(self) -> None:
+        """Watch the table, in the running loop. Before the first wire listens."""
+        keep_freed_memory()
+        self._loop = asyncio.get_running_loop()
+        self._exports.watch(self.wake)
+
+    async def stop(self) -> None:
+        """End every pull; returns when the last has ended. After the last wire has stopped listening."""
+        readers = [reader for readers in self._readers.values() for reader in readers]
+        for reader in readers:
+            reader.task.cancel()
+        if readers:
+            await asyncio.wait([reader.task for reader in readers])
+        self._loop = None
+        if self._lease_timer is not None:
+            self._lease_timer.cancel()
+            self._lease_timer = None
+
+    def wake(self, ticket: TicketId) -> None:
+        """Something about this ticket has changed: its open pulls look again, ended tickets are reported."""
+        for reader in self._readers.get(ticket, ()):
+            reader.changed.set()
+            if not reader.evicted and not self._allowed(reader.pull):
+                reader.evicted = True
+                reader.task.cancel()
+        if not self._settling and self._loop is not None:
+            self._settling = True
+            self._loop.call_soon(self._settle)
+
+    def counters(self) -> dict[str, int]:
+        return {**self._counters, **self._exports.counters()}
+
+    # What a wire calls.
+
+    def handshake(self, theirs: KvSignatureValue) -> KvSignatureValue:
+        """Our signature, for a reader with that one. Raises KvRefused."""
+        reason = mismatch(theirs, self.signature)
+        if reason is not None:
+            self._counters["handshakes_refused"] += 1
+            _log.warning("handshake refused: %s", reason)
+            raise KvRefused("stale", reason)
+        return self.signature
+
+    def release(self, ticket: TicketId, epoch: int, incarnation: int) -> None:
+        """The reader holds everything. Raises KvRefused."""
+        self._check_incarnation(incarnation)
+        try:
+            self._exports.release(ticket, epoch, time.monotonic())
+        except ExportRefused as error:
+            raise KvRefused.of(error) from None
+
+    async def serve(self, order: PullOrder, sink: FrameSink) -> None:
+        """Serve one pull to its end, in the current task, and close the sink.
+
+        Raises KvRefused, with what the reader is to be told, and whatever the sink raised. Where the pull must end, the
+        task is cancelled in whatever the sink is doing and then raises KvRefused.
+        """
+        sink = self._wrap_sink(sink)
+        try:
+            self._check_incarnation(order.incarnation)
+            try:
+                pull = self._exports.begin_pull(order.ticket, order.epoch, time.monotonic())
+            except ExportRefused as error:
+                self._counters["pulls_refused"] += 1
+                _log.info("pull refused: %s", error)
+                raise KvRefused.of(error) from None
+            await self._serve_open(pull, order, sink)
+        finally:
+            sink.close()
+
+    # Serving one pull.
+
+    async def _serve_open(self, pull: Pull, order: PullOrder, sink: FrameSink) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        reader = _Reader(pull=pull, order=order, sink=sink, task=task)
+        self._readers.setdefault(order.ticket, set()).add(reader)
+        self._counters["pulls"] += 1
+        try:
+            self._check_fit(order, pull)
+            await self._frames(reader)
+        except ExportRefused as error:
+            if reader.evicted:  # the cancellation is on its way still: it must not hit the wire's answer
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0)
+                task.uncancel()
+            raise self._turned_away(error) from None
+        except asyncio.CancelledError:
+            if not reader.evicted:
+                raise
+            task.uncancel()
+            try:
+                self._exports.readable_tokens(pull)
+            except ExportRefused as error:
+                raise self._turned_away(error) from None
+        finally:
+            readers = self._readers[order.ticket]
+            readers.discard(reader)
+            if not readers:
+                del self._readers[order.ticket]
+            self._exports.end_pull(pull, time.monotonic())
+
+    async def _frames(self, reader: _Reader) -> None:
+        exports, pull, wanted = self._exports, reader.pull, reader.order.box
+        await self._beat(reader)
+        token = wanted.token_start
+        while token < wanted.token_end:
+            readable = min(exports.readable_tokens(pull), wanted.token_end)
+            if readable > token:
+                await self._send(reader, replace(wanted, token_start=token, token_end=readable))
+                token = readable
+            else:
+                await self._wait(reader)
+        if reader.order.pieces_only:
+            return
+        while (first := exports.first_token(pull)) is None:
+            await self._wait(reader)
+        first_token, sampled_s = first
+        trailer = Trailer(
+            first_token=first_token,
+            total_bytes=reader.num_bytes,
+            num_pieces=reader.num_pieces,
+            age_ms=(time.monotonic() - sampled_s) * 1000.0,
+        )
+        await reader.sink.send(*frames.trailer(pull.ticket, pull.epoch, trailer, pull.num_tokens))
+
+    async def _send(self, reader: _Reader, box: KvBox) -> None:
+        """Send a box that may be read now, in pieces, with digests over bytes or sums."""
+        exports, pull, sink = self._exports, reader.pull, reader.sink
+        over_sum = reader.order.digest == SUM_DIGEST
+        for piece in split(self._memory.layout, box, self._payload_bytes):
+            num_bytes = piece.num_bytes(self._memory.layout)
+            room = await sink.room(num_bytes)
+            computed = exports.readable_tokens(pull)  # a pull that must end ends here, within one piece
+            exports.begin_send(pull)
+            try:
+                content_sum = self._memory.pack(pull.blocks, piece, room.payload)
+            finally:
+                exports.end_send(pull, num_bytes)
+            header = frames.seal(
+                pull.ticket,
+                FrameKind.PIECE,
+                epoch=pull.epoch,
+                box=piece,
+                payload_bytes=num_bytes,
+                computed_tokens=computed,
+                contents=(room.payload,),
+                content_sum=content_sum if over_sum else None,
+            )
+            await sink.send(header, room)
+            reader.num_pieces += 1
+            reader.num_bytes += num_bytes
+            self._counters["pieces_sent"] += 1
+            self._counters["bytes_sent"] += num_bytes
+
+    async def _wait(self, reader: _Reader) -> None:
+        """Until something has changed, or it is time for a beat."""
+        try:
+            async with asyncio.timeout(BEAT_S):
+                await reader.changed.wait()
+            reader.changed.clear()
+        except TimeoutError:
+            await self._beat(reader)
+
+    async def _beat(self, reader: _Reader) -> None:
+        pull = reader.pull
+        await reader.sink.send(frames.beat(pull.ticket, pull.epoch, self._exports.readable_tokens(pull)), b"")
+
+    # Checks.
+
+    def _allowed(self, pull: Pull) -> bool:
+        try:
+            self._exports.readable_tokens(pull)
+        except ExportRefused:
+            return False
+        return True
+
+    def _turned_away(self, error: ExportRefused) -> KvRefused:
+        _log.info("pull ended: %s", error)
+        return KvRefused.of(error)
+
+    def _check_incarnation(self, meant: int) -> None:
+        ours = self.signature
+        if meant != ours.incarnation:
+            text = f"{ours.instance} is incarnation {ours.incarnation}, the call is meant for incarnation {meant}"
+            raise KvRefused("stale", text)
+
+    def _check_fit(self, order: PullOrder, pull: Pull) -> None:
+        """Raises KvRefused for a box, codec or digest that cannot be served."""
+        if order.codec not in self.signature.codecs:
+            raise KvRefused("invalid", f"codec {order.codec!r} is none of {', '.join(self.signature.codecs)}")
+        if order.digest not in self.signature.digests:
+            raise KvRefused("invalid", f"digest {order.digest!r} is none of {', '.join(self.signature.digests)}")
+        layout, box = self._memory.layout, order.box
+        if not (
+            box.layer_start < box.layer_end <= layout.num_layers
+            and box.head_start < box.head_end <= layout.num_kv_heads
+            and box.token_start <= box.token_end <= pull.num_tokens
+        ):
+            raise KvRefused(
+                "invalid",
+                f"a pull of {frames.where(box)} from ticket {short(pull.ticket)} over {layout.num_layers} layers, "
+                f"{layout.num_kv_heads} heads and {pull.num_tokens} tokens",
+            )
+
+    # After changes.
+
+    def _settle(self) -> None:
+        """Report what has ended and set the timer for the next lease."""
+        self._settling = False
+        for ended in self._exports.take_ended():
+            self._on_ended(ended)
+        if self._lease_timer is not None:
+            self._lease_timer.cancel()
+            self._lease_timer = None
+        next_s = self._exports.next_expiry_s()
+        if next_s is not None and self._loop is not None:
+            self._lease_timer = self._loop.call_later(max(0.0, next_s - time.monotonic()), self._expire)
+
+    def _expire(self) -> None:
+        self._lease_timer = None
+        for ticket in self._exports.expire(time.monotonic()):
+            _log.warning("the lease of ticket %s is over; nobody pulled it", short(ticket))
+        if self._lease_timer is None and not self._settling:
+            self._settle()
