@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from biphase.cluster.deployment import Dtype, KvDtype
+from biphase.cluster.deployment import Dtype, KvCodec, KvDtype, KvTransport
 from biphase.cluster.version import version
 from biphase.protos.errors import BiphaseError, InvalidRequest, SetupError, one_line
 
@@ -52,26 +52,44 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
     serve.add_argument("--name", help="the deployment's name, for status and stop (default: biphase)")
     serve.add_argument("--prefill", type=int, metavar="N", help="prefill instances (default 1; 0: colocated)")
     serve.add_argument("--decode", type=int, metavar="N", help="decode instances (default 1)")
+    for role in ("prefill", "decode"):
+        serve.add_argument(
+            f"--{role}-tp", type=int, metavar="N", help=f"ranks that share each layer of a {role} instance (default 1)"
+        )
+        serve.add_argument(
+            f"--{role}-pp", type=int, metavar="N", help=f"pipeline stages of a {role} instance (default 1)"
+        )
     serve.add_argument("--backend", choices=("ray", "process"), help="what runs the processes (default ray)")
     serve.add_argument(
         "--mode", choices=("auto", "strict"), help="strict: decode instances never prefill (default auto)"
     )
     serve.add_argument("--host", help="where the router listens (default 127.0.0.1)")
     serve.add_argument("--port", type=int, help="the router's port (default 8700; 0: any free one)")
-    serve.add_argument("--threads", type=int, metavar="N", help="CPU threads per instance (default cores / instances)")
-    serve.add_argument("--cpus", type=float, metavar="N", help="CPUs per instance asked of Ray (default 1; 0 allowed)")
+    serve.add_argument("--threads", type=int, metavar="N", help="CPU threads per rank (default cores / ranks)")
+    serve.add_argument("--cpus", type=float, metavar="N", help="CPUs per rank asked of Ray (default 1; 0 allowed)")
     serve.add_argument(
-        "--gpus", type=float, metavar="N", help="GPUs per instance, 0 to 1 (default: equal shares, at most one each)"
+        "--gpus", type=float, metavar="N", help="GPUs per rank, 0 to 1 (default: equal shares, at most one each)"
     )
     serve.add_argument(
         "--kv-memory",
         metavar="SIZE",
-        help="KV memory per instance, as in 2GiB (default 20%% of free RAM, 90%% of the GPU less the model)",
+        help="KV memory per rank, as in 2GiB (default 20%% of free RAM, 90%% of the GPU less the model)",
     )
     serve.add_argument("--block-size", type=int, metavar="TOKENS", help="tokens per KV block")
     serve.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output together")
     serve.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run at once per instance")
     serve.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens per engine step")
+    serve.add_argument(
+        "--kv-transport",
+        choices=get_args(KvTransport),
+        help="what KV moves by between instances (default auto: the fastest that both ends share)",
+    )
+    serve.add_argument("--kv-codec", choices=get_args(KvCodec), help="how KV is packed on its way (default raw)")
+    serve.add_argument(
+        "--inject-faults",
+        metavar="SPEC",
+        help="drill: make faults in KV transfers on purpose, as in drop=0.01,corrupt=0.01,delay=0.02:50ms,seed=7",
+    )
     serve.add_argument("--weights-cache", metavar="DIR", help="where converted weights are kept")
     serve.add_argument("--drain-s", type=float, metavar="S", help="how long a stop waits for running requests")
     serve.add_argument("--detach", action="store_true", help="return when ready; `biphase stop` ends it")

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from biphase.cluster.deployment import Deployment, Device, Dtype, KvDtype, LoadFormat, RolePlan
+from biphase.cluster.deployment import (
+    Deployment,
+    Device,
+    Dtype,
+    KvCodec,
+    KvDtype,
+    KvTransport,
+    LoadFormat,
+    RolePlan,
+)
 from biphase.protos.errors import SetupError, one_line
 from biphase.router.config import RequestLimits
 
@@ -21,6 +30,9 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 MIN_KV_MEMORY_BYTES = 2**20
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$"
 MAX_LIMIT = 2**40
+MAX_PARALLEL = 64
+SHORT_NAMES = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
+"""Of a role's keys."""
 _PLAN, _DEPLOYMENT = RolePlan(), Deployment(model="")
 
 
@@ -45,6 +57,8 @@ class _Strict(BaseModel):
 
 class _RolePlanSchema(_Strict):
     replicas: int = Field(_PLAN.replicas, ge=0, le=256)
+    tensor_parallel_size: int = Field(_PLAN.tensor_parallel_size, ge=1, le=MAX_PARALLEL)
+    pipeline_parallel_size: int = Field(_PLAN.pipeline_parallel_size, ge=1, le=MAX_PARALLEL)
     threads: int | None = Field(_PLAN.threads, ge=1, le=1024)
     cpus: float = Field(_PLAN.cpus, ge=0, le=1024)
     gpus: float | None = Field(_PLAN.gpus, ge=0, le=1)
@@ -88,6 +102,9 @@ class _DeploymentSchema(_Strict):
     decode: _RolePlanSchema = Field(default_factory=lambda: _RolePlanSchema.model_validate({}))
     max_model_len: int | None = Field(_DEPLOYMENT.max_model_len, ge=2, le=10_000_000)
     weights_cache: str | None = _DEPLOYMENT.weights_cache
+    kv_transport: KvTransport = _DEPLOYMENT.kv_transport
+    kv_codec: KvCodec = _DEPLOYMENT.kv_codec
+    inject_faults: str = _DEPLOYMENT.inject_faults
     limits: _LimitsSchema = Field(default_factory=lambda: _LimitsSchema.model_validate({}))
     drain_s: float = Field(_DEPLOYMENT.drain_s, ge=0, le=86_400)
     start_timeout_s: float = Field(_DEPLOYMENT.start_timeout_s, gt=0, le=86_400)
@@ -122,8 +139,22 @@ def load_deployment(path: Path, overrides: Mapping[str, Any] | None = None) -> D
         raise SetupError(f"{path}: a deploy file is a mapping of keys such as model, prefill and decode")
     deployment = deployment_from(values, source=str(path), lines=lines)  # the file's own mistakes first
     if overrides:
-        deployment = deployment_from(merge(values, overrides), source=f"{path} with the flags given")
+        merged = merge(with_long_names(values), with_long_names(overrides))
+        deployment = deployment_from(merged, source=f"{path} with the flags given")
     return deployment
+
+
+def with_long_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``tp`` and ``pp`` of a role under their long names. A key that is given by both is left, and refused as unknown."""
+    renamed = dict(values)
+    for role in ("prefill", "decode"):
+        plan = values.get(role)
+        if isinstance(plan, Mapping):
+            renamed[role] = {
+                long if (long := SHORT_NAMES.get(key, key)) == key or long not in plan else key: value
+                for key, value in plan.items()
+            }
+    return renamed
 
 
 def merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +178,7 @@ def deployment_from(
     For the message: ``source`` begins it, ``lines`` maps a key's path to its line, ``named`` says what a path is called.
     """
     try:
-        deployment = _DeploymentSchema.model_validate(dict(values)).to_deployment()
+        deployment = _DeploymentSchema.model_validate(with_long_names(values)).to_deployment()
     except ValidationError as error:
         errors = error.errors(include_url=False)
         # a misspelt key before the missing one that it was meant to be
@@ -171,6 +202,21 @@ def _contradiction(deployment: Deployment) -> str | None:
     if deployment.prefill.replicas and deployment.prefill.block_size != deployment.decode.block_size:
         sizes = [size or "the default" for size in (deployment.prefill.block_size, deployment.decode.block_size)]
         return f"prefill.block_size and decode.block_size are {sizes[0]} and {sizes[1]}: they must be equal"
+    for role, plan in (("prefill", deployment.prefill), ("decode", deployment.decode)):
+        if plan.parallel.num_ranks > 1 and plan.gpus not in (None, 0, 1):
+            return (
+                f"{role}.gpus is {plan.gpus:g} with {plan.parallel}: each rank of an instance needs a GPU of its own, "
+                "give 1, or 0 for the CPU"
+            )
+    if deployment.inject_faults:
+        from biphase.kvtransfer.faults import FaultPlan
+
+        try:
+            FaultPlan.parse(deployment.inject_faults)
+        except SetupError as error:
+            return f"inject_faults: {one_line(error)}"
+    if deployment.device == "cpu" and deployment.kv_transport == "cuda_ipc":
+        return "kv_transport is cuda_ipc with device cpu: it joins GPUs of one host, shm is its like on the CPU"
     if deployment.device == "cpu":
         for name in ("dtype", "kv_dtype"):
             if getattr(deployment, name) not in ("auto", "float32"):
@@ -191,6 +237,8 @@ def _explain(path: tuple[str, ...], error: dict[str, Any], named: Callable[[tupl
     match error["type"]:
         case "extra_forbidden":
             known = list(_schema_at(path[:-1]).model_fields)
+            if path[-1] in SHORT_NAMES and SHORT_NAMES[path[-1]] in known:
+                return f"{key} and {SHORT_NAMES[path[-1]]} are the same key, give one of them"
             near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
             return f"unknown key {key}: {hint}"
@@ -201,7 +249,7 @@ def _explain(path: tuple[str, ...], error: dict[str, Any], named: Callable[[tupl
         case "greater_than":
             return f"{key} is {shown}: it must be above {context['gt']:g}"
         case "less_than_equal":
-            hint = ", instances of several GPUs are not there yet" if path[-1] == "gpus" else ""
+            hint = ", of each rank: an instance of several has tensor_parallel_size" if path[-1] == "gpus" else ""
             return f"{key} is {shown}: the most is {context['le']:g}{hint}"
         case "finite_number":
             return f"{key} is {shown}: it must be a finite number"
@@ -247,6 +295,7 @@ def _lines_of(text: str) -> dict[tuple[str, ...], int]:
                             problem=f"key {key.value} is given twice", problem_mark=key.start_mark
                         )
                     lines[(*path, key.value)] = key.start_mark.line + 1
+                    lines.setdefault((*path, str(SHORT_NAMES.get(key.value, key.value))), key.start_mark.line + 1)
                     walk(value, (*path, key.value))
 
     walk(yaml.compose(text, Loader=yaml.SafeLoader), ())

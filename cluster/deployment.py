@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.values import Mode, Role
 from biphase.router.config import RequestLimits
 
@@ -15,24 +16,33 @@ LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"]
+KvTransport = Literal["auto", "grpc", "tcp", "shm", "cuda_ipc", "dist", "nixl"]
+KvCodec = Literal["raw", "auto", "fp8", "int8", "int4"]
 
 DEFAULT_PORT = 8700
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolePlan:
-    """The instances of one role. None leaves the choice to the instance, which logs and reports it."""
+    """The instances of one role. None leaves the choice to the instance, which logs and reports it.
+
+    ``threads``, ``cpus``, ``gpus`` and ``kv_memory_bytes`` are each rank's; an instance has tp x pp of them, mostly one.
+    """
 
     replicas: int = 1
+    tensor_parallel_size: int = 1
+    """Ranks that share each layer."""
+    pipeline_parallel_size: int = 1
+    """Stages that the layers are divided into."""
     threads: int | None = None
-    """CPU threads of an instance; None: cores / instances on the host, at least 1."""
+    """CPU threads; None: cores / ranks on the host, at least 1."""
     cpus: float = 1.0
-    """CPUs an instance asks Ray for; 0 is allowed. The process backend places nothing and ignores it."""
+    """CPUs asked of Ray; 0 is allowed. The process backend places nothing and ignores it."""
     gpus: float | None = None
-    """GPUs of an instance, 0 (the CPU) to 1: a fraction lies in one GPU, which others share. None: an equal share of what
-    the instances with a number leave, at most one GPU each (``cluster/gpus.py``)."""
+    """GPUs, 0 (the CPU) to 1: a fraction lies in one GPU, which other instances share. None: an equal share of what the
+    instances with a number leave, at most one GPU each. Ranks of one instance have whole GPUs (``cluster/gpus.py``)."""
     kv_memory_bytes: int | None = None
-    """None: on the CPU 20 % of free memory / instances on the host, at most 4 GiB; on a GPU 90 % of its share less what
+    """None: on the CPU 20 % of free memory / ranks on the host, at most 4 GiB; on a GPU 90 % of its share less what
     model and buffers take."""
     block_size: int | None = None
     """Tokens per KV block, equal in both roles for now; None: 32 on the CPU, 64 on a GPU."""
@@ -41,6 +51,10 @@ class RolePlan:
     """Token budget of one engine step."""
     max_queued_tokens: int | None = None
     """Prompt tokens an instance queues before it answers BUSY; None: twice the step budget."""
+
+    @property
+    def parallel(self) -> ParallelPlan:
+        return ParallelPlan(tp=self.tensor_parallel_size, pp=self.pipeline_parallel_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +81,12 @@ class Deployment:
     max_model_len: int | None = None
     """Prompt and output together, in tokens; None: the model's own limit."""
     weights_cache: str | None = None
+    kv_transport: KvTransport = "auto"
+    """What KV moves by between instances; auto: the fastest that both ends share."""
+    kv_codec: KvCodec = "raw"
+    """How KV is packed on its way; auto: by measured bandwidth and codec times, per transfer."""
+    inject_faults: str = ""
+    """Faults that sending ends of KV make on purpose, for drills (``kvtransfer/faults.py``); empty: none."""
     limits: RequestLimits = field(default_factory=RequestLimits)
     """What a client may ask for and how much may wait."""
     drain_s: float = 30.0
@@ -78,8 +98,9 @@ class Deployment:
         return self.prefill if role == "prefill" else self.decode
 
     @property
-    def num_instances(self) -> int:
-        return self.prefill.replicas + self.decode.replicas
+    def num_ranks(self) -> int:
+        """Of all instances."""
+        return sum(plan.replicas * plan.parallel.num_ranks for plan in (self.prefill, self.decode))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

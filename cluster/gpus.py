@@ -1,9 +1,11 @@
-"""Which GPU each instance computes on, and how much of it is its own. Pure but for ``host_gpus``; no torch, no Ray.
+"""Which GPUs each instance computes on, and how much of them is its own. Pure but for ``host_gpus``; no torch, no Ray.
 
 An explicit share (``gpus`` of a role) lies in one GPU. The explicit ones are placed first, the largest before the smaller,
 in the order of instances where they are equal, each on the first GPU with room. Instances without ``gpus`` then get equal
-shares, the largest at most 1 that all of them find in what is left, each on the GPU with most left. Instances on the CPU
-count nowhere. The answer depends on the deployment and the number of GPUs alone: every life of an instance gets the same.
+shares, the largest at most 1 that all of them find in what is left, each on the GPU with most left. An instance of several
+ranks has a whole GPU for each, asked for or not: ranks that compute together wait for the slowest, and NCCL refuses two on
+one GPU. Instances on the CPU count nowhere. The answer depends on the deployment and the number of GPUs alone: every life
+of an instance gets the same.
 """
 
 import os
@@ -24,9 +26,9 @@ class GpuPart:
     """What an instance has of the GPUs."""
 
     share: float = 0.0
-    """The part of one GPU, 0 to 1; 0: it computes on the CPU."""
-    gpu: int | None = None
-    """Which of the GPUs, counted from 0. Ray, which places shares itself, does not take it."""
+    """The part of one GPU that each rank has, 0 to 1; 0: it computes on the CPU."""
+    gpus: tuple[int, ...] = ()
+    """Which of the GPUs, counted from 0, one for each rank. Ray, which places shares itself, does not take them."""
 
 
 def divide(deployment: Deployment, num_gpus: int, *, where: str = "this host") -> dict[str, GpuPart]:
@@ -34,32 +36,37 @@ def divide(deployment: Deployment, num_gpus: int, *, where: str = "this host") -
 
     ``where`` names what has the GPUs, for the message.
     """
-    asked: dict[str, int] = {}
+    asked: dict[str, list[int]] = {}
     unasked: list[str] = []
     parts: dict[str, GpuPart] = {}
     for wanted in wanted_of(deployment):
         if wanted.kind != "prefill" and wanted.kind != "decode":
             continue
-        gpus = deployment.plan(wanted.kind).gpus
+        gpus, num_ranks = deployment.plan(wanted.kind).gpus, deployment.plan(wanted.kind).parallel.num_ranks
         parts[wanted.name] = GpuPart()
+        if gpus is None and num_ranks > 1 and num_gpus:
+            gpus = 1.0
         if gpus and deployment.device != "cpu":
-            asked[wanted.name] = in_parts(gpus)
+            asked[wanted.name] = [in_parts(gpus)] * num_ranks
         elif gpus is None and deployment.device != "cpu" and num_gpus:
             unasked.append(wanted.name)
     left = [WHOLE] * num_gpus
-    for name, share in sorted(asked.items(), key=lambda item: -item[1]):
-        gpu = next((gpu for gpu, room in enumerate(left) if room >= share), None)
-        if gpu is None:
-            raise SetupError(_refusal(list(asked.values()), 0, num_gpus, where))
-        left[gpu] -= share
-        parts[name] = GpuPart(share=share / WHOLE, gpu=gpu)
+    for name, shares in sorted(asked.items(), key=lambda item: -item[1][0]):
+        taken: list[int] = []
+        for share in shares:
+            gpu = next((gpu for gpu, room in enumerate(left) if room >= share), None)
+            if gpu is None:
+                raise SetupError(_refusal(list(asked.values()), 0, num_gpus, where))
+            left[gpu] -= share
+            taken.append(gpu)
+        parts[name] = GpuPart(share=shares[0] / WHOLE, gpus=tuple(taken))
     share = _equal_share(left, len(unasked))
     if unasked and share == 0:
         raise SetupError(_refusal(list(asked.values()), len(unasked), num_gpus, where))
     for name in unasked:
         gpu = max(range(num_gpus), key=left.__getitem__)  # the first of the emptiest: no GPU idles beside a shared one
         left[gpu] -= share
-        parts[name] = GpuPart(share=share / WHOLE, gpu=gpu)
+        parts[name] = GpuPart(share=share / WHOLE, gpus=(gpu,))
     return parts
 
 
@@ -76,17 +83,21 @@ def _equal_share(left: Sequence[int], count: int) -> int:
     return next(fitting, 0)
 
 
-def _refusal(asked: Sequence[int], num_unasked: int, num_gpus: int, where: str) -> str:
+def _refusal(instances: Sequence[Sequence[int]], num_unasked: int, num_gpus: int, where: str) -> str:
+    asked = [share for shares in instances for share in shares]
     total = sum(asked)
-    instances, ask = ("1 instance", "asks") if len(asked) == 1 else (f"{len(asked)} instances", "ask")
-    text = f"{instances} {ask} for {total / WHOLE:g} GPU{'' if total == WHOLE else 's'}"
+    who, ask = ("1 instance", "asks") if len(instances) == 1 else (f"{len(instances)} instances", "ask")
+    if len(asked) > len(instances):
+        who += f" of {len(asked)} ranks"
+    text = f"{who} {ask} for {total / WHOLE:g} GPU{'' if total == WHOLE else 's'}"
     if not num_unasked and total <= num_gpus * WHOLE:
         counts = " and ".join(f"{asked.count(share)} x {share / WHOLE:g}" for share in sorted(set(asked), reverse=True))
         text += f" ({counts}, each within one)"
     text += f", {where} has {num_gpus}"
     if num_unasked:
         text += f", which leaves none for the {num_unasked} without gpus"
-    return f"{text}: lower gpus (a fraction shares a GPU, 0 is the CPU) or replicas"
+    plans = ", tensor_parallel_size, pipeline_parallel_size" if len(asked) > len(instances) else ""
+    return f"{text}: lower gpus (a fraction shares a GPU, 0 is the CPU){plans} or replicas"
 
 
 def host_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> tuple[str, ...]:

@@ -162,9 +162,9 @@ class ProcessBackend:
         if spec.kind != "prefill" and spec.kind != "decode":
             return spec
         part = divide(spec.deployment, len(self._gpus))[spec.name]
-        if part.gpu is None:
+        if not part.gpus:
             return replace(spec, gpus=0.0)
-        return replace(spec, gpus=part.share, env=(*spec.env, ("CUDA_VISIBLE_DEVICES", self._gpus[part.gpu])))
+        return replace(spec, gpus=part.share, env=(*spec.env, ("CUDA_VISIBLE_DEVICES", self._gpus[part.gpus[0]])))
 
     async def adopt(self) -> list[Handle]:
         """Every process with a record here. One that has ended already is there too, with its end and last word."""

@@ -88,7 +88,7 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
             max_model_len=deployment.max_model_len,
             kv_memory_bytes=plan.kv_memory_bytes,
             threads=plan.threads,
-            instances_on_host=deployment.num_instances,
+            instances_on_host=deployment.num_ranks,
             weights_cache=deployment.weights_cache,
         ),
         max_num_seqs=plan.max_num_seqs,

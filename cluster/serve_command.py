@@ -20,12 +20,16 @@ from biphase.cluster.deployment import Deployment
 from biphase.cluster.progress import Progress
 from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord
 from biphase.engine.checkpoint import gguf_config, hf_config
+from biphase.engine.model_config import ModelConfig
 from biphase.protos import model_source
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.gguf_file import GgufFile
+from biphase.protos.values import Role
 
 POLL_S = 0.05
 READY_POLL_S = 0.25
+_PARALLEL_FLAGS = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
+"""What follows the role in a flag's name, and the key it gives."""
 PATIENCE_S = 15.0
 """After the second Ctrl-C; a supervisor that still lives then is killed."""
 
@@ -72,6 +76,8 @@ def deployment_of(arguments: argparse.Namespace) -> Deployment:
 def _flag_of(path: tuple[str, ...]) -> str:
     """The flag that gives the key at ``path``."""
     key = path[0] if path[1:] == ("replicas",) else path[-1]
+    if path[-1] in _PARALLEL_FLAGS.values():
+        key = next(f"{path[0]}_{flag}" for flag, name in _PARALLEL_FLAGS.items() if name == path[-1])
     return f"--{key.replace('_', '-')}"
 
 
@@ -90,6 +96,9 @@ def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
         "mode",
         "host",
         "port",
+        "kv_transport",
+        "kv_codec",
+        "inject_faults",
     )
     values: dict[str, Any] = {
         key: given[key] for key in (*top, "max_model_len", "weights_cache", "drain_s") if key in given
@@ -98,20 +107,19 @@ def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
     shared = {key: given[key] for key in per_role if key in given}
     for role in ("prefill", "decode"):
         plan = {**shared, **({"replicas": given[role]} if role in given else {})}
+        plan |= {name: given[f"{role}_{flag}"] for flag, name in _PARALLEL_FLAGS.items() if f"{role}_{flag}" in given}
         if plan:
             values[role] = plan
     return values
 
 
 def _checked(deployment: Deployment) -> Deployment:
-    """Refuse early what would fail late: the model's files. Paths become absolute."""
+    """Refuse early what would fail late: the model's files, plans that it cannot be cut by. Paths become absolute."""
     if deployment.load_format == "dummy" and Path(deployment.model).suffix == ".json":
         raise SetupError(f"{deployment.model}: a lone configuration has no tokenizer; give a directory that has both")
     source = model_source.resolve(deployment.model, weights=False)
-    if source.kind == "gguf":
-        gguf_config.config_of(GgufFile(source.path))
-    else:
-        hf_config.config_of(source.path)
+    config = gguf_config.config_of(GgufFile(source.path)) if source.kind == "gguf" else hf_config.config_of(source.path)
+    _check_plans(deployment, config)
     deployment = replace(deployment, served_model_name=deployment.served_model_name or source.name)
     with contextlib.suppress(OSError):
         if Path(deployment.model).exists():
@@ -119,6 +127,20 @@ def _checked(deployment: Deployment) -> Deployment:
     if deployment.weights_cache is not None:
         deployment = replace(deployment, weights_cache=str(Path(deployment.weights_cache).expanduser().absolute()))
     return deployment
+
+
+def _check_plans(deployment: Deployment, config: ModelConfig) -> None:
+    """Raises SetupError for a plan that this model cannot be cut by."""
+    for role, plan in (("prefill", deployment.prefill), ("decode", deployment.decode)):
+        reason = plan.parallel.reason_against(
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            intermediate_size=config.intermediate_size,
+            num_experts=config.num_experts,
+        )
+        if plan.replicas and reason is not None:
+            raise SetupError(f"{role}: {reason}")
 
 
 def _check_port(deployment: Deployment) -> None:
@@ -208,8 +230,14 @@ def _stop_line(run_dir: RunDir, ready: bool) -> str:
     return f"draining for at most {run_dir.deployment().drain_s:g} s; Ctrl-C again stops at once"
 
 
+def _count(deployment: Deployment, role: Role) -> str:
+    plan = deployment.plan(role)
+    ranks = f" of {plan.parallel}" if plan.replicas and plan.parallel.num_ranks > 1 else ""
+    return f"{plan.replicas} {role}{ranks}"
+
+
 def ready_line(deployment: Deployment, record: ServeRecord) -> str:
     """The one line that scripts wait for."""
-    counts = f"{deployment.prefill.replicas} prefill, {deployment.decode.replicas} decode"
+    counts = f"{_count(deployment, 'prefill')}, {_count(deployment, 'decode')}"
     took_s = dict(record.stages).get("ready", 0.0)
     return f"ready: {deployment.served_model_name} at {record.router_address} ({counts}, {deployment.backend}, {took_s:.1f} s)"

@@ -66,7 +66,17 @@ def test_help_imports_neither_torch_nor_ray(environment: Environment) -> None:
         (("serve", "--model", "smollm2", "--decode", "0"), "biphase: decode.replicas is 0"),
         (("serve", "--model", "smollm2", "--port", "99999"), "biphase: --port is 99999: the most is 65535"),
         (("serve", "--model", "smollm2", "--prefill", "-1"), "biphase: --prefill is -1: the least is 0"),
-        (("serve", "--model", "smollm2", "--gpus", "2"), "biphase: --gpus is 2: the most is 1, instances of several"),
+        (("serve", "--model", "smollm2", "--gpus", "2"), "biphase: --gpus is 2: the most is 1, of each rank"),
+        (("serve", "--model", "smollm2", "--decode-tp", "0"), "biphase: --decode-tp is 0: the least is 1"),
+        (
+            ("serve", "--model", "smollm2", "--decode-tp", "2"),
+            "biphase: decode: tensor_parallel_size 2 does not divide the model's 9 attention heads",
+        ),
+        (
+            ("serve", "--model", "smollm2", "--prefill-pp", "31"),
+            "biphase: prefill: pipeline_parallel_size 31 is more than the model's 30 layers",
+        ),
+        (("serve", "--model", "smollm2", "--inject-faults", "drop"), "biphase: inject_faults: fault 'drop' is none of"),
         (("serve", "--model", "smollm2", "--gpus", "nan"), "biphase: --gpus is nan: it must be a finite number"),
         (("serve", "--model", "smollm2", "--name", "No Name"), "biphase: --name is 'No Name'"),
     ],

@@ -61,7 +61,7 @@ def test_a_full_deployment_survives_json() -> None:
         ({"model": "m", "mode": "fast"}, "here: mode is 'fast': it must be 'auto' or 'strict'"),
         ({"model": "m", "decode": {"kv_memory": "2XB"}}, "decode.kv_memory is '2XB': give bytes as a number or with"),
         ({"model": "m", "decode": {"kv_memory": 5}}, "5 bytes is less than the least, 1048576 (1MiB)"),
-        ({"model": "m", "decode": 3}, "here: decode is 3: it must be a mapping of replicas, threads"),
+        ({"model": "m", "decode": 3}, "here: decode is 3: it must be a mapping of replicas, tensor"),
         ({"model": "m", "name": "A/../b"}, "here: name is 'A/../b': 1 to 63 characters of a-z"),
         ({"model": "m", "start_timeout_s": 0}, "here: start_timeout_s is 0: it must be above 0"),
         ({"model": "m", "decode": {"replicas": 0}}, "decode.replicas is 0: at least 1 decode instance is needed"),
@@ -69,8 +69,23 @@ def test_a_full_deployment_survives_json() -> None:
         ({"model": "m", "prefill": {"block_size": 16}}, "are 16 and the default: they must be equal"),
         (
             {"model": "m", "decode": {"gpus": 2.0}},
-            "here: decode.gpus is 2: the most is 1, instances of several GPUs are not there yet",
+            "here: decode.gpus is 2: the most is 1, of each rank: an instance of several has tensor_parallel_size",
         ),
+        ({"model": "m", "decode": {"tp": 0}}, "here: decode.tensor_parallel_size is 0: the least is 1"),
+        ({"model": "m", "prefill": {"pp": 65}}, "here: prefill.pipeline_parallel_size is 65: the most is 64"),
+        (
+            {"model": "m", "decode": {"tp": 2, "tensor_parallel_size": 2}},
+            "here: decode.tp and tensor_parallel_size are the same key, give one of them",
+        ),
+        (
+            {"model": "m", "decode": {"tp": 2, "pp": 2, "gpus": 0.5}},
+            "decode.gpus is 0.5 with tp 2 x pp 2: each rank of an instance needs a GPU of its own, give 1, or 0 for",
+        ),
+        ({"model": "m", "kv_transport": "udp"}, "here: kv_transport is 'udp': it must be 'auto', 'grpc', 'tcp', 'shm'"),
+        ({"model": "m", "kv_codec": "zip"}, "here: kv_codec is 'zip': it must be 'raw', 'auto', 'fp8', 'int8' or"),
+        ({"model": "m", "device": "cpu", "kv_transport": "cuda_ipc"}, "kv_transport is cuda_ipc with device cpu: it"),
+        ({"model": "m", "inject_faults": "drop=2"}, "here: inject_faults: "),
+        ({"model": "m", "inject_faults": "dorp=0.1"}, "fault 'dorp=0.1' is none of drop, delay"),
         ({"model": "m", "decode": {"gpus": math.nan}}, "here: decode.gpus is nan: it must be a finite number"),
         ({"model": "m", "drain_s": math.inf}, "here: drain_s is inf: it must be a finite number"),
         ({"model": "m", "device": "gpu"}, "here: device is 'gpu': it must be 'auto', 'cpu' or 'cuda'"),
@@ -122,6 +137,23 @@ def test_flags_win_over_the_file_key_by_key(tmp_path: Path) -> None:
     path.write_text("model: m\nprefill: {replicas: 2, threads: 3}\n")
     deployment = load_deployment(path, {"port": 0, "prefill": {"replicas": 1}})
     assert (deployment.port, deployment.prefill.replicas, deployment.prefill.threads) == (0, 1, 3)
+
+
+def test_short_names_of_a_plan_are_the_long_ones(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text("model: m\nprefill: {tp: 2}\ndecode:\n  tensor_parallel_size: 4\n  pp: 2\n")
+    deployment = load_deployment(path)
+    assert [str(plan.parallel) for plan in (deployment.prefill, deployment.decode)] == ["tp 2 x pp 1", "tp 4 x pp 2"]
+    assert deployment.num_ranks == 2 + 8
+    overridden = load_deployment(path, {"prefill": {"tensor_parallel_size": 1}})
+    assert overridden.num_ranks == 1 + 8
+
+
+def test_a_mistake_under_a_short_name_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text("model: m\ndecode:\n  replicas: 1\n  pp: -2\n")
+    with pytest.raises(SetupError, match=r":4: decode.pipeline_parallel_size is -2: the least is 1"):
+        load_deployment(path)
 
 
 def test_merge_goes_into_mappings() -> None:

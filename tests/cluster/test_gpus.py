@@ -28,7 +28,7 @@ def deployment_of(prefill: Role, decode: Role, device: Device = "auto") -> Deplo
 
 def placed(prefill: Role, decode: Role, num_gpus: int, device: Device = "auto") -> dict[str, tuple[float, int | None]]:
     parts = divide(deployment_of(prefill, decode, device), num_gpus)
-    return {name: (part.share, part.gpu) for name, part in parts.items()}
+    return {name: (part.share, part.gpus[0] if part.gpus else None) for name, part in parts.items()}
 
 
 CPU = (0.0, None)
@@ -68,6 +68,40 @@ CPU = (0.0, None)
 )
 def test_shares_and_places(prefill: Role, decode: Role, num_gpus: int, parts: list[tuple[float, int | None]]) -> None:
     assert list(placed(prefill, decode, num_gpus).values()) == parts
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "num_gpus", "gpus"),
+    [
+        (RolePlan(), RolePlan(tensor_parallel_size=2), 4, [(2,), (0, 1)]),
+        (RolePlan(), RolePlan(tensor_parallel_size=2, gpus=1.0), 3, [(2,), (0, 1)]),
+        (RolePlan(tensor_parallel_size=2), RolePlan(pipeline_parallel_size=3), 5, [(0, 1), (2, 3, 4)]),
+        (RolePlan(gpus=0.5), RolePlan(gpus=1.0, tensor_parallel_size=2), 3, [(2,), (0, 1)]),
+        (
+            RolePlan(tensor_parallel_size=2, pipeline_parallel_size=2),
+            RolePlan(replicas=2),
+            5,
+            [(0, 1, 2, 3), (4,), (4,)],
+        ),
+        (RolePlan(tensor_parallel_size=2), RolePlan(tensor_parallel_size=2), 0, [(), ()]),
+        (RolePlan(tensor_parallel_size=2, gpus=0.0), RolePlan(tensor_parallel_size=2), 2, [(), (0, 1)]),
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own(
+    prefill: RolePlan, decode: RolePlan, num_gpus: int, gpus: list[tuple[int, ...]]
+) -> None:
+    parts = divide(Deployment(model="m", prefill=prefill, decode=decode), num_gpus)
+    assert [part.gpus for part in parts.values()] == gpus
+
+
+def test_a_plan_of_more_ranks_than_gpus_is_one_line() -> None:
+    plan = RolePlan(tensor_parallel_size=2, pipeline_parallel_size=2)
+    with pytest.raises(SetupError) as refused:
+        divide(Deployment(model="m", prefill=RolePlan(gpus=0.0), decode=plan), 3)
+    assert str(refused.value) == (
+        "1 instance of 4 ranks asks for 4 GPUs, this host has 3: lower gpus (a fraction shares a GPU, 0 is the CPU), "
+        "tensor_parallel_size, pipeline_parallel_size or replicas"
+    )
 
 
 def test_on_the_cpu_nobody_has_a_share() -> None:
