@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from biphase.engine.config import EngineConfig
 from biphase.protos.errors import SetupError
@@ -44,7 +44,7 @@ class WorkerConfig:
     lease_s: float = 30.0
     pull_timeout_s: float = 60.0
     log_file: str = ""
-    plan: ParallelPlan = ParallelPlan()
+    plan: ParallelPlan = field(default_factory=ParallelPlan)
     rank: int = 0
     rank_key: str = ""
     rank_port: int = 0
