@@ -14,6 +14,7 @@ from biphase.engine.draw_row import draw_row
 from biphase.engine.engine import Engine, Progress
 from biphase.engine.host_figures import available_memory_bytes
 from biphase.engine.model import LlamaModel
+from biphase.engine.parallel.group import RankGroups
 from biphase.engine.step import DoneStep, PendingStep, SeqStep, StepPlan, StepResult
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kernels.ops import Kernels, cpu_kernels
@@ -26,12 +27,15 @@ _DEFAULT_KV_SHARE = 0.2
 class CpuEngine(Engine):
     """Float32, feature-major (kernels/ops.py). Everything here runs in the engine thread."""
 
-    pipeline_depth = 1
+    may_continue = False
 
-    def __init__(self, config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels) -> None:
+    def __init__(
+        self, config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels, groups: RankGroups | None = None
+    ) -> None:
         """Raises SetupError when the pool cannot hold one request of max_model_len."""
         model = checkpoint.config
-        super().__init__(config, checkpoint)
+        super().__init__(config, checkpoint, groups)
+        self.pipeline_depth = 1 if self.plan.pp == 1 else self.plan.pp + 1
         self.threads = torch.get_num_threads()
         self._size_pool(_kv_budget(config))
         try:
@@ -52,7 +56,7 @@ class CpuEngine(Engine):
         )
 
     @staticmethod
-    def load(config: EngineConfig, progress: Progress) -> "CpuEngine":
+    def load(config: EngineConfig, progress: Progress, *, groups: RankGroups | None = None) -> "CpuEngine":
         """As Engine.load, for a resolved config."""
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.instances_on_host))
         progress("opening weights", 0.0)
@@ -65,7 +69,7 @@ class CpuEngine(Engine):
             load_format=config.load_format,
         )
         progress("allocating the KV pool", 0.8)
-        engine = CpuEngine(config, checkpoint, cpu_kernels())
+        engine = CpuEngine(config, checkpoint, cpu_kernels(), groups)
         progress("first step", 0.9)
         engine._warm_up()
         progress("loaded", 1.0)

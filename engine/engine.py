@@ -11,18 +11,24 @@ from biphase.engine.checkpoint import Checkpoint
 from biphase.engine.config import EngineConfig
 from biphase.engine.limits import Limits
 from biphase.engine.model_config import ModelConfig
+from biphase.engine.parallel.group import RankGroups
+from biphase.engine.parallel.local_config import local_config
 from biphase.engine.plan_limits import PlanLimits
 from biphase.engine.step import PendingStep, StepPlan, StepResult
-from biphase.kernels.kv_layout import KvLayout, KvScales
+from biphase.kernels.kv_layout import KvLayout, uniform_scales
 from biphase.kernels.kv_pack.memory import KvMemory
 from biphase.kernels.ops import choose_backend
 from biphase.protos.errors import SetupError, one_line
+from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.values import ModelInfo
 
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 """(what is being done, how much of all is done: 0 .. 1)."""
+
+OnLayers = Callable[[StepPlan, int], None]
+"""(a running step, how many of this rank's layers have k and v of all its tokens in the pool)."""
 
 
 class Engine(ABC):
@@ -32,7 +38,12 @@ class Engine(ABC):
     """Resolved: device, dtypes and block size are what it runs with."""
     model_config: ModelConfig
     model_info: ModelInfo
+    plan: ParallelPlan
+    rank: int
+    full_layout: KvLayout
+    """Of the whole model."""
     layout: KvLayout
+    """Of this rank's pool: its layers, its KV heads."""
     num_blocks: int
     kv_bytes: int
     kv_memory: KvMemory
@@ -41,21 +52,21 @@ class Engine(ABC):
     threads: int
     pipeline_depth: int
     """How many steps may be launched and not over: the next one's scheduling overlaps with those."""
+    may_continue: bool
+    """Whether a step may take a token that a running one draws; with several stages none may."""
+    on_layers: OnLayers | None = None
+    """Called while a step with a prompt chunk runs, after each of about four groups of layers; lastly with all. On the CPU
+    in the engine thread, which waits for it; on a GPU in a thread of its own."""
 
-    def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint, groups: RankGroups | None = None) -> None:
         """The facts of the model. Raises SetupError when max_model_len is beyond it."""
         model = checkpoint.config
-        assert config.block_size is not None
+        self.plan = ParallelPlan() if groups is None else groups.plan
+        self.rank = 0 if groups is None else groups.rank
         self.config = config
         self.model_config = model
-        self.layout = KvLayout(
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            block_size=config.block_size,
-            dtype=config.kv_dtype,
-            kv_scales=_unit_scales(model) if config.kv_dtype == "float8_e4m3fn" else None,
-        )
+        self.full_layout = _layout(model, config)
+        self.layout = _layout(local_config(model, self.plan, self.rank), config)
         limit = model.max_position_embeddings
         if config.max_model_len is not None and config.max_model_len > limit:
             raise SetupError(f"max_model_len is {config.max_model_len}, the model's limit is {limit}")
@@ -109,9 +120,11 @@ class Engine(ABC):
         return f"{config.device} {config.dtype}{kv_dtype}"
 
     @staticmethod
-    def load(config: EngineConfig, progress: Progress) -> "Engine":
-        """The engine of the configured device. Call it in the thread that will launch: torch keeps thread counts and
-        streams per thread. Raises SetupError, one line."""
+    def load(config: EngineConfig, progress: Progress, *, groups: RankGroups | None = None) -> "Engine":
+        """The engine of the configured device, or one rank of it: then all ranks of ``groups`` load at once.
+
+        Call it in the thread that will launch: torch keeps thread counts and streams per thread. Raises SetupError, one
+        line."""
         has_cuda = config.device != "cpu" and torch.cuda.is_available()
         if config.device.startswith("cuda") and not has_cuda:
             raise SetupError(f"device {config.device!r} was asked for, and torch {torch.__version__} finds no CUDA GPU")
@@ -124,10 +137,10 @@ class Engine(ABC):
         if backend.token_major:
             from biphase.engine.gpu.engine import GpuEngine
 
-            return GpuEngine.load(resolved, progress, backend.name)
+            return GpuEngine.load(resolved, progress, backend.name, groups=groups)
         from biphase.engine.cpu_engine import CpuEngine
 
-        return CpuEngine.load(resolved, progress)
+        return CpuEngine.load(resolved, progress, groups=groups)
 
     @abstractmethod
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -141,7 +154,15 @@ class Engine(ABC):
         return self.launch(plan).wait()
 
 
-def _unit_scales(model: ModelConfig) -> KvScales:
-    """fp8 KV as it is: keys and values of common models lie far within e4m3's +-448, and it has no fixed step."""
-    heads = (1.0,) * model.num_kv_heads
-    return tuple((heads, heads) for _ in range(model.num_layers))
+def _layout(model: ModelConfig, config: EngineConfig) -> KvLayout:
+    """fp8 KV is kept as it is: keys and values of common models lie far within e4m3's +-448, and it has no fixed step."""
+    assert config.block_size is not None
+    is_fp8 = config.kv_dtype == "float8_e4m3fn"
+    return KvLayout(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+        dtype=config.kv_dtype,
+        kv_scales=uniform_scales(model.num_layers, model.num_kv_heads) if is_fp8 else None,
+    )

@@ -25,6 +25,7 @@ from biphase.engine.gpu.sampler import GpuSampler
 from biphase.engine.gpu.step_batch import StepRows, fill, rows_of
 from biphase.engine.gpu.step_inputs import StepInputs
 from biphase.engine.gpu.warm_up import warm_up_handoff, warm_up_plans
+from biphase.engine.parallel.group import RankGroups
 from biphase.engine.step import PendingStep, StepPlan, StepResult
 from biphase.kernels.linear.rows import accumulate_in_float32
 from biphase.kernels.ops import PagedKernels, paged_kernels
@@ -80,13 +81,18 @@ class _Launched:
 class GpuEngine(Engine):
     """Made and used in the engine thread; only ``PendingStep.wait`` may be called elsewhere."""
 
-    pipeline_depth = 2
-
     def __init__(
-        self, config: EngineConfig, checkpoint: Checkpoint, kernels: PagedKernels, accelerator: Accelerator
+        self,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        kernels: PagedKernels,
+        accelerator: Accelerator,
+        groups: RankGroups | None = None,
     ) -> None:
         """``checkpoint.tensors`` on the device already. Raises SetupError when the pool cannot hold one request."""
-        super().__init__(config, checkpoint)
+        super().__init__(config, checkpoint, groups)
+        self.pipeline_depth = 2 if self.plan.pp == 1 else self.plan.pp + 1
+        self.may_continue = self.plan.pp == 1
         model, device = checkpoint.config, accelerator.device
         self.threads = torch.get_num_threads()
         self._accelerator = accelerator
@@ -121,7 +127,9 @@ class GpuEngine(Engine):
         self._drawn_rows: dict[SeqId, int] = {}
 
     @staticmethod
-    def load(config: EngineConfig, progress: Progress, kernels: str = "triton") -> "GpuEngine":
+    def load(
+        config: EngineConfig, progress: Progress, kernels: str = "triton", *, groups: RankGroups | None = None
+    ) -> "GpuEngine":
         """As Engine.load, for a resolved config; ``kernels``: the backend's name."""
         accumulate_in_float32()
         accelerator = Accelerator(torch.device(config.device))
@@ -140,7 +148,7 @@ class GpuEngine(Engine):
             with torch.inference_mode():
                 moved = {name: tensor.to(accelerator.device) for name, tensor in checkpoint.tensors.items()}
                 on_device = Checkpoint(config=checkpoint.config, model_hash=checkpoint.model_hash, tensors=moved)
-                engine = GpuEngine(config, on_device, paged_kernels(kernels), accelerator)
+                engine = GpuEngine(config, on_device, paged_kernels(kernels), accelerator, groups)
             progress("kernels and graphs", 0.7)
             engine.warm_up(lambda done: progress("kernels and graphs", 0.7 + 0.3 * done))
         except torch.OutOfMemoryError as error:

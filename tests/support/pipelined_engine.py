@@ -34,6 +34,7 @@ class PipelinedEngine(Engine):
     """
 
     pipeline_depth = 2
+    may_continue = True
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -1,0 +1,31 @@
+"""The model that one rank runs, in numbers: fewer layers, heads and features. Pure."""
+
+from dataclasses import replace
+
+from biphase.engine.model_config import ModelConfig
+from biphase.protos.parallel_plan import ParallelPlan
+
+
+def reason_against(config: ModelConfig, plan: ParallelPlan) -> str | None:
+    """Why ``plan`` cannot hold this model: one line, or None where it can."""
+    return plan.reason_against(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        intermediate_size=config.intermediate_size,
+        num_experts=config.num_experts,
+    )
+
+
+def local_config(config: ModelConfig, plan: ParallelPlan, rank: int) -> ModelConfig:
+    """The layers, heads and features of a rank. Vocabulary and number of experts stay the model's: a token's id and its
+    choice among experts mean the same on every rank."""
+    if plan.num_ranks == 1:
+        return config
+    return replace(
+        config,
+        num_layers=len(plan.layers_of(rank, config.num_layers)),
+        num_heads=config.num_heads // plan.tp,
+        num_kv_heads=len(plan.kv_heads_of(rank, config.num_kv_heads)),
+        intermediate_size=config.intermediate_size if config.num_experts else config.intermediate_size // plan.tp,
+    )

@@ -1,0 +1,72 @@
+"""The places of one stage: sums of their parts of an activation, and the parts of a row of logits put together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from biphase.engine.parallel.exchange import exchanging
+
+_DIRECT_UP_TO_BYTES = 256 << 10
+"""Over gloo a sum of less than this goes straight to every other place: its all-reduce passes each message through a
+queue and two threads, which takes three times as long (docs/decisions/per-phase-parallelism.md)."""
+
+
+class TensorGroup:
+    """Owns the process group of a stage. All places make the same calls in the same order, and get the same bits."""
+
+    def __init__(self, group: Any, *, direct: bool) -> None:
+        """``direct``: small sums by pairs of messages instead of the group's own all-reduce."""
+        self._group = group
+        self.place: int = group.rank()
+        self.size: int = group.size()
+        self._direct_bytes = _DIRECT_UP_TO_BYTES if direct else 0
+        self._others = [place for place in range(self.size) if place != self.place]
+        self._received: dict[int, torch.Tensor] = {}
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace contiguous ``tensor`` by the sum over all places. Raises EngineLost."""
+        with exchanging("a sum over the tensor-parallel ranks"):
+            if tensor.nbytes <= self._direct_bytes:
+                self._sum_directly(tensor)
+            else:
+                self._group.allreduce([tensor]).wait()
+        return tensor
+
+    def gather_columns(self, part_RV: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor | None:
+        """All places' columns side by side, on place 0; None on the others. ``sizes``: columns of each place."""
+        with exchanging("gathering over the tensor-parallel ranks"):
+            if self.place:
+                self._group.send([part_RV.contiguous()], 0, 0).wait()
+                return None
+            parts = [part_RV, *(part_RV.new_empty(part_RV.shape[0], sizes[place]) for place in self._others)]
+            for work in [self._group.recv([parts[place]], place, 0) for place in self._others]:
+                work.wait()
+        return torch.cat(parts, dim=1)
+
+    def all_gather(self, out_PX: torch.Tensor, part_X: torch.Tensor) -> None:
+        """``out[p]`` becomes place p's ``part``, on every place; all contiguous and of one shape."""
+        with exchanging("gathering over the tensor-parallel ranks"):
+            self._group.allgather([list(out_PX.unbind(0))], [part_X]).wait()
+
+    def close(self) -> None:
+        self._group.abort()
+
+    def _sum_directly(self, tensor: torch.Tensor) -> None:
+        count = tensor.numel()
+        received = self._received.get(count)
+        if received is None or received.dtype != tensor.dtype:
+            received = self._received[count] = tensor.new_empty(self.size, count)
+        arriving = [self._group.recv([received[place]], place, 0) for place in self._others]
+        leaving = [self._group.send([tensor], place, 0) for place in self._others]
+        for work in (*arriving, *leaving):
+            work.wait()
+        flat = tensor.view(-1)
+        if self.size == 2:
+            flat.add_(received[self._others[0]])
+            return
+        # in the order of the places, whoever adds: the sum has the same bits everywhere
+        received[self.place].copy_(flat)
+        torch.add(received[0], received[1], out=flat)
+        for place in range(2, self.size):
+            flat.add_(received[place])
