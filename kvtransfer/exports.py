@@ -7,7 +7,9 @@ clock that only goes forward.
                                    revoked       by the worker
                                    expired       leg closed, no pull open, lease_s gone by
 
-An ended ticket serves no further read. Its blocks go back to the pool when the last running send of it has ended.
+An ended ticket serves no further read. Its blocks go back to the pool when the last running send of it has ended, on
+every rank: each has a table of its own, that of rank 0 alone holds blocks, counts leases and decides. What it decides it
+tells the others (Followers), and they tell it who reads there and when their sends have ended.
 """
 
 import math
@@ -31,6 +33,42 @@ class BlockHolder(Protocol):
     def hold(self, blocks: Sequence[BlockId]) -> None: ...
 
     def release(self, blocks: Sequence[BlockId]) -> None: ...
+
+
+class Followers(Protocol):
+    """The other ranks' tables, as that of rank 0 tells them; ``ranks``: who they are."""
+
+    @property
+    def ranks(self) -> Sequence[int]: ...
+
+    def opened(self, ticket: TicketId, seq_id: int, blocks: Sequence[BlockId], num_tokens: int) -> None: ...
+
+    def finished(self, ticket: TicketId) -> None:
+        """Everything is computed."""
+
+    def superseded(self, ticket: TicketId, epoch: int) -> None:
+        """Readers of epochs before this one are to be ended."""
+
+    def ended(self, ticket: TicketId, outcome: Outcome) -> None:
+        """End it; they answer with ExportTable.follower_ended."""
+
+
+class NoFollowers:
+    """Of an instance of one rank."""
+
+    ranks: Sequence[int] = ()
+
+    def opened(self, ticket: TicketId, seq_id: int, blocks: Sequence[BlockId], num_tokens: int) -> None:
+        pass
+
+    def finished(self, ticket: TicketId) -> None:
+        pass
+
+    def superseded(self, ticket: TicketId, epoch: int) -> None:
+        pass
+
+    def ended(self, ticket: TicketId, outcome: Outcome) -> None:
+        pass
 
 
 class Refusal(Enum):
@@ -61,6 +99,15 @@ class ExportEnded:
     ms: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readable:
+    """Positions below ``tokens`` are computed; those below ``ahead_tokens`` in the first ``ahead_layers`` local layers."""
+
+    tokens: int
+    ahead_tokens: int
+    ahead_layers: int
+
+
 @dataclass(eq=False, slots=True, kw_only=True)
 class Pull:
     """One open reader of one ticket. Owned by the table; the server keeps it as a handle."""
@@ -76,6 +123,8 @@ class _Export:
     blocks: tuple[BlockId, ...]
     num_tokens: int
     computed_tokens: int = 0
+    ahead_tokens: int = 0
+    ahead_layers: int = 0
     first_token: int | None = None
     finished_s: float = 0.0
     leg_open: bool = True
@@ -85,6 +134,8 @@ class _Export:
     epoch_bytes: int = 0
     pulls: set[Pull] = field(default_factory=set)
     running_sends: int = 0
+    reading: dict[int, int] = field(default_factory=dict)
+    sending: set[int] = field(default_factory=set)
     outcome: Outcome | None = None
     ended_s: float = 0.0
 
@@ -97,13 +148,14 @@ _ENDS: dict[Outcome, tuple[Refusal, str]] = {
 
 
 class ExportTable:
-    """All live tickets of one prefill instance. Holds each ticket's blocks once, from open to the last running send."""
+    """All live tickets of one prefill rank. Holds each ticket's blocks once, from open to the last running send."""
 
-    def __init__(self, pool: BlockHolder, lease_s: float) -> None:
+    def __init__(self, pool: BlockHolder, lease_s: float, followers: Followers | None = None) -> None:
         if not lease_s > 0:
             raise ValueError(f"lease_s is {lease_s}, it must be above 0")
         self._pool = pool
         self._lease_s = lease_s
+        self._followers = followers or NoFollowers()
         self._exports: dict[TicketId, _Export] = {}
         self._past: OrderedDict[TicketId, tuple[Outcome, int]] = OrderedDict()
         self._ended: list[ExportEnded] = []
@@ -112,14 +164,18 @@ class ExportTable:
 
     # What the worker says.
 
-    def open(self, ticket: TicketId, blocks: Sequence[BlockId], num_tokens: int, now_s: float) -> None:
-        """A new ticket over ``num_tokens`` tokens in ``blocks``, its leg open. Takes a hold of its own on the blocks."""
+    def open(self, ticket: TicketId, blocks: Sequence[BlockId], num_tokens: int, now_s: float, seq_id: int = 0) -> None:
+        """A new ticket over ``num_tokens`` tokens in ``blocks``, its leg open. Takes a hold of its own on the blocks.
+
+        ``seq_id``: by which the other ranks know the sequence in step plans.
+        """
         if ticket in self._exports or ticket in self._past:
             raise ValueError(f"ticket {short(ticket)} is already open or has ended")
         if num_tokens < 1:
             raise ValueError(f"num_tokens is {num_tokens}, it must be at least 1")
         self._pool.hold(blocks)
         self._exports[ticket] = _Export(blocks=tuple(blocks), num_tokens=num_tokens)
+        self._followers.opened(ticket, seq_id, blocks, num_tokens)
         self._changed(ticket)
 
     def advance(self, ticket: TicketId, computed_tokens: int) -> None:
@@ -132,6 +188,21 @@ class ExportTable:
         export.computed_tokens = max(export.computed_tokens, computed_tokens)
         self._changed(ticket)
 
+    def advance_layers(self, ticket: TicketId, tokens: int, layers: int) -> None:
+        """Positions below ``tokens`` may be read in the first ``layers`` layers of this rank.
+
+        Those of one chunk come in rising ``layers``; a chunk begins when the one before is computed in all of them.
+        """
+        export = self._live(ticket)
+        if export is None or tokens <= export.computed_tokens:
+            return
+        if tokens > export.num_tokens:
+            raise ValueError(f"{tokens} tokens computed of ticket {short(ticket)} over {export.num_tokens}")
+        if tokens != export.ahead_tokens:
+            export.ahead_tokens, export.ahead_layers = tokens, 0
+        export.ahead_layers = max(export.ahead_layers, layers)
+        self._changed(ticket)
+
     def finish(self, ticket: TicketId, first_token: int, now_s: float) -> None:
         """Everything is computed and token 0 sampled."""
         export = self._live(ticket)
@@ -140,6 +211,7 @@ class ExportTable:
         export.computed_tokens = export.num_tokens
         export.first_token = first_token
         export.finished_s = now_s
+        self._followers.finished(ticket)
         self._changed(ticket)
 
     def leg_closed(self, ticket: TicketId, now_s: float) -> None:
@@ -155,6 +227,11 @@ class ExportTable:
         """No new reads; the blocks go back once running sends have ended. Idempotent."""
         if self._live(ticket) is not None:
             self._end(ticket, "revoked", now_s)
+
+    def end(self, ticket: TicketId, outcome: Outcome, now_s: float) -> None:
+        """On a rank that is not rank 0: what that has decided. Idempotent."""
+        if self._live(ticket) is not None:
+            self._end(ticket, outcome, now_s)
 
     def next_expiry_s(self) -> float | None:
         """When the next lease ends, None where none counts."""
@@ -178,10 +255,7 @@ class ExportTable:
         """Open a reader. A newer epoch ends the pulls of older ones. Raises ExportRefused."""
         self.expire(now_s)
         export = self._readable(ticket, epoch)
-        if epoch > export.epoch:
-            export.epoch = epoch
-            export.epoch_began_s = now_s
-            export.epoch_bytes = 0
+        self._begin_epoch(ticket, export, epoch, now_s)
         pull = Pull(ticket=ticket, epoch=epoch, blocks=export.blocks, num_tokens=export.num_tokens)
         export.pulls.add(pull)
         export.lease_end_s = math.inf
@@ -196,8 +270,18 @@ class ExportTable:
             self._judge_lease(export, now_s)
             self._changed(pull.ticket)
 
+    def readable(self, pull: Pull) -> Readable:
+        """What may be read now. Raises ExportRefused when the pull must end."""
+        export = self._readable(pull.ticket, pull.epoch)
+        ahead_layers = export.ahead_layers if export.ahead_tokens > export.computed_tokens else 0
+        return Readable(
+            tokens=export.computed_tokens,
+            ahead_tokens=export.ahead_tokens if ahead_layers else export.computed_tokens,
+            ahead_layers=ahead_layers,
+        )
+
     def readable_tokens(self, pull: Pull) -> int:
-        """Positions below this may be read now. Raises ExportRefused when the pull must end."""
+        """Positions below this may be read now, in all layers. Raises ExportRefused when the pull must end."""
         return self._readable(pull.ticket, pull.epoch).computed_tokens
 
     def first_token(self, pull: Pull) -> tuple[int, float] | None:
@@ -233,6 +317,37 @@ class ExportTable:
             )
         self._end(ticket, "released", now_s)
 
+    # What the other ranks say.
+
+    def supersede(self, ticket: TicketId, epoch: int, now_s: float) -> None:
+        """A reader of ``epoch`` has come to another rank: those of older ones are ended here too."""
+        export = self._live(ticket)
+        if export is not None and epoch > export.epoch:
+            self._begin_epoch(ticket, export, epoch, now_s)
+            self._changed(ticket)
+
+    def follower_reading(self, ticket: TicketId, rank: int, num_open: int, epoch: int, now_s: float) -> None:
+        """So many pulls are open at ``rank``, the newest of ``epoch``. The lease does not count while there is one."""
+        export = self._live(ticket)
+        if export is None:
+            return
+        export.reading[rank] = num_open
+        if num_open:
+            export.lease_end_s = math.inf
+        else:
+            self._judge_lease(export, now_s)
+        self.supersede(ticket, epoch, now_s)
+        self._changed(ticket)
+
+    def follower_ended(self, ticket: TicketId, rank: int, num_bytes: int) -> None:
+        """The last send of an ended ticket has really ended at ``rank``, which sent so much in its last epoch."""
+        export = self._exports.get(ticket)
+        if export is None or rank not in export.sending:
+            return
+        export.sending.discard(rank)
+        export.epoch_bytes += num_bytes
+        self._settle(ticket, export)
+
     def take_ended(self) -> list[ExportEnded]:
         """Tickets that ended, with their blocks back, since the last call."""
         ended, self._ended = self._ended, []
@@ -245,7 +360,7 @@ class ExportTable:
         return {
             "tickets": len(self._exports),
             "open_pulls": sum(len(export.pulls) for export in exports),
-            "running_sends": sum(export.running_sends for export in exports),
+            "running_sends": sum(export.running_sends + len(export.sending) for export in exports),
             "leases_expired": self._totals["expired"],
             "released": self._totals["released"],
             "revoked": self._totals["revoked"],
@@ -281,20 +396,30 @@ class ExportTable:
         refusal, text = _ENDS[outcome]
         return ExportRefused(refusal, f"ticket {short(ticket)} {text}")
 
+    def _begin_epoch(self, ticket: TicketId, export: _Export, epoch: int, now_s: float) -> None:
+        if epoch > export.epoch:
+            export.epoch = epoch
+            export.epoch_began_s = now_s
+            export.epoch_bytes = 0
+            self._followers.superseded(ticket, epoch)
+
     def _judge_lease(self, export: _Export, now_s: float) -> None:
-        if not export.leg_open and not export.pulls and export.lease_end_s == math.inf:
+        read = bool(export.pulls) or any(export.reading.values())
+        if not export.leg_open and not read and export.lease_end_s == math.inf:
             export.lease_end_s = now_s + self._lease_s
 
     def _end(self, ticket: TicketId, outcome: Outcome, now_s: float) -> None:
         export = self._exports[ticket]
         export.outcome = outcome
         export.ended_s = now_s
+        export.sending = set(self._followers.ranks)
+        self._followers.ended(ticket, outcome)
         self._settle(ticket, export)
 
     def _settle(self, ticket: TicketId, export: _Export) -> None:
         """Give an ended ticket's blocks back as soon as nothing reads them."""
         assert export.outcome is not None
-        if export.running_sends == 0:
+        if export.running_sends == 0 and not export.sending:
             del self._exports[ticket]
             self._pool.release(export.blocks)
             self._totals[export.outcome] += 1

@@ -18,7 +18,7 @@ digest is the payload; of a piece, where the handshake chose "xxh3-sum64", the p
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -29,7 +29,7 @@ from biphase.kernels.kv_layout import KvBox, KvLayout
 from biphase.kernels.kv_pack.checksum import sum64
 from biphase.kernels.kv_pack.codec import packed_bytes
 from biphase.kvtransfer.pieces import contains
-from biphase.kvtransfer.signature import SUM_DIGEST
+from biphase.kvtransfer.signature import HEADER_DIGEST, SUM_DIGEST
 from biphase.protos.ids import TicketId
 
 HEADER_BYTES = 64
@@ -150,14 +150,13 @@ def check_digest(header: Header, ticket: TicketId, contents: Iterable[Any], cont
         raise FrameError(f"the digest of a {header.kind.name.lower()} at {where(header.box)} is wrong")
 
 
-def is_summed(kind: FrameKind, digest: str) -> bool:
-    """Whether the digest of such a frame is over the payload's sum."""
-    return digest == SUM_DIGEST and kind is FrameKind.PIECE
-
-
-def sum_of(payload: Any) -> int:
-    """The sum of a payload on the host."""
-    return sum64(payload)
+def check_piece_digest(header: Header, ticket: TicketId, contents: Sequence[Any], digest: str) -> None:
+    """The same for a piece, whose digest is over what the handshake chose."""
+    if digest == SUM_DIGEST:
+        data = contents[0] if len(contents) == 1 else b"".join(contents)
+        check_digest(header, ticket, (), sum64(data))
+    else:
+        check_digest(header, ticket, () if digest == HEADER_DIGEST else contents)
 
 
 def read_trailer(payload: Any) -> Trailer:

@@ -70,7 +70,11 @@ class GrpcKvServer:
 
     async def Handshake(self, request: kv_pb2.KvSignature, context: grpc.aio.ServicerContext) -> kv_pb2.KvSignature:
         try:
-            return self._service.handshake(KvSignatureValue.from_proto(request)).to_proto()
+            theirs = KvSignatureValue.from_proto(request)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        try:
+            return self._service.handshake(theirs).to_proto()
         except KvRefused as refused:
             await _abort(context, refused)
             raise  # not reached: abort raises

@@ -11,11 +11,12 @@ _COPY_PRICE = 0.05
 """What one strided copy costs beside its bytes, in units of what one message costs beside its bytes."""
 
 
-def split(layout: KvLayout, box: KvBox, max_bytes: int) -> Iterator[KvBox]:
+def split(layout: KvLayout, box: KvBox, max_bytes: int, *, by_block: bool = False) -> Iterator[KvBox]:
     """Disjoint boxes that make up ``box``, each of at most ``max_bytes``, earlier tokens first.
 
     Cuts tokens at block boundaries where a block of one layer fits, and groups layers. A single token of a single
-    layer and head is never cut, whatever its size.
+    layer and head is never cut, whatever its size. ``by_block``: no piece spans blocks, so that the pool has few runs of
+    it: one per layer where it has all heads.
     """
     if box.num_tokens == 0 or box.num_layers == 0 or box.num_heads == 0:
         return
@@ -23,10 +24,10 @@ def split(layout: KvLayout, box: KvBox, max_bytes: int) -> Iterator[KvBox]:
     heads = min(box.num_heads, max(1, max_bytes // row_bytes))
     rows = max(1, max_bytes // (row_bytes * heads))  # token x layer pairs that fit
     size = layout.block_size
-    tokens = _blocks_across(box.num_layers, rows // size) * size or min(rows, size)
+    tokens = min(rows, size) if by_block else _blocks_across(box.num_layers, rows // size) * size or min(rows, size)
     token = box.token_start
     while token < box.token_end:
-        stop = min(box.token_end, token + tokens)
+        stop = min(box.token_end, token + tokens - (token % size if by_block else 0))
         aligned = stop - stop % size
         if stop < box.token_end and aligned > token:
             stop = aligned

@@ -22,7 +22,7 @@ from biphase.kvtransfer.exports import short
 from biphase.kvtransfer.frames import FrameError, FrameKind, Header
 from biphase.kvtransfer.grpc_transport import GrpcTransport
 from biphase.kvtransfer.handoff import Acknowledged, CancelAsked, Connected, Handoff, Lost, State, TrailerArrived
-from biphase.kvtransfer.signature import BYTES_DIGEST, KvSignatureValue, common_codec, common_digest, mismatch
+from biphase.kvtransfer.signature import BYTES_DIGEST, KvSignatureValue, common_codecs, common_digest, mismatch
 from biphase.kvtransfer.wire import Arrival, PullOrder, Source, SourceRefused, SourceUnreachable, Transport
 from biphase.protos.errors import HandoffFailed
 from biphase.protos.ids import BlockId
@@ -178,7 +178,7 @@ class KvPuller:
             if known is None:
                 known = await self._compare(peer, ticket, timeout_s)
                 peer.signatures[ticket.incarnation] = known
-        return common_codec(self._signature, known) or "raw", common_digest(self._signature, known) or BYTES_DIGEST
+        return common_codecs(self._signature, known)[0], common_digest(self._signature, known) or BYTES_DIGEST
 
     async def _compare(self, peer: "_Peer", ticket: KvTicket, timeout_s: float) -> KvSignatureValue:
         known = await peer.source.handshake(self._signature, min(HANDSHAKE_S, timeout_s))
@@ -238,8 +238,7 @@ class KvPuller:
             return
         handoff.admit(header, order.box, order.codec)
         payload = await arrival.payload()
-        content_sum = frames.sum_of(payload) if frames.is_summed(header.kind, order.digest) else None
-        frames.check_digest(header, order.ticket, (payload,), content_sum)
+        frames.check_piece_digest(header, order.ticket, (payload,), order.digest)
         self._memory.unpack(blocks, header.box, payload)
         if not arrival.intact():
             raise FrameError(f"a piece at {frames.where(header.box)} was overwritten while it was read")

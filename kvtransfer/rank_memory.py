@@ -33,6 +33,11 @@ class RankMemory:
         )
         self._memory = memory
 
+    @staticmethod
+    def whole(memory: "KvMemory | RankMemory") -> "RankMemory":
+        """The memory of the one rank of an instance."""
+        return memory if isinstance(memory, RankMemory) else RankMemory(memory, memory.layout, ParallelPlan(), 0)
+
     @property
     def num_blocks(self) -> int:
         return self._memory.num_blocks
@@ -54,10 +59,10 @@ class RankMemory:
         )
 
     def pack(self, blocks: Sequence[int], box: KvBox, out: Any, codec: str = "raw") -> int | None:
-        return self._memory.pack(blocks, self._local(box), out, *_codec(codec))
+        return self._memory.pack(blocks, self._local(box), out, **_codec(codec))
 
     def unpack(self, blocks: Sequence[int], box: KvBox, data: Any, codec: str = "raw") -> None:
-        self._memory.unpack(blocks, self._local(box), data, *_codec(codec))
+        self._memory.unpack(blocks, self._local(box), data, **_codec(codec))
 
     def parts(self, blocks: Sequence[int], box: KvBox) -> list[memoryview] | None:
         """The pool's own memory of a box in the order of its canonical bytes; None where the pool cannot show it."""
@@ -77,6 +82,6 @@ class RankMemory:
         )
 
 
-def _codec(codec: str) -> tuple[str, ...]:
+def _codec(codec: str) -> dict[str, str]:
     """Pools that know one codec only have no argument for it."""
-    return () if codec == "raw" else (codec,)
+    return {} if codec == "raw" else {"codec": codec}

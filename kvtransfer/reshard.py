@@ -79,14 +79,14 @@ def _shared(jobs: Sequence[tuple[int, KvBox]], replicas: Sequence[int], block_si
     found: list[Move] = []
     before = 0
     for target_rank, box in jobs:
-        width = box.num_layers * box.num_heads
+        block = box.num_layers * box.num_heads * block_size
         token = box.token_start
         for index, source_rank in enumerate(replicas, start=1):
-            share_end = total * index // len(replicas)  # where this replica's part of the line ends
             if index == len(replicas):
                 cut = box.token_end
             else:
-                blocks = round((share_end - before) / (width * block_size))
+                share = total * index - before * len(replicas)  # to where its part of the line ends, times replicas
+                blocks = (2 * share // (block * len(replicas)) + 1) // 2  # the nearest cut
                 cut = min(box.token_end, max(token, box.token_start + blocks * block_size))
             if cut > token:
                 part = KvBox(

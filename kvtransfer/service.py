@@ -10,21 +10,30 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack import KvMemory
+from biphase.kernels.kv_pack.codec import packed_bytes
 from biphase.kvtransfer import frames
 from biphase.kvtransfer.allocator import keep_freed_memory
+from biphase.kvtransfer.due import Due
 from biphase.kvtransfer.exports import ExportEnded, ExportRefused, ExportTable, Pull, Refusal, short
 from biphase.kvtransfer.frames import FrameKind, Trailer
 from biphase.kvtransfer.pieces import split
-from biphase.kvtransfer.signature import SUM_DIGEST, KvSignatureValue, mismatch
+from biphase.kvtransfer.rank_memory import RankMemory
+from biphase.kvtransfer.signature import HEADER_DIGEST, SUM_DIGEST, KvSignatureValue, mismatch
 from biphase.kvtransfer.wire import FrameSink, PullOrder
 from biphase.protos.ids import TicketId
 
 _log = logging.getLogger(__name__)
+
+OPENED_WITHIN_S = 1.0
+"""A reader may come to one rank before that has heard of its ticket from rank 0: it waits so long."""
+
+MOST_PARTS = 256
+"""In more parts than that a piece is packed: each costs some 0.3 us, and a call takes 1024."""
 
 BEAT_S = 0.5
 """A waiting reader hears from us at least this often; see puller.SILENCE_S."""
@@ -62,24 +71,31 @@ class _Reader:
 class KvService:
     """Answers for one rank. Wires call ``handshake``, ``release`` and, in a task of the pull's own, ``serve``.
 
-    ``wrap_sink`` is put around the sink of every pull, for drills.
+    ``memory``: of this rank; a plain KvMemory is the whole of an instance. ``on_readers`` hears after a ticket has gained
+    or lost a reader: the ticket, how many it has, and the newest epoch among them. ``wrap_sink`` is put around the sink of
+    every pull, for drills. ``leads``: False on a rank that is told of tickets by rank 0.
     """
 
     def __init__(
         self,
         *,
         exports: ExportTable,
-        memory: KvMemory,
+        memory: KvMemory | RankMemory,
         signature: KvSignatureValue,
         on_ended: Callable[[ExportEnded], None],
+        on_readers: Callable[[TicketId, int, int], None] = lambda ticket, num_open, epoch: None,
+        leads: bool = True,
         wrap_sink: Callable[[FrameSink], FrameSink] = lambda sink: sink,
     ) -> None:
         if SUM_DIGEST in signature.digests and memory.content_digest != "sum64":
             raise ValueError(f"{signature.instance} offers digest {SUM_DIGEST}, its memory packs without a sum")
         self.signature = signature
         self._exports = exports
-        self._memory = memory
+        self._memory = RankMemory.whole(memory)
         self._on_ended = on_ended
+        self._on_readers = on_readers
+        self._leads = leads
+        self._opened = asyncio.Event()
         self._wrap_sink = wrap_sink
         self._payload_bytes = signature.max_message_bytes - frames.HEADER_BYTES
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,6 +124,7 @@ class KvService:
 
     def wake(self, ticket: TicketId) -> None:
         """Something about this ticket has changed: its open pulls look again, ended tickets are reported."""
+        self._opened.set()
         for reader in self._readers.get(ticket, ()):
             reader.changed.set()
             if not reader.evicted and not self._allowed(reader.pull):
@@ -134,6 +151,8 @@ class KvService:
     def release(self, ticket: TicketId, epoch: int, incarnation: int) -> None:
         """The reader holds everything. Raises KvRefused."""
         self._check_incarnation(incarnation)
+        if not self._leads:
+            raise KvRefused("invalid", f"a release goes to rank 0 of {self.signature.instance}, this is another")
         try:
             self._exports.release(ticket, epoch, time.monotonic())
         except ExportRefused as error:
@@ -148,23 +167,34 @@ class KvService:
         sink = self._wrap_sink(sink)
         try:
             self._check_incarnation(order.incarnation)
-            try:
-                pull = self._exports.begin_pull(order.ticket, order.epoch, time.monotonic())
-            except ExportRefused as error:
-                self._counters["pulls_refused"] += 1
-                _log.info("pull refused: %s", error)
-                raise KvRefused.of(error) from None
-            await self._serve_open(pull, order, sink)
+            await self._serve_open(await self._begin(order), order, sink)
         finally:
             sink.close()
 
     # Serving one pull.
+
+    async def _begin(self, order: PullOrder) -> Pull:
+        until_s = time.monotonic() + OPENED_WITHIN_S
+        while True:
+            try:
+                return self._exports.begin_pull(order.ticket, order.epoch, time.monotonic())
+            except ExportRefused as error:
+                remaining_s = until_s - time.monotonic()
+                if self._leads or error.refusal is not Refusal.UNKNOWN or remaining_s <= 0.0:
+                    self._counters["pulls_refused"] += 1
+                    _log.info("pull refused: %s", error)
+                    raise KvRefused.of(error) from None
+            self._opened.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(remaining_s):
+                    await self._opened.wait()
 
     async def _serve_open(self, pull: Pull, order: PullOrder, sink: FrameSink) -> None:
         task = asyncio.current_task()
         assert task is not None
         reader = _Reader(pull=pull, order=order, sink=sink, task=task)
         self._readers.setdefault(order.ticket, set()).add(reader)
+        self._tell_readers(order.ticket)
         self._counters["pulls"] += 1
         try:
             self._check_fit(order, pull)
@@ -189,16 +219,20 @@ class KvService:
             if not readers:
                 del self._readers[order.ticket]
             self._exports.end_pull(pull, time.monotonic())
+            self._tell_readers(order.ticket)
+
+    def _tell_readers(self, ticket: TicketId) -> None:
+        readers = self._readers.get(ticket, ())
+        self._on_readers(ticket, len(readers), max((reader.pull.epoch for reader in readers), default=0))
 
     async def _frames(self, reader: _Reader) -> None:
-        exports, pull, wanted = self._exports, reader.pull, reader.order.box
+        exports, pull = self._exports, reader.pull
         await self._beat(reader)
-        token = wanted.token_start
-        while token < wanted.token_end:
-            readable = min(exports.readable_tokens(pull), wanted.token_end)
-            if readable > token:
-                await self._send(reader, replace(wanted, token_start=token, token_end=readable))
-                token = readable
+        due = Due(reader.order.box, self._memory.part.layer_start, self._memory.layout)
+        while not due.done:
+            box = due.take(exports.readable(pull))
+            if box is not None:
+                await self._send(reader, box)
             else:
                 await self._wait(reader)
         if reader.order.pieces_only:
@@ -215,33 +249,69 @@ class KvService:
         await reader.sink.send(*frames.trailer(pull.ticket, pull.epoch, trailer, pull.num_tokens))
 
     async def _send(self, reader: _Reader, box: KvBox) -> None:
-        """Send a box that may be read now, in pieces, with digests over bytes or sums."""
-        exports, pull, sink = self._exports, reader.pull, reader.sink
-        over_sum = reader.order.digest == SUM_DIGEST
-        for piece in split(self._memory.layout, box, self._payload_bytes):
-            num_bytes = piece.num_bytes(self._memory.layout)
-            room = await sink.room(num_bytes)
-            computed = exports.readable_tokens(pull)  # a pull that must end ends here, within one piece
-            exports.begin_send(pull)
-            try:
-                content_sum = self._memory.pack(pull.blocks, piece, room.payload)
-            finally:
-                exports.end_send(pull, num_bytes)
-            header = frames.seal(
-                pull.ticket,
-                FrameKind.PIECE,
-                epoch=pull.epoch,
-                box=piece,
-                payload_bytes=num_bytes,
-                computed_tokens=computed,
-                contents=(room.payload,),
-                content_sum=content_sum if over_sum else None,
-            )
-            await sink.send(header, room)
+        """Send a box that may be read now, in pieces."""
+        order, sink, layout = reader.order, reader.sink, self._memory.layout
+        in_place = sink.gathers and order.codec == "raw" and order.digest != SUM_DIGEST
+        for piece in split(layout, box, self._payload_bytes, by_block=in_place):
+            parts = self._memory.parts(reader.pull.blocks, piece) if in_place else None
+            if parts is not None and len(parts) <= MOST_PARTS:
+                num_bytes = await self._send_in_place(reader, piece, parts)
+            else:
+                num_bytes = await self._send_packed(reader, piece)
             reader.num_pieces += 1
             reader.num_bytes += num_bytes
             self._counters["pieces_sent"] += 1
             self._counters["bytes_sent"] += num_bytes
+
+    async def _send_packed(self, reader: _Reader, piece: KvBox) -> int:
+        """From memory of the sink's: the blocks are read only while the piece is packed."""
+        exports, pull, order = self._exports, reader.pull, reader.order
+        num_bytes = packed_bytes(self._memory.layout, piece, order.codec)
+        room = await reader.sink.room(num_bytes)
+        computed = exports.readable_tokens(pull)  # a pull that must end ends here, within one piece
+        exports.begin_send(pull)
+        try:
+            content_sum = self._memory.pack(pull.blocks, piece, room.payload, order.codec)
+        finally:
+            exports.end_send(pull, num_bytes)
+        header = self._seal(reader, piece, num_bytes, computed, [room.payload], content_sum)
+        await reader.sink.send(header, room)
+        return num_bytes
+
+    async def _send_in_place(self, reader: _Reader, piece: KvBox, parts: list[memoryview]) -> int:
+        """From the blocks themselves, which are held until the sink has really done with them."""
+        exports, pull = self._exports, reader.pull
+        num_bytes = piece.num_bytes(self._memory.layout)
+        computed = exports.readable_tokens(pull)
+        sent = 0
+        exports.begin_send(pull)
+        try:
+            await reader.sink.send(self._seal(reader, piece, num_bytes, computed, parts, None), parts)
+            sent = num_bytes
+        finally:
+            exports.end_send(pull, sent)
+        return num_bytes
+
+    def _seal(
+        self,
+        reader: _Reader,
+        piece: KvBox,
+        num_bytes: int,
+        computed_tokens: int,
+        contents: list[Any],
+        content_sum: int | None,
+    ) -> bytes:
+        digest = reader.order.digest
+        return frames.seal(
+            reader.pull.ticket,
+            FrameKind.PIECE,
+            epoch=reader.pull.epoch,
+            box=piece,
+            payload_bytes=num_bytes,
+            computed_tokens=computed_tokens,
+            contents=() if digest == HEADER_DIGEST else contents,
+            content_sum=content_sum if digest == SUM_DIGEST else None,
+        )
 
     async def _wait(self, reader: _Reader) -> None:
         """Until something has changed, or it is time for a beat."""
@@ -281,16 +351,12 @@ class KvService:
             raise KvRefused("invalid", f"codec {order.codec!r} is none of {', '.join(self.signature.codecs)}")
         if order.digest not in self.signature.digests:
             raise KvRefused("invalid", f"digest {order.digest!r} is none of {', '.join(self.signature.digests)}")
-        layout, box = self._memory.layout, order.box
-        if not (
-            box.layer_start < box.layer_end <= layout.num_layers
-            and box.head_start < box.head_end <= layout.num_kv_heads
-            and box.token_start <= box.token_end <= pull.num_tokens
-        ):
+        memory, box = self._memory, order.box
+        if not (memory.holds(box) and box.token_start <= box.token_end <= pull.num_tokens):
             raise KvRefused(
                 "invalid",
-                f"a pull of {frames.where(box)} from ticket {short(pull.ticket)} over {layout.num_layers} layers, "
-                f"{layout.num_kv_heads} heads and {pull.num_tokens} tokens",
+                f"a pull of {frames.where(box)} from ticket {short(pull.ticket)} over "
+                f"{frames.where(memory.box(pull.num_tokens))}",
             )
 
     # After changes.

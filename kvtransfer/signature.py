@@ -1,20 +1,24 @@
 """What two instances must agree on before KV moves between them. Pure."""
 
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import xxhash
 
 from biphase.kernels.kv_layout import KvLayout
 from biphase.protos import kv_pb2
 from biphase.protos.ids import Incarnation, InstanceName
+from biphase.protos.parallel_plan import ParallelPlan
 
-PROTOCOL = 1
+PROTOCOL = 2
 BYTES_DIGEST = "xxh3-bytes"
 """A piece's digest is over its bytes: every instance can."""
 
 SUM_DIGEST = "xxh3-sum64"
 """It is over the position-weighted sum of its bytes (kernels.kv_pack.checksum), which the kernel that packs takes."""
+
+HEADER_DIGEST = "xxh3-header"
+"""It is over header and ticket alone: for benches, never offered unless asked for."""
 
 MAX_FRAME_BYTES = 1024 * 1024
 """Largest frame we send by default: header and payload of one piece."""
@@ -29,8 +33,34 @@ _MUST_EQUAL = (
     "dtype",
     "kv_scales",
     "rope",
-    "block_size",
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankEndpoint:
+    """Where one rank of an instance can be reached (``host:port``), and what decides over which transport.
+
+    ``host_id`` is equal where memory can be shared, empty where nothing is known; ``device`` is ``cpu`` or torch's name.
+    """
+
+    grpc: str = ""
+    tcp: str = ""
+    host_id: str = ""
+    device: str = "cpu"
+    transports: tuple[str, ...] = ("grpc",)
+
+    def to_proto(self) -> kv_pb2.RankEndpoint:
+        return kv_pb2.RankEndpoint(**asdict(self))
+
+    @staticmethod
+    def from_proto(message: kv_pb2.RankEndpoint) -> "RankEndpoint":
+        return RankEndpoint(
+            grpc=message.grpc,
+            tcp=message.tcp,
+            host_id=message.host_id,
+            device=message.device,
+            transports=tuple(message.transports),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +68,8 @@ class KvSignatureValue:
     """One instance's KV as the handshake compares it.
 
     ``rope`` is any text that differs where rotations differ, ``kv_scales`` a digest of an fp8 pool's scales.
-    ``digests`` and ``codecs`` are in order of preference.
+    ``digests`` and ``codecs`` are in order of preference. ``block_size`` and ``plan`` need not agree. ``ranks``: by rank;
+    empty where the one rank is where it was reached.
     """
 
     instance: InstanceName
@@ -55,6 +86,8 @@ class KvSignatureValue:
     digests: tuple[str, ...] = (BYTES_DIGEST,)
     codecs: tuple[str, ...] = ("raw",)
     max_message_bytes: int = MAX_FRAME_BYTES
+    plan: ParallelPlan = field(default_factory=ParallelPlan)
+    ranks: tuple[RankEndpoint, ...] = ()
 
     @staticmethod
     def of(
@@ -65,8 +98,11 @@ class KvSignatureValue:
         model_hash: bytes,
         rope: str,
         content_digest: str = "bytes",
+        plan: ParallelPlan | None = None,
+        ranks: tuple[RankEndpoint, ...] = (),
+        codecs: tuple[str, ...] = ("raw",),
     ) -> "KvSignatureValue":
-        """The signature of an instance whose pool has this layout; ``content_digest`` as its KvMemory says."""
+        """The signature of an instance whose ranks' pools make up this layout; ``content_digest`` as its KvMemory says."""
         return KvSignatureValue(
             instance=InstanceName(instance),
             incarnation=Incarnation(incarnation),
@@ -79,15 +115,34 @@ class KvSignatureValue:
             block_size=layout.block_size,
             kv_scales=_scales_digest(layout),
             digests=(SUM_DIGEST, BYTES_DIGEST) if content_digest == "sum64" else (BYTES_DIGEST,),
+            codecs=codecs,
+            plan=plan or ParallelPlan(),
+            ranks=ranks,
         )
 
     def to_proto(self) -> kv_pb2.KvSignature:
-        return kv_pb2.KvSignature(**{field.name: getattr(self, field.name) for field in fields(self)})
+        return kv_pb2.KvSignature(
+            **{name: getattr(self, name) for name in _PLAIN},
+            tensor_parallel_size=self.plan.tp,
+            pipeline_parallel_size=self.plan.pp,
+            ranks=[rank.to_proto() for rank in self.ranks],
+        )
 
     @staticmethod
     def from_proto(message: kv_pb2.KvSignature) -> "KvSignatureValue":
-        values = {field.name: getattr(message, field.name) for field in fields(KvSignatureValue)}
-        return KvSignatureValue(**{**values, "codecs": tuple(message.codecs), "digests": tuple(message.digests)})
+        """Raises ValueError, one line, for a message that no instance of ours sends."""
+        values = {name: getattr(message, name) for name in _PLAIN}
+        plan = ParallelPlan(tp=message.tensor_parallel_size or 1, pp=message.pipeline_parallel_size or 1)
+        if len(message.ranks) not in (0, plan.num_ranks):
+            raise ValueError(f"{message.instance} names {len(message.ranks)} ranks, {plan} has {plan.num_ranks}")
+        return KvSignatureValue(
+            **{**values, "codecs": tuple(message.codecs), "digests": tuple(message.digests)},
+            plan=plan,
+            ranks=tuple(RankEndpoint.from_proto(rank) for rank in message.ranks),
+        )
+
+
+_PLAIN = tuple(each.name for each in fields(KvSignatureValue) if each.name not in ("plan", "ranks"))
 
 
 def mismatch(target: KvSignatureValue, source: KvSignatureValue) -> str | None:
@@ -97,7 +152,7 @@ def mismatch(target: KvSignatureValue, source: KvSignatureValue) -> str | None:
         theirs, ours = getattr(source, name), getattr(target, name)
         if theirs != ours:
             reasons.append(f"{name} {_shown(theirs)} against {_shown(ours)}")
-    if common_codec(target, source) is None:
+    if not common_codecs(target, source):
         reasons.append(f"codecs {','.join(source.codecs)} against {','.join(target.codecs)}")
     if common_digest(target, source) is None:
         reasons.append(f"digests {','.join(source.digests)} against {','.join(target.digests)}")
@@ -109,9 +164,10 @@ def mismatch(target: KvSignatureValue, source: KvSignatureValue) -> str | None:
     return f"{source.instance} cannot hand KV over to {target.instance}: {'; '.join(reasons)}"
 
 
-def common_codec(target: KvSignatureValue, source: KvSignatureValue) -> str | None:
-    """The first codec of the target that the source speaks too."""
-    return next((codec for codec in target.codecs if codec in source.codecs), None)
+def common_codecs(target: KvSignatureValue, source: KvSignatureValue) -> tuple[str, ...]:
+    """The codecs of the target that the source speaks too. Those that quantise do it by blocks, which must be equal."""
+    equal = target.block_size == source.block_size
+    return tuple(codec for codec in target.codecs if codec in source.codecs and (equal or codec == "raw"))
 
 
 def common_digest(target: KvSignatureValue, source: KvSignatureValue) -> str | None:

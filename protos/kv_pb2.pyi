@@ -39,6 +39,9 @@ class KvSignature(google.protobuf.message.Message):
     CODECS_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     KV_SCALES_FIELD_NUMBER: builtins.int
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: builtins.int
+    PIPELINE_PARALLEL_SIZE_FIELD_NUMBER: builtins.int
+    RANKS_FIELD_NUMBER: builtins.int
     instance: builtins.str
     incarnation: builtins.int
     protocol: builtins.int
@@ -49,9 +52,12 @@ class KvSignature(google.protobuf.message.Message):
     dtype: builtins.str
     rope: builtins.str
     block_size: builtins.int
+    """need not agree"""
     max_message_bytes: builtins.int
     kv_scales: builtins.bytes
     """digest of the fixed scales of an fp8 cache; empty for other dtypes"""
+    tensor_parallel_size: builtins.int
+    pipeline_parallel_size: builtins.int
     @property
     def digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """what a piece's digest may be over, in order of preference: "xxh3-bytes", "xxh3-sum64" """
@@ -59,6 +65,10 @@ class KvSignature(google.protobuf.message.Message):
     @property
     def codecs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """in order of preference"""
+
+    @property
+    def ranks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RankEndpoint]:
+        """by rank; rank 0 alone handshakes, releases and sends the trailer"""
 
     def __init__(
         self,
@@ -77,10 +87,49 @@ class KvSignature(google.protobuf.message.Message):
         codecs: collections.abc.Iterable[builtins.str] | None = ...,
         max_message_bytes: builtins.int = ...,
         kv_scales: builtins.bytes = ...,
+        tensor_parallel_size: builtins.int = ...,
+        pipeline_parallel_size: builtins.int = ...,
+        ranks: collections.abc.Iterable[Global___RankEndpoint] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "codecs", b"codecs", "digests", b"digests", "dtype", b"dtype", "head_dim", b"head_dim", "incarnation", b"incarnation", "instance", b"instance", "kv_scales", b"kv_scales", "max_message_bytes", b"max_message_bytes", "model_hash", b"model_hash", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol", b"protocol", "rope", b"rope"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "codecs", b"codecs", "digests", b"digests", "dtype", b"dtype", "head_dim", b"head_dim", "incarnation", b"incarnation", "instance", b"instance", "kv_scales", b"kv_scales", "max_message_bytes", b"max_message_bytes", "model_hash", b"model_hash", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "pipeline_parallel_size", b"pipeline_parallel_size", "protocol", b"protocol", "ranks", b"ranks", "rope", b"rope", "tensor_parallel_size", b"tensor_parallel_size"]) -> None: ...
 
 Global___KvSignature: typing_extensions.TypeAlias = KvSignature
+
+@typing.final
+class RankEndpoint(google.protobuf.message.Message):
+    """Where one rank can be reached, and what decides over what."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GRPC_FIELD_NUMBER: builtins.int
+    TCP_FIELD_NUMBER: builtins.int
+    HOST_ID_FIELD_NUMBER: builtins.int
+    DEVICE_FIELD_NUMBER: builtins.int
+    TRANSPORTS_FIELD_NUMBER: builtins.int
+    grpc: builtins.str
+    """host:port"""
+    tcp: builtins.str
+    """host:port; empty where it does not listen"""
+    host_id: builtins.str
+    """equal where memory can be shared"""
+    device: builtins.str
+    """"cpu", "cuda:0" """
+    @property
+    def transports(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """what it can do"""
+
+    def __init__(
+        self,
+        *,
+        grpc: builtins.str = ...,
+        tcp: builtins.str = ...,
+        host_id: builtins.str = ...,
+        device: builtins.str = ...,
+        transports: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "grpc", b"grpc", "host_id", b"host_id", "tcp", b"tcp", "transports", b"transports"]) -> None: ...
+
+Global___RankEndpoint: typing_extensions.TypeAlias = RankEndpoint
 
 @typing.final
 class PullRequest(google.protobuf.message.Message):

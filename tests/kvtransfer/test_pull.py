@@ -164,7 +164,7 @@ def box_of(frame: bytes) -> KvBox:
 def digest_fits(frame: bytes, ticket: TicketId, digest: str) -> bool:
     header, payload = frames.parse_header(frame[:HEADER_BYTES], len(frame) - HEADER_BYTES), frame[HEADER_BYTES:]
     try:
-        frames.check_digest(header, ticket, (payload,), frames.sum_of(payload) if digest == SUM_DIGEST else None)
+        frames.check_piece_digest(header, ticket, (payload,), digest)
     except FrameError:
         return False
     return True
@@ -392,7 +392,7 @@ async def test_another_life_of_the_source_is_refused() -> None:
         ({"model_hash": b"n" * 16}, "model_hash 6d6d6d6d6d6d6d6d against 6e6e6e6e6e6e6e6e"),
         ({"num_kv_heads": 8}, "num_kv_heads 2 against 8"),
         ({"dtype": "bfloat16"}, "dtype float32 against bfloat16"),
-        ({"block_size": 32, "rope": "theta=5e5"}, "rope theta=1e5 against theta=5e5; block_size 16 against 32"),
+        ({"dtype": "float16", "rope": "theta=5e5"}, "dtype float32 against float16; rope theta=1e5 against theta=5e5"),
         ({"codecs": ("fp8",)}, "codecs raw against fp8"),
         ({"digests": ("crc", "md5")}, "digests xxh3-bytes against crc,md5"),
         ({"kv_scales": b"s" * 16}, "kv_scales none against 7373737373737373"),
