@@ -58,22 +58,27 @@ class EngineThread:
 
         To cancel the future does not stop a step that is running.
         """
+        return asyncio.wrap_future(self.begin(plan))
+
+    def begin(self, plan: StepPlan) -> Future[StepResult]:
+        """As ``launch``, from any thread; the future's callbacks run in one of the threads here."""
         done: Future[StepResult] = Future()
         engine = self._engine
         if engine is None:
             done.set_exception(Internal("a step was asked for before the engine was loaded"))
         else:
             self._submit(lambda: self._launch(engine, plan, done), done)
-        return asyncio.wrap_future(done)
+        return done
 
     async def run(self, plan: StepPlan) -> StepResult:
         """Execute one step."""
         return await self.launch(plan)
 
-    async def close(self) -> None:
-        """End the threads after the calls that were made; returns when they have ended."""
+    async def close(self, within_s: float | None = None) -> bool:
+        """End the threads after the calls that were made; returns when they have ended, False when the time was up."""
         self._calls.put(None)
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join, within_s)
+        return not self._thread.is_alive()
 
     def _submit(self, call: Callable[[], None], done: Future[Any]) -> None:
         if self._thread.is_alive():

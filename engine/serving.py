@@ -4,7 +4,6 @@ import asyncio
 import importlib.metadata
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -14,11 +13,14 @@ from google.protobuf.message_factory import GetMessageClass
 
 from biphase.engine.engine import Engine
 from biphase.engine.engine_thread import EngineThread
-from biphase.engine.limits import Limits
 from biphase.engine.link import Identity
 from biphase.engine.link_service import LinkService
+from biphase.engine.ranks.channel import FindLeader, LeaderChannel
+from biphase.engine.ranks.following import FollowerPhase, no_phase, serve_follower
+from biphase.engine.ranks.joining import announcing
+from biphase.engine.ranks.leading import OWN_REASON_S, leading
 from biphase.engine.standard_services import StandardServices
-from biphase.engine.worker import StepRunner, Worker
+from biphase.engine.worker import Worker
 from biphase.engine.worker_config import WorkerConfig
 from biphase.protos import worker_pb2
 from biphase.protos.errors import Internal
@@ -31,25 +33,35 @@ FLUSH_S = 1.0
 """How long a stopping worker waits for its links to take their last messages."""
 
 _SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
-_PROGRESS_EVERY_S = 0.2
 
-Phase = Callable[[WorkerConfig, Engine, Limits, StepRunner], AbstractAsyncContextManager[tuple[Worker[Any, Any], str]]]
-"""Makes a phase's worker, and the KV address that its Welcome names; closes what it made when left."""
+Phase = Callable[..., AbstractAsyncContextManager[tuple[Worker[Any, Any], str]]]
+"""Makes a phase's worker, and the KV address that its Welcome names; closes what it made when left.
+
+Its arguments are WorkerConfig, Engine, Limits, StepRunner and, where the instance has several ranks, LeaderChannel."""
 
 
-async def serve_worker(config: WorkerConfig, announcer: Announcer, stop: asyncio.Event, phase: Phase) -> None:
-    """Run one instance until ``stop`` is set. Raises SetupError for a set-up that cannot work."""
+async def serve_worker(
+    config: WorkerConfig,
+    announcer: Announcer,
+    stop: asyncio.Event,
+    phase: Phase,
+    follower_phase: FollowerPhase = no_phase,
+    find_leader: FindLeader | None = None,
+) -> None:
+    """Run one rank of an instance, by default its only one, until ``stop`` is set. Raises SetupError for a set-up that
+    cannot work. Where there are several, the loss of another one ends this process at once."""
+    if config.rank > 0:
+        await serve_follower(config, announcer, stop, follower_phase, find_leader)
+        return
     announcer.update(state="loading", detail="starting the engine", log_file=config.log_file)
     async with AsyncExitStack() as closing:
-        thread = EngineThread(config.step_engine)
-        closing.push_async_callback(thread.close)
-        engine = await _load(thread, announcer, stop)
-        if engine is None:
+        loaded = await closing.enter_async_context(_loaded(config, announcer, stop))
+        if loaded is None:
             announcer.update(state="stopped", detail="")
             return
+        engine, thread, ranks = loaded
         info = engine.model_info
-        limits = engine.limits
-        worker, kv_address = await closing.enter_async_context(phase(config, engine, limits, thread))
+        worker, kv_address = await closing.enter_async_context(phase(config, engine, engine.limits, thread, *ranks))
         service = LinkService(_identity(config, engine, kv_address), worker)
         port, standard = await closing.enter_async_context(_listening(config, service))
         stepping = asyncio.create_task(worker.run())
@@ -97,24 +109,45 @@ async def serve_worker(config: WorkerConfig, announcer: Announcer, stop: asyncio
     _log.info("%s has stopped", config.name)
 
 
-async def _load(thread: EngineThread, announcer: Announcer, stop: asyncio.Event) -> Engine | None:
-    """Load the model, its progress announced a few times a second; None when told to stop meanwhile."""
-    last_s, last_detail = 0.0, ""
+@asynccontextmanager
+async def _loaded(
+    config: WorkerConfig, announcer: Announcer, stop: asyncio.Event
+) -> AsyncIterator[tuple[Engine, EngineThread, tuple[LeaderChannel, ...]] | None]:
+    """The engine, on one rank or on several, and what runs its steps; None when told to stop meanwhile."""
+    if config.plan.num_ranks == 1:
+        thread = EngineThread(config.step_engine)
+        try:
+            engine = await _load(thread, announcer, stop)
+            yield None if engine is None else (engine, thread, ())
+        finally:
+            await thread.close()
+        return
+    async with leading(config, announcer, stop) as leader:
+        if leader is None:
+            yield None
+            return
+        engine = await _load(leader.thread, announcer, stop, asyncio.wrap_future(leader.failed))
+        yield None if engine is None else (engine, leader.thread, (leader.channel,))
 
-    def progress(detail: str, share: float) -> None:
-        nonlocal last_s, last_detail
-        now_s = time.monotonic()
-        if detail != last_detail or now_s - last_s >= _PROGRESS_EVERY_S:
-            last_s, last_detail = now_s, detail
-            announcer.update(state="loading", detail=detail, progress=share)
 
-    loading = asyncio.create_task(thread.load(progress))
+async def _load(
+    thread: EngineThread, announcer: Announcer, stop: asyncio.Event, failed: "asyncio.Future[Exception] | None" = None
+) -> Engine | None:
+    """Load the model, its progress announced; None when told to stop meanwhile. ``failed``: why another rank has not."""
+    loading = asyncio.create_task(thread.load(announcing(announcer)))
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not loading.done():
+    ends: set[asyncio.Future[Any]] = {loading} if failed is None else {loading, failed}
+    await asyncio.wait({*ends, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not any(end.done() for end in ends):
         announcer.update(state="loading", detail="stopping as soon as the engine is loaded")
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    await asyncio.wait({loading, stopping})
+    await asyncio.wait({stopping})
+    if failed is not None and failed.done():
+        await asyncio.wait({loading}, timeout=OWN_REASON_S)
+        if not loading.done():
+            loading.cancel()
+            raise failed.result()
     engine = loading.result()
     return None if stop.is_set() else engine
 

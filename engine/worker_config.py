@@ -84,6 +84,11 @@ class WorkerConfig:
         return 2 * self.max_num_batched_tokens if self.max_queued_tokens is None else self.max_queued_tokens
 
     @property
+    def rank_host(self) -> str:
+        """The address of this machine that other ranks connect to."""
+        return self.advertise_host if self.host in ("", "0.0.0.0", "::") else self.host
+
+    @property
     def step_engine(self) -> EngineConfig:
         """The engine, made for the largest step that this worker's scheduler plans."""
         most_tokens = self.max_num_seqs + max(self.max_num_batched_tokens, self.local_prefill_tokens)

@@ -14,6 +14,7 @@ from typing import Any
 from biphase.engine.config import EngineConfig
 from biphase.engine.worker_config import WorkerConfig
 from biphase.protos.errors import SetupError, one_line
+from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.process import Announcement, Announcer, announce_to_file, set_up_logging
 from biphase.protos.values import Role
 
@@ -51,6 +52,11 @@ def make_parser(role: Role) -> argparse.ArgumentParser:
     process.add_argument("--port", type=int, help="port of links (0: any free one)")
     if role == "prefill":
         process.add_argument("--kv-port", type=int, help="port that KV is pulled from (0: any free one)")
+    process.add_argument("--rank", type=int, help="which rank of the instance this process is (default 0)")
+    process.add_argument("--rank-key", help="32 hex digits that its ranks share (default: $BIPHASE_RANK_KEY)")
+    process.add_argument("--rank-port", type=int, help="port on which rank 0 waits for the others (0: any free one)")
+    process.add_argument("--leader", metavar="ADDRESS", help="of rank 0: HOST:PORT, or the FILE of its --announce")
+    process.add_argument("--join-timeout-s", type=float, help="seconds that ranks wait for each other to start")
     process.add_argument("--announce", metavar="FILE", help="keep this process's state in FILE, as JSON")
     process.add_argument("--log-file", help="log here instead of to stderr")
     process.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
@@ -62,6 +68,8 @@ def make_parser(role: Role) -> argparse.ArgumentParser:
     engine.add_argument("--device", help="auto (default), cpu, cuda, cuda:N")
     engine.add_argument("--dtype", help="auto (default), float32, bfloat16, float16")
     engine.add_argument("--kv-dtype", help="auto (default), that of --dtype, float8_e4m3fn")
+    engine.add_argument("--tp", type=int, help="ranks that each layer is cut over (default 1)")
+    engine.add_argument("--pp", type=int, help="ranks that the layers are dealt out to (default 1)")
     engine.add_argument("--threads", type=int, help="compute threads (default: cores / instances on the host)")
     engine.add_argument("--kv-memory", type=num_bytes, dest="kv_memory_bytes", metavar="BYTES", help="e.g. 256M")
     engine.add_argument("--gpu-share", type=float, help="part of the GPU's memory that is this process's (default 1)")
@@ -72,6 +80,7 @@ def make_parser(role: Role) -> argparse.ArgumentParser:
     engine.add_argument("--weights-cache", metavar="DIR", help="where converted weights are kept")
 
     scheduling = parser.add_argument_group("scheduling")
+    scheduling.add_argument("--step-timeout-s", type=float, help="seconds that a step may take on several ranks")
     scheduling.add_argument("--max-num-seqs", type=int, help="sequences in one step")
     scheduling.add_argument("--max-num-batched-tokens", type=int, help="tokens in one step")
     if role == "prefill":
@@ -90,14 +99,16 @@ def parse(role: Role, arguments: Sequence[str]) -> tuple[WorkerConfig, argparse.
     flags = make_parser(role).parse_args(arguments)
     given = vars(flags)
     engine = {name: given[name] for name in EngineConfig.__dataclass_fields__ if name in given}
-    names = WorkerConfig.__dataclass_fields__.keys() - {"role", "engine"}
+    names = WorkerConfig.__dataclass_fields__.keys() - {"role", "engine", "plan"}
     values: dict[str, Any] = {"name": f"{role}-0", "incarnation": time.time_ns() // 1_000_000}
+    values["rank_key"] = os.environ.get("BIPHASE_RANK_KEY", "")
     values |= {name: given[name] for name in names if name in given}
     try:
         engine_config = EngineConfig(**engine)
+        plan = ParallelPlan(tp=given.get("tp", 1), pp=given.get("pp", 1))
     except ValueError as error:
         raise SetupError(one_line(error)) from None
-    return WorkerConfig(role=role, engine=engine_config, **values), flags
+    return WorkerConfig(role=role, engine=engine_config, plan=plan, **values), flags
 
 
 def run_worker(role: Role, serve: Serve, arguments: Sequence[str] | None = None) -> int:
@@ -112,6 +123,7 @@ def run_worker(role: Role, serve: Serve, arguments: Sequence[str] | None = None)
             incarnation=config.incarnation,
             pid=os.getpid(),
             log_file=config.log_file,
+            rank=config.rank,
         )
         file = getattr(flags, "announce", None)
         announcer = Announcer(first, announce_to_file(Path(file)) if file else lambda announcement: None)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from biphase.engine.block_pool import BlockPool
 from biphase.engine.engine import Engine
 from biphase.engine.limits import Limits
+from biphase.engine.ranks.channel import FindLeader, LeaderChannel
 from biphase.engine.serving import serve_worker
 from biphase.engine.worker import StepRunner
 from biphase.engine.worker_config import WorkerConfig
@@ -20,14 +21,16 @@ from biphase.prefill_worker.worker import PrefillWorker
 from biphase.protos.process import Announcer
 
 
-async def serve(config: WorkerConfig, announcer: Announcer, stop: asyncio.Event) -> None:
+async def serve(
+    config: WorkerConfig, announcer: Announcer, stop: asyncio.Event, find_leader: FindLeader | None = None
+) -> None:
     """Load, listen, announce ``ready`` with the address; returns after ``stop`` when all is closed. SetupError."""
-    await serve_worker(config, announcer, stop, prefill_phase)
+    await serve_worker(config, announcer, stop, prefill_phase, find_leader=find_leader)
 
 
 @asynccontextmanager
 async def prefill_phase(
-    config: WorkerConfig, engine: Engine, limits: Limits, runner: StepRunner
+    config: WorkerConfig, engine: Engine, limits: Limits, runner: StepRunner, ranks: LeaderChannel | None = None
 ) -> AsyncIterator[tuple[PrefillWorker, str]]:
     """The prefill worker with its KV endpoint listening, and the endpoint's address."""
     pool = BlockPool(engine.num_blocks, engine.layout.block_size, hash_key=secrets.token_bytes(16))

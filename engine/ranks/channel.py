@@ -9,7 +9,7 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
 from biphase.engine.ranks.connection import BEAT_S, Connection, Message
@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 
 STOP_WITHIN_S = 10.0
 """How long rank 0 waits for the others to close after it told them to stop."""
+FindLeader = Callable[[], Awaitable[str]]
+"""Where rank 0 of the instance listens for the others, ``host:port``; waits until that is known."""
+
 _RETRY_S = 0.1
 _MAX_GREETINGS = 64
 
@@ -183,13 +186,15 @@ class FollowerChannel:
         self._beats.connections.append(self._connection)
 
     @staticmethod
-    async def join(us: Membership, address: str, within_s: float) -> "FollowerChannel":
-        """Connect to rank 0 at ``host:port``, which may not be there yet. Raises SetupError in time."""
-        host, _, port = address.rpartition(":")
-        reason = "nobody answers"
+    async def join(us: Membership, find_leader: FindLeader, within_s: float) -> "FollowerChannel":
+        """Connect to rank 0, which may not be there yet: it is looked for again as long as nobody of ours answers. Raises
+        SetupError in time, or when it refuses us."""
+        address, reason = "", "nobody says where it is"
         try:
             async with asyncio.timeout(within_s):
                 while True:
+                    address = await find_leader()
+                    host, _, port = address.rpartition(":")
                     try:
                         connection = await _connect(host.strip("[]"), int(port))
                     except OSError as error:
@@ -211,7 +216,7 @@ class FollowerChannel:
             pass
         except ValueError:
             reason = "no host:port"
-        raise SetupError(f"rank {us.rank} of {us.instance} cannot join rank 0 at {address}: {reason}")
+        raise SetupError(f"rank {us.rank} of {us.instance} cannot join rank 0 at {address or '?'}: {reason}")
 
     def send(self, message: Message) -> None:
         self._connection.send(message)

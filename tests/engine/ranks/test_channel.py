@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from biphase.engine.ranks.channel import FollowerChannel, LeaderChannel
+from biphase.engine.ranks.channel import FindLeader, FollowerChannel, LeaderChannel
 from biphase.engine.ranks.connection import SILENCE_S
 from biphase.engine.ranks.greeting import Membership
 from biphase.protos.errors import SetupError
@@ -30,7 +30,7 @@ def member(rank: int, *, plan: ParallelPlan = PLAN, key: str = KEY, instance: st
 async def pair() -> AsyncIterator[tuple[LeaderChannel, FollowerChannel]]:
     leader = LeaderChannel(member(0), "127.0.0.1")
     gathering = asyncio.create_task(leader.gather(10))
-    follower = await FollowerChannel.join(member(1), f"127.0.0.1:{leader.port}", 10)
+    follower = await FollowerChannel.join(member(1), at(f"127.0.0.1:{leader.port}"), 10)
     await gathering
     try:
         yield leader, follower
@@ -39,6 +39,13 @@ async def pair() -> AsyncIterator[tuple[LeaderChannel, FollowerChannel]]:
         leader.close()
         names = {thread.name for thread in threading.enumerate()}
         assert not {name for name in names if name.startswith(("from rank", "rank beats"))}
+
+
+def at(address: str) -> FindLeader:
+    async def find() -> str:
+        return address
+
+    return find
 
 
 async def lost(channel: LeaderChannel | FollowerChannel, within_s: float = 10.0) -> str:
@@ -139,8 +146,8 @@ async def test_who_does_not_belong_is_told_why(us: Membership, told: str) -> Non
     leader = LeaderChannel(member(0), "127.0.0.1")
     gathering = asyncio.create_task(leader.gather(10))
     with pytest.raises(SetupError, match=f"rank 1 of {us.instance} cannot join rank 0 at .*: rank 0 refuses: {told}"):
-        await FollowerChannel.join(us, f"127.0.0.1:{leader.port}", 10)
-    follower = await FollowerChannel.join(member(1), f"127.0.0.1:{leader.port}", 10)  # the right one still may
+        await FollowerChannel.join(us, at(f"127.0.0.1:{leader.port}"), 10)
+    follower = await FollowerChannel.join(member(1), at(f"127.0.0.1:{leader.port}"), 10)  # the right one still may
     await gathering
     follower.close()
     leader.close()
@@ -157,8 +164,8 @@ async def test_strangers_are_closed_and_a_rank_comes_once() -> None:
         with contextlib.suppress(ConnectionResetError):
             assert await loop.sock_recv(stranger, 1) == b""
     us = member(2, plan=ParallelPlan(tp=3))
-    first = await FollowerChannel.join(us, f"127.0.0.1:{leader.port}", 10)
-    second = await FollowerChannel.join(us, f"127.0.0.1:{leader.port}", 10)
+    first = await FollowerChannel.join(us, at(f"127.0.0.1:{leader.port}"), 10)
+    second = await FollowerChannel.join(us, at(f"127.0.0.1:{leader.port}"), 10)
     assert await lost(second) == "rank 0 has closed its connection"
     with pytest.raises(SetupError, match="rank 1 of decode-0 did not join within 1 s"):
         await gathering
@@ -172,9 +179,9 @@ async def test_nobody_there_is_told_in_time() -> None:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(SetupError, match=f"rank 1 of decode-0 cannot join rank 0 at {address}: Connect"):
-            await FollowerChannel.join(member(1), address, 0.3)
+            await FollowerChannel.join(member(1), at(address), 0.3)
     with pytest.raises(SetupError, match="at nowhere: no host:port"):
-        await FollowerChannel.join(member(1), "nowhere", 0.3)
+        await FollowerChannel.join(member(1), at("nowhere"), 0.3)
 
 
 FOLLOWER = f"""
@@ -183,9 +190,12 @@ from biphase.engine.ranks.channel import FollowerChannel
 from biphase.engine.ranks.greeting import Membership
 from biphase.protos.parallel_plan import ParallelPlan
 
+async def find():
+    return sys.argv[1]
+
 async def main():
     us = Membership(instance="decode-0", plan=ParallelPlan(tp=2, pp=1), rank=1, key="{KEY}")
-    channel = await FollowerChannel.join(us, sys.argv[1], 10)
+    channel = await FollowerChannel.join(us, find, 10)
     channel.expect_steady_beats()
     print(await asyncio.wrap_future(channel.lost), flush=True)
 

@@ -1,0 +1,45 @@
+"""How the process of a rank ends when its instance is lost: at once, whatever hangs in it."""
+
+import logging
+import os
+import sys
+from concurrent.futures import Future
+from contextlib import suppress
+
+from biphase.engine.engine_thread import EngineThread
+from biphase.protos.errors import SetupError, one_line
+from biphase.protos.process import Announcer
+
+CLOSE_WITHIN_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+def end_process(announcer: Announcer, error: BaseException) -> None:
+    """Tell why and end, from any thread: 2 for a set-up that cannot work, else 1. Other ranks see it by their sockets,
+    routers by their links; nothing that a kill -9 would not leave behind is left."""
+    line = one_line(error)
+    with suppress(Exception):
+        _log.error("%s, rank %d, ends: %s", announcer.current.name, announcer.current.rank, line)
+        announcer.update(state="failed", detail=line)
+    if isinstance(error, SetupError):
+        with suppress(Exception):
+            print(f"biphase: {line}", file=sys.stderr, flush=True)
+    with suppress(Exception):
+        logging.shutdown()
+    os._exit(2 if isinstance(error, SetupError) else 1)
+
+
+class EndWhenLost:
+    """To be called with a channel's ``lost``."""
+
+    def __init__(self, announcer: Announcer) -> None:
+        self._announcer = announcer
+
+    def __call__(self, lost: "Future[str]") -> None:
+        end_process(self._announcer, RuntimeError(lost.result()))
+
+
+async def close_engine(thread: EngineThread, announcer: Announcer, error: BaseException | None = None) -> None:
+    """Close a rank's engine thread. Ends the process where that hangs: a step has lost its other ends by then."""
+    if not await thread.close(CLOSE_WITHIN_S):
+        end_process(announcer, error or RuntimeError(f"the engine thread has not ended within {CLOSE_WITHIN_S:g} s"))

@@ -1,0 +1,169 @@
+"""Rank 0's part in bringing an instance up: wait for the others, load with them, agree on what all have, serve as one."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any
+
+from biphase.engine.config import EngineConfig
+from biphase.engine.engine import Engine, Progress
+from biphase.engine.engine_thread import EngineThread
+from biphase.engine.parallel.group import RankGroups
+from biphase.engine.parallel.store import open_store
+from biphase.engine.ranks.channel import LeaderChannel
+from biphase.engine.ranks.connection import Message
+from biphase.engine.ranks.ending import EndWhenLost, close_engine
+from biphase.engine.ranks.joining import join_groups, membership
+from biphase.engine.ranks.leader_engine import LeaderEngine, agree_on_blocks
+from biphase.engine.worker_config import WorkerConfig
+from biphase.protos.errors import Internal, SetupError
+from biphase.protos.process import Announcer
+
+_log = logging.getLogger(__name__)
+
+OWN_REASON_S = 1.0
+"""A rank that fails is often not alone: rank 0 has this long to find the same by itself, and says it then."""
+
+
+class Leading:
+    """Owns the engine thread and the groups. ``failed``: what a follower's set-up failed of."""
+
+    def __init__(self, config: WorkerConfig, channel: LeaderChannel) -> None:
+        self.channel = channel
+        self.failed: Future[Exception] = Future()
+        self.thread = EngineThread(config.step_engine, self._load)
+        self._config = config
+        self._groups: RankGroups | None = None
+        self._loaded = _FromAll(channel, "loaded")
+        self._serving = _FromAll(channel, "serving")
+        channel.subscribe("failed", self._on_failed, direct=True)
+
+    def _load(self, engine_config: EngineConfig, progress: Progress) -> Engine:
+        """In the engine thread, with all ranks there. Raises SetupError."""
+        config = self._config
+        num_ranks = config.plan.num_ranks
+        store, port = open_store(config.rank_host)
+        host = config.advertise_host or config.host
+        self.channel.broadcast({"kind": "load", "store_host": host, "store_port": port})
+        progress("connecting the ranks", 0.0)
+        self._groups = join_groups(config, engine_config, store)
+        own = Engine.load(engine_config, progress, groups=self._groups)
+        facts = self._loaded.wait(lambda num: progress(f"{num} of {num_ranks} ranks have loaded", 1.0))
+        _check_alike(own, facts)
+        num_blocks = min(own.num_blocks, *(their["num_blocks"] for their in facts.values()))
+        agree_on_blocks(own, num_blocks)
+        self.channel.broadcast({"kind": "serve", "num_blocks": num_blocks})
+        self._serving.wait(lambda num: progress(f"{num} of {num_ranks} ranks serve", 1.0))
+        self.channel.expect_steady_beats()
+        return LeaderEngine(
+            own,
+            self.channel,
+            step_timeout_s=config.step_timeout_s,
+            kv_bytes=num_blocks * (own.layout.block_bytes + sum(their["block_bytes"] for their in facts.values())),
+            threads=own.threads + sum(their["threads"] for their in facts.values()),
+        )
+
+    async def close(self, announcer: Announcer, error: BaseException | None = None) -> None:
+        """End the engine thread and drop the groups."""
+        await close_engine(self.thread, announcer, error)
+        if self._groups is not None:
+            self._groups.close()
+
+    def _on_failed(self, rank: int, message: Message) -> None:
+        """In the channel's thread."""
+        self.channel.excuse(rank)
+        kind = SetupError if message["error"] == SetupError.__name__ else Internal
+        error = kind(f"rank {rank}: {message['text']}")
+        with contextlib.suppress(Exception):
+            self.failed.set_result(error)
+        self._loaded.fail(error)
+        self._serving.fail(error)
+
+
+class _FromAll:
+    """One message of a kind from every follower."""
+
+    def __init__(self, channel: LeaderChannel, kind: str) -> None:
+        self._answers: dict[int, Future[dict[str, Any]]] = {rank: Future() for rank in channel.followers}
+        channel.subscribe(kind, self._answer, direct=True)
+
+    def _answer(self, rank: int, message: Message) -> None:
+        if not self._answers[rank].done():  # another rank has failed meanwhile
+            self._answers[rank].set_result(message)
+
+    def wait(self, on_progress: Callable[[int], None]) -> dict[int, dict[str, Any]]:
+        """By rank. ``on_progress`` hears how many have answered, rank 0 counted. Raises what ``fail`` was told."""
+        found = {}
+        for rank, answer in self._answers.items():
+            on_progress(1 + sum(other.done() for other in self._answers.values()))
+            found[rank] = answer.result()
+        return found
+
+    def fail(self, error: Exception) -> None:
+        for answer in self._answers.values():
+            with contextlib.suppress(Exception):
+                answer.set_exception(error)
+
+
+@contextlib.asynccontextmanager
+async def leading(config: WorkerConfig, announcer: Announcer, stop: asyncio.Event) -> AsyncIterator[Leading | None]:
+    """Rank 0 with all ranks connected; None when told to stop before they were. Left in order, it stops the others; left
+    by an error, they end as its losers. The loss of one ends the process, now and until then."""
+    channel = LeaderChannel(membership(config), config.host, config.rank_port)
+    try:
+        channel.lost.add_done_callback(EndWhenLost(announcer))
+        channel.subscribe("stop", lambda rank, message: stop.set())
+        num_ranks = config.plan.num_ranks
+        announcer.update(rank_address=config.address(channel.port))
+        gathering = asyncio.create_task(
+            channel.gather(
+                config.join_timeout_s,
+                lambda num: announcer.update(detail=f"{num} of {num_ranks} ranks are there", progress=0.0),
+            )
+        )
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({gathering, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not gathering.done():
+            gathering.cancel()
+        await asyncio.wait({gathering, stopping})
+        if gathering.cancelled():
+            yield None
+        else:
+            gathering.result()
+            leader = Leading(config, channel)
+            try:
+                yield leader
+            except BaseException as error:
+                channel.close()
+                await leader.close(announcer, error)
+                raise
+            await leader.close(announcer)
+    except BaseException:
+        channel.close()
+        raise
+    await channel.stop()
+
+
+def _check_alike(own: Engine, facts: dict[int, dict[str, Any]]) -> None:
+    """Raises SetupError when a rank has loaded something else."""
+    for rank, theirs in facts.items():
+        for name, ours in facts_of(own).items():
+            if name in ("model_hash", "block_size", "dtype", "kv_dtype") and theirs[name] != ours:
+                mine, other = (value.hex() if isinstance(value, bytes) else value for value in (ours, theirs[name]))
+                raise SetupError(f"rank {rank} has {name} {other}, rank 0 has {mine}")
+
+
+def facts_of(engine: Engine) -> dict[str, Any]:
+    """What a rank says about itself when it has loaded."""
+    return {
+        "num_blocks": engine.num_blocks,
+        "block_bytes": engine.layout.block_bytes,
+        "threads": engine.threads,
+        "model_hash": engine.model_info.model_hash,
+        "block_size": engine.layout.block_size,
+        "dtype": engine.config.dtype,
+        "kv_dtype": engine.config.kv_dtype,
+    }
