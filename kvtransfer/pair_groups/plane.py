@@ -1,0 +1,294 @@
+"""The ``dist`` data plane: payloads over pair groups of two, references in the frames' stream.
+
+A group of two beside the instance's own groups, and few of them: at most ``max_pairs`` are open in a process, the least
+recently used idle one is closed for a new one, so memory per communicator is bounded. Groups are built off the request
+path: the first pull between two ranks waits ``patience_s`` for theirs and goes another way if that is not enough, while
+the group is built on and later pulls find it. A peer that dies or stops costs its group, within the deadline.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgpack
+import torch
+
+from biphase.kvtransfer.pair_groups import window
+from biphase.kvtransfer.pair_groups.backends import make_backend
+from biphase.kvtransfer.pair_groups.buffers import Buffers, view
+from biphase.kvtransfer.pair_groups.pair import Pair, ReceivingPair, SendingPair
+from biphase.kvtransfer.pair_groups.rendezvous import Rendezvous
+from biphase.kvtransfer.wire import Room
+
+_log = logging.getLogger(__name__)
+
+_AnyPair = TypeVar("_AnyPair", bound=Pair)
+
+WAIT_S = 5.0
+"""How long a pull waits for room, and how long nothing may move on a pair group."""
+
+_KEEP_BYTES = 128 << 20
+_UNTAKEN = 8
+"""Payloads that one pull may have sent and not heard of, so that a slow reader leaves room for others."""
+
+
+class DistPlane:
+    """Owns the pair groups of one process, their store and their buffers. Lives in one event loop."""
+
+    name = "dist"
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        device: str = "cpu",
+        max_pairs: int = 8,
+        patience_s: float = 0.5,
+        build_s: float = 10.0,
+        deadline_s: float = WAIT_S,
+    ) -> None:
+        self._backend = make_backend(host, device)
+        self._rendezvous = Rendezvous(host, timeout_s=build_s)
+        self._buffers = Buffers(self._backend.device, _KEEP_BYTES)
+        self._max_pairs = max_pairs
+        self._patience_s = patience_s
+        self._build_s = build_s
+        self._deadline_s = deadline_s
+        self._id = secrets.token_hex(8)
+        self._pairs: OrderedDict[tuple[str, str], Pair] = OrderedDict()
+        self._lives: Counter[str] = Counter()
+        self._num_built = 0
+        self._counters: Counter[str] = Counter()
+        self._closed = False
+
+    def counters(self) -> dict[str, int]:
+        names = ("built", "broken", "closed_for_room")
+        return {"dist_pairs": len(self._pairs), **{f"dist_pairs_{name}": self._counters[name] for name in names}}
+
+    async def sender(self, hello: bytes, peer: str) -> "DistSender":
+        try:
+            wish = msgpack.unpackb(hello)
+            reader, life, last, backend = str(wish["reader"]), int(wish["life"]), int(wish["last"]), wish["backend"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConnectionError(f"a request from {peer} that dist cannot read: {error!r}") from None
+        if backend != self._backend.name:
+            raise ConnectionError(f"the reader's pair groups are {backend}, ours {self._backend.name}")
+        pair = self._pairs.get(("to", reader))
+        if pair is not None and life > self._lives[reader]:
+            self._drop(pair, "the reader has dropped the pair group")
+            pair = None
+        self._lives[reader] = max(life, self._lives[reader])
+        if pair is None:
+            self._num_built += 1
+            pair = self._open(SendingPair, "to", reader, f"{self._id}.{self._num_built}", None)
+        assert isinstance(pair, SendingPair)
+        self._pairs.move_to_end(("to", reader))
+        pair.acknowledge(last)
+        answer = {"store": self._rendezvous.address, "pair": pair.key, "standing": pair.standing()}
+        return DistSender(pair, self._buffers, msgpack.packb(answer), wait_s=self._deadline_s)
+
+    async def receiver(self, peer: str) -> "DistReceiver":
+        pair = self._pairs.get(("from", peer))
+        last = pair.last if isinstance(pair, ReceivingPair) else 0
+        wish = {"reader": self._id, "life": self._lives[peer], "last": last, "backend": self._backend.name}
+        return DistReceiver(self, self._buffers, peer, msgpack.packb(wish))
+
+    async def join(self, peer: str, answer: bytes) -> ReceivingPair:
+        """The group that a sender's answer names, built if it must be; its user now is the caller."""
+        try:
+            said = msgpack.unpackb(answer)
+            host, port = said["store"]
+            key, standing = str(said["pair"]), bytes(said["standing"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConnectionError(f"an answer of {peer} that dist cannot read: {error!r}") from None
+        pair = self._pairs.get(("from", peer))
+        if pair is not None and pair.key != key:
+            self._drop(pair, f"{peer} has dropped the pair group")
+            pair = None
+        if pair is None:
+            pair = self._open(ReceivingPair, "from", peer, key, (str(host), int(port)))
+        assert isinstance(pair, ReceivingPair)
+        self._pairs.move_to_end(("from", peer))
+        pair.users += 1
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await asyncio.shield(pair.built)
+            pair.learn(standing)
+        except TimeoutError:
+            pair.users -= 1
+            raise ConnectionError(f"the pair group with {peer} is still being built") from None
+        except BaseException:
+            pair.users -= 1
+            raise
+        return pair
+
+    async def close(self) -> None:
+        """Groups that are still in use end within the deadline, in threads of their own."""
+        self._closed = True
+        for pair in list(self._pairs.values()):
+            self._drop(pair, "the instance is stopping")
+
+    def _open(self, kind: type[_AnyPair], way: str, peer: str, key: str, address: tuple[str, int] | None) -> _AnyPair:
+        if self._closed:
+            raise ConnectionError("the instance is stopping")
+        self._make_room()
+
+        def store() -> Any:
+            return self._rendezvous.ours(key) if address is None else self._rendezvous.theirs(address, key)
+
+        def broke(pair: Pair) -> None:
+            self._counters["broken"] += 1
+            _log.warning("the pair group %s %s is dropped: %s", way, peer, pair.broken)
+            self._forget(pair)
+
+        pair = kind(
+            key,
+            self._backend,
+            store,
+            build_s=self._build_s,
+            deadline_s=self._deadline_s,
+            on_broken=broke,
+            buffers=self._buffers,
+        )
+
+        def is_built(future: "asyncio.Future[None]") -> None:
+            if address is None:
+                asyncio.get_running_loop().run_in_executor(None, self._rendezvous.forget, key)
+            if not future.cancelled() and future.exception() is None:
+                self._counters["built"] += 1
+
+        pair.built.add_done_callback(is_built)
+        self._pairs[way, peer] = pair
+        return pair
+
+    def _make_room(self) -> None:
+        """Close the least recently used of those that nobody uses. Raises ConnectionError where all are in use."""
+        while len(self._pairs) >= self._max_pairs:
+            idle = next((pair for pair in self._pairs.values() if pair.idle), None)
+            if idle is None:
+                raise ConnectionError(f"all {self._max_pairs} pair groups are in use")
+            self._counters["closed_for_room"] += 1
+            self._drop(idle, "closed for another pair group")
+
+    def _drop(self, pair: Pair, reason: str) -> None:
+        pair.close(reason)
+        self._forget(pair)
+
+    def _forget(self, pair: Pair) -> None:
+        for (way, peer), other in self._pairs.items():
+            if other is pair:
+                del self._pairs[way, peer]
+                if way == "from":
+                    self._lives[peer] += 1
+                return
+
+
+@dataclass(slots=True, eq=False)
+class _DistRoom:
+    payload: Any
+    buffer: torch.Tensor
+    num_bytes: int
+
+
+class DistSender:
+    """A PayloadSender (wire.py)."""
+
+    def __init__(self, pair: SendingPair, buffers: Buffers, answer: bytes, *, wait_s: float) -> None:
+        self.answer = answer
+        self._pair = pair
+        self._buffers = buffers
+        self._wait_s = wait_s
+        self._untaken: set[int] = set()
+        self._closed = False
+        pair.users += 1
+
+    async def room(self, num_bytes: int) -> _DistRoom:
+        self._check()
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await asyncio.shield(self._pair.built)
+                while self._pair.full or len(self._untaken) >= _UNTAKEN:
+                    await self._pair.changed()
+                    self._check()
+        except TimeoutError:
+            raise ConnectionError(f"the reader has taken nothing for {self._wait_s:g} s") from None
+        buffer = self._buffers.get(num_bytes)
+        return _DistRoom(view(buffer, num_bytes), buffer, num_bytes)
+
+    async def send(self, room: Room) -> bytes:
+        assert isinstance(room, _DistRoom)
+        self._check()
+        while self._pair.full:  # others have filled it since
+            await self._pair.changed()
+            self._check()
+        number, reference = self._pair.send(room.buffer, room.num_bytes)
+        self._untaken.add(number)
+        return reference
+
+    def taken(self, reference: bytes) -> None:
+        try:
+            number = window.number_of(reference)
+        except window.WindowError as error:
+            raise ConnectionError(str(error)) from None
+        if number in self._untaken:
+            self._untaken.discard(number)
+            self._pair.acknowledge(number)
+
+    def close(self) -> None:
+        """What it has sent stays under way: the reader receives it in its turn and drops it."""
+        if not self._closed:
+            self._closed = True
+            self._pair.users -= 1
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ConnectionError("the pull is closed")
+        self._pair.check()
+
+
+class DistReceiver:
+    """A PayloadReceiver (wire.py)."""
+
+    def __init__(self, plane: DistPlane, buffers: Buffers, peer: str, hello: bytes) -> None:
+        self.hello = hello
+        self._plane = plane
+        self._buffers = buffers
+        self._peer = peer
+        self._pair: ReceivingPair | None = None
+        self._fetched: dict[bytes, torch.Tensor] = {}
+
+    async def start(self, answer: bytes) -> None:
+        assert self._pair is None
+        self._pair = await self._plane.join(self._peer, answer)
+
+    async def fetch(self, reference: bytes, num_bytes: int) -> Any:
+        if self._pair is None:
+            raise ConnectionError("the pull is closed, or was not started")
+        try:
+            number, size = window.number_of(reference), window.size_of(reference)
+        except window.WindowError as error:
+            raise ConnectionError(str(error)) from None
+        if size != max(1, num_bytes):
+            raise ConnectionError(f"a payload of {num_bytes} bytes whose reference says {size}")
+        self._pair.learn(reference)
+        buffer = self._fetched[reference] = await self._pair.fetch(number)
+        return view(buffer, num_bytes)
+
+    def intact(self, reference: bytes) -> bool:
+        """The buffer is ours until it is given back."""
+        return True
+
+    def done(self, reference: bytes) -> None:
+        buffer = self._fetched.pop(reference, None)
+        if buffer is not None:
+            self._buffers.put(buffer)
+
+    def close(self) -> None:
+        """What was fetched and not given back may still be read, by a thread that no cancellation stops: it is dropped."""
+        self._fetched.clear()
+        if self._pair is not None:
+            self._pair.users -= 1
+            self._pair = None
