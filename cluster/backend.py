@@ -6,11 +6,12 @@ and the controller know only this protocol. A process is told apart by its name 
 
 import json
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 from biphase.cluster.deployment import Deployment
+from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.process import Announcement
 
 Kind = Literal["prefill", "decode", "router", "controller"]
@@ -19,7 +20,11 @@ CONTROLLER: Literal["controller"] = "controller"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSpec:
-    """One life of one process: all it needs to start on any host."""
+    """One life of one process: all it needs to start on any host.
+
+    An instance of several ranks has one spec, from which its backend makes each rank's: ``rank``, ``rank_key``,
+    ``leader`` and the GPU in ``env`` are filled in there.
+    """
 
     name: str
     kind: Kind
@@ -30,15 +35,22 @@ class ProcessSpec:
     host: str = "127.0.0.1"
     """Where an instance listens; a backend of several hosts fills in the host's own address."""
     cpus: float = 0.0
-    """CPUs it asks the placing backend for."""
+    """CPUs each rank asks the placing backend for."""
     gpus: float | None = None
-    """GPUs that its plan asks for; a backend that starts it fills in the share that it gets (0: none)."""
+    """GPUs that its plan asks for; a backend that starts it fills in the share that each rank gets (0: none)."""
+    plan: ParallelPlan = field(default_factory=ParallelPlan)
+    rank: int = 0
+    rank_key: str = ""
+    """The secret that the ranks of one life share, 32 hex digits; empty for a single one."""
+    leader: str = ""
+    """The file in which rank 0 announces its address, where ranks share a file system."""
     env: tuple[tuple[str, str], ...] = ()
     """The BIPHASE_* variables of the user's shell."""
 
     @property
     def log_file(self) -> Path:
-        return Path(self.run_dir) / "logs" / f"{self.name}-{self.incarnation}.log"
+        rank = f".rank{self.rank}" if self.rank else ""
+        return Path(self.run_dir) / "logs" / f"{self.name}-{self.incarnation}{rank}.log"
 
     def to_json(self) -> str:
         values = {**asdict(self), "deployment": self.deployment.to_json(), "env": dict(self.env)}
@@ -48,23 +60,32 @@ class ProcessSpec:
     def from_json(text: str) -> "ProcessSpec":
         values = json.loads(text)
         values["deployment"] = Deployment.from_json(values["deployment"])
+        values["plan"] = ParallelPlan(**values["plan"])
         values["env"] = tuple(values["env"].items())
         return ProcessSpec(**values)
 
 
 class Handle(Protocol):
-    """A process that was started or found again."""
+    """A process, or an instance with all its ranks, that was started or found again."""
 
     name: str
     kind: Kind
     incarnation: int
-    pid: int
-    """0 until known."""
     end: str | None
-    """Why it ended, e.g. ``killed by SIGKILL``; None while it runs."""
+    """Why it ended, e.g. ``killed by SIGKILL``; None while any of its ranks runs."""
+
+    @property
+    def pid(self) -> int:
+        """Of rank 0; 0 until known."""
+        ...
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of all ranks."""
+        ...
 
     async def ended(self) -> str:
-        """Wait until the process is gone and return why."""
+        """Wait until all of it is gone and return why."""
         ...
 
 
@@ -80,7 +101,7 @@ class Backend(Protocol):
         ...
 
     async def start(self, spec: ProcessSpec) -> Handle:
-        """Start a process and return at once; its announcements tell the rest. Raises SetupError."""
+        """Start a process, or all ranks of an instance, and return at once; announcements tell the rest. SetupError."""
         ...
 
     async def adopt(self) -> list[Handle]:
@@ -96,7 +117,7 @@ class Backend(Protocol):
         ...
 
     async def kill(self, handle: Handle) -> None:
-        """End it now, stopped (SIGSTOP) or not."""
+        """End it now with all its ranks, stopped (SIGSTOP) or not."""
         ...
 
     async def save_state(self, text: str) -> None:

@@ -77,8 +77,12 @@ def _process_status(controller: "Controller", slot: Slot) -> controller_pb2.Proc
         restarts=slot.restarts,
     )
     life = controller.lives.get(slot.wanted.name)
+    if slot.wanted.kind == "prefill" or slot.wanted.kind == "decode":
+        status.plan = str(controller.deployment.plan(slot.wanted.kind).parallel)
     if life is not None and life.handle.end is None:
         status.pid = life.handle.pid
+        if len(life.handle.pids) > 1:
+            status.rank_pids.extend(life.handle.pids)
     if slot.announcement is not None:
         said = slot.announcement
         status.pid, status.address, status.threads = said.pid, said.address, said.threads
@@ -136,6 +140,8 @@ async def _add_counters(process: controller_pb2.ProcessStatus) -> None:
                     worker_pb2.StatsRequest(), timeout=COUNTERS_S
                 )
                 counters = stats.counters
+                for peer, transport in stats.transports.items():
+                    process.transports[peer] = transport
         except grpc.aio.AioRpcError:
             return
     for name, value in counters.items():

@@ -28,6 +28,7 @@ async def run_process(spec: ProcessSpec, publish: Announce, stop: asyncio.Event)
         incarnation=spec.incarnation,
         pid=os.getpid(),
         log_file=str(spec.log_file),
+        rank=spec.rank,
     )
     announcer = Announcer(first, publish)
     try:
@@ -95,6 +96,13 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_queued_tokens=plan.max_queued_tokens,
         log_file=str(spec.log_file),
+        plan=spec.plan,
+        rank=spec.rank,
+        rank_key=spec.rank_key,
+        leader=spec.leader,
+        kv_transport=deployment.kv_transport,
+        kv_codec=deployment.kv_codec,
+        inject_faults=deployment.inject_faults,
     )
 
 

@@ -58,6 +58,10 @@ class RayHandle:
         self._main_end: str | None = None
         self._follow = asyncio.create_task(self._follow_actor())
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return (self.pid,)
+
     async def ended(self) -> str:
         await self._gone.wait()
         assert self.end is not None

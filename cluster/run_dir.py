@@ -6,8 +6,9 @@
     serve.json       the supervisor's word on the deployment: ServeRecord
     deployment.json  what was asked for
     state.json       the controller's memory (process backend)
-    processes/       one record and one announcement per process (process backend)
-    logs/            <process>-<incarnation>.log; the previous serve's logs are in logs.previous/
+    processes/       a record, a spec and an announcement per process (process backend)
+    logs/            <process>-<incarnation>.log (ranks above 0 of an instance: .rank<k>.log); the previous serve's logs
+                     are in logs.previous/
 """
 
 import fcntl
@@ -77,11 +78,21 @@ def started_ticks(pid: int) -> int | None:
 
     A pid and this number together name a process for good, a pid alone may have been given away again.
     """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
+    fields = _stat(pid)
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether ``pid`` is held by SIGSTOP."""
+    return _stat(pid)[0] == "T"
+
+
+def _stat(pid: int) -> list[str]:
+    """The kernel's line on ``pid`` from the state on; ``["X"]`` when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["X"]
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -114,6 +125,11 @@ class RunDir:
     @property
     def processes(self) -> Path:
         return self.path / "processes"
+
+    def process_file(self, name: str, incarnation: int, rank: int, what: str = "") -> Path:
+        """The file of one rank of one life: its record, or its "spec" or "announce"."""
+        parts = (f"{name}-{incarnation}", f"rank{rank}" if rank else "", what, "json")
+        return self.processes / ".".join(part for part in parts if part)
 
     @property
     def logs(self) -> Path:

@@ -75,7 +75,8 @@ def _as_json(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> dict[str
         fields = [field.name for field in seen.DESCRIPTOR.fields_by_name["processes"].message_type.fields]
         for process in seen.processes:
             values = {name: getattr(process, name) for name in fields}
-            document["processes"].append({**values, "counters": dict(process.counters)})
+            maps = {name: dict(values[name]) for name in ("counters", "transports")}
+            document["processes"].append({**values, "rank_pids": list(process.rank_pids), **maps})
     return document
 
 
@@ -99,6 +100,7 @@ def _print_table(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> None
     for column in (
         "process",
         "state",
+        "plan",
         "pid",
         "incarnation",
         "device",
@@ -116,7 +118,8 @@ def _print_table(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> None
         table.add_row(
             process.name,
             state,
-            str(process.pid or "-"),
+            process.plan.replace(" x ", ", ") or "-",
+            " ".join(map(str, process.rank_pids)) or str(process.pid or "-"),
             str(process.incarnation),
             process.device or "-",
             str(process.threads or "-"),
@@ -126,6 +129,9 @@ def _print_table(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> None
             os.path.relpath(process.log_file, run_dir.path) if process.log_file else "-",
         )
     console.print(table)
+    for process in seen.processes:
+        for peer, transport in sorted(process.transports.items()):
+            console.print(f"{process.name} takes KV of {peer} by {transport}", markup=False)
     console.print(f"logs below {run_dir.path}", markup=False)
 
 

@@ -17,11 +17,11 @@ def wanted_of(deployment: Deployment) -> list[Wanted]:
 def spec_of(base: ProcessSpec, name: str, incarnation: int) -> ProcessSpec:
     """The spec of one life of ``name`` in the deployment of ``base``."""
     kind: Kind = CONTROLLER if name == CONTROLLER else _kinds(base.deployment)[name]
-    cpus = 0.0
-    gpus: float | None = 0.0
-    if kind == "prefill" or kind == "decode":
-        cpus, gpus = base.deployment.plan(kind).cpus, base.deployment.plan(kind).gpus
-    return replace(base, name=name, kind=kind, incarnation=incarnation, cpus=cpus, gpus=gpus)
+    one = replace(base, name=name, kind=kind, incarnation=incarnation, cpus=0.0, gpus=0.0)
+    if kind != "prefill" and kind != "decode":
+        return one
+    role = base.deployment.plan(kind)
+    return replace(one, cpus=role.cpus, gpus=role.gpus, plan=role.parallel)
 
 
 def _kinds(deployment: Deployment) -> dict[str, Kind]:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from biphase.protos import common_pb2 as biphase_dot_protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x62iphase/protos/controller.proto\x12\nbiphase.v1\x1a\x1b\x62iphase/protos/common.proto\"+\n\x16WatchMembershipRequest\x12\x11\n\tpeer_name\x18\x01 \x01(\t\"n\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.biphase.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"Q\n\nMembership\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12#\n\x07members\x18\x03 \x03(\x0b\x32\x12.biphase.v1.Member\"\x14\n\x12WatchStatusRequest\"\xe0\x02\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x10\n\x08progress\x18\x06 \x01(\x01\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\x0c\n\x04node\x18\t \x01(\t\x12\x0f\n\x07threads\x18\n \x01(\r\x12\x10\n\x08kv_bytes\x18\x0b \x01(\x04\x12\x10\n\x08restarts\x18\x0c \x01(\r\x12\x10\n\x08log_file\x18\r \x01(\t\x12\x39\n\x08\x63ounters\x18\x0e \x03(\x0b\x32\'.biphase.v1.ProcessStatus.CountersEntry\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xdb\x01\n\rClusterStatus\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0c\n\x04mode\x18\x06 \x01(\t\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12,\n\tprocesses\x18\x08 \x03(\x0b\x32\x19.biphase.v1.ProcessStatus\x12\x18\n\x10router_addresses\x18\t \x03(\t\x12\x0f\n\x07version\x18\n \x01(\t\"/\n\x0fShutdownRequest\x12\x0b\n\x03now\x18\x01 \x01(\x08\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\"\x0f\n\rShutdownReply2\xb5\x02\n\nController\x12O\n\x0fWatchMembership\x12\".biphase.v1.WatchMembershipRequest\x1a\x16.biphase.v1.Membership0\x01\x12J\n\x0bWatchStatus\x12\x1e.biphase.v1.WatchStatusRequest\x1a\x19.biphase.v1.ClusterStatus0\x01\x12\x46\n\tGetStatus\x12\x1e.biphase.v1.WatchStatusRequest\x1a\x19.biphase.v1.ClusterStatus\x12\x42\n\x08Shutdown\x12\x1b.biphase.v1.ShutdownRequest\x1a\x19.biphase.v1.ShutdownReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x62iphase/protos/controller.proto\x12\nbiphase.v1\x1a\x1b\x62iphase/protos/common.proto\"+\n\x16WatchMembershipRequest\x12\x11\n\tpeer_name\x18\x01 \x01(\t\"n\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.biphase.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"Q\n\nMembership\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12#\n\x07members\x18\x03 \x03(\x0b\x32\x12.biphase.v1.Member\"\x14\n\x12WatchStatusRequest\"\xf3\x03\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x10\n\x08progress\x18\x06 \x01(\x01\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\x0c\n\x04node\x18\t \x01(\t\x12\x0f\n\x07threads\x18\n \x01(\r\x12\x10\n\x08kv_bytes\x18\x0b \x01(\x04\x12\x10\n\x08restarts\x18\x0c \x01(\r\x12\x10\n\x08log_file\x18\r \x01(\t\x12\x39\n\x08\x63ounters\x18\x0e \x03(\x0b\x32\'.biphase.v1.ProcessStatus.CountersEntry\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\x0c\n\x04plan\x18\x10 \x01(\t\x12\x11\n\trank_pids\x18\x11 \x03(\r\x12=\n\ntransports\x18\x12 \x03(\x0b\x32).biphase.v1.ProcessStatus.TransportsEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x31\n\x0fTransportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xdb\x01\n\rClusterStatus\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0c\n\x04mode\x18\x06 \x01(\t\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12,\n\tprocesses\x18\x08 \x03(\x0b\x32\x19.biphase.v1.ProcessStatus\x12\x18\n\x10router_addresses\x18\t \x03(\t\x12\x0f\n\x07version\x18\n \x01(\t\"/\n\x0fShutdownRequest\x12\x0b\n\x03now\x18\x01 \x01(\x08\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\"\x0f\n\rShutdownReply2\xb5\x02\n\nController\x12O\n\x0fWatchMembership\x12\".biphase.v1.WatchMembershipRequest\x1a\x16.biphase.v1.Membership0\x01\x12J\n\x0bWatchStatus\x12\x1e.biphase.v1.WatchStatusRequest\x1a\x19.biphase.v1.ClusterStatus0\x01\x12\x46\n\tGetStatus\x12\x1e.biphase.v1.WatchStatusRequest\x1a\x19.biphase.v1.ClusterStatus\x12\x42\n\x08Shutdown\x12\x1b.biphase.v1.ShutdownRequest\x1a\x19.biphase.v1.ShutdownReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,6 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PROCESSSTATUS_COUNTERSENTRY']._loaded_options = None
   _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_options = b'8\001'
+  _globals['_PROCESSSTATUS_TRANSPORTSENTRY']._loaded_options = None
+  _globals['_PROCESSSTATUS_TRANSPORTSENTRY']._serialized_options = b'8\001'
   _globals['_WATCHMEMBERSHIPREQUEST']._serialized_start=76
   _globals['_WATCHMEMBERSHIPREQUEST']._serialized_end=119
   _globals['_MEMBER']._serialized_start=121
@@ -43,15 +45,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHSTATUSREQUEST']._serialized_start=316
   _globals['_WATCHSTATUSREQUEST']._serialized_end=336
   _globals['_PROCESSSTATUS']._serialized_start=339
-  _globals['_PROCESSSTATUS']._serialized_end=691
-  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_start=644
-  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_end=691
-  _globals['_CLUSTERSTATUS']._serialized_start=694
-  _globals['_CLUSTERSTATUS']._serialized_end=913
-  _globals['_SHUTDOWNREQUEST']._serialized_start=915
-  _globals['_SHUTDOWNREQUEST']._serialized_end=962
-  _globals['_SHUTDOWNREPLY']._serialized_start=964
-  _globals['_SHUTDOWNREPLY']._serialized_end=979
-  _globals['_CONTROLLER']._serialized_start=982
-  _globals['_CONTROLLER']._serialized_end=1291
+  _globals['_PROCESSSTATUS']._serialized_end=838
+  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_start=740
+  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_end=787
+  _globals['_PROCESSSTATUS_TRANSPORTSENTRY']._serialized_start=789
+  _globals['_PROCESSSTATUS_TRANSPORTSENTRY']._serialized_end=838
+  _globals['_CLUSTERSTATUS']._serialized_start=841
+  _globals['_CLUSTERSTATUS']._serialized_end=1060
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1062
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1109
+  _globals['_SHUTDOWNREPLY']._serialized_start=1111
+  _globals['_SHUTDOWNREPLY']._serialized_end=1126
+  _globals['_CONTROLLER']._serialized_start=1129
+  _globals['_CONTROLLER']._serialized_end=1438
 # @@protoc_insertion_point(module_scope)

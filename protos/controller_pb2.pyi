@@ -116,6 +116,22 @@ class ProcessStatus(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class TransportsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
@@ -131,6 +147,9 @@ class ProcessStatus(google.protobuf.message.Message):
     LOG_FILE_FIELD_NUMBER: builtins.int
     COUNTERS_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
+    PLAN_FIELD_NUMBER: builtins.int
+    RANK_PIDS_FIELD_NUMBER: builtins.int
+    TRANSPORTS_FIELD_NUMBER: builtins.int
     name: builtins.str
     kind: builtins.str
     """prefill, decode, router, controller"""
@@ -149,8 +168,18 @@ class ProcessStatus(google.protobuf.message.Message):
     log_file: builtins.str
     device: builtins.str
     """of an instance, with its dtypes"""
+    plan: builtins.str
+    """of an instance, as in "tp 2 x pp 2" """
     @property
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
+    @property
+    def rank_pids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """of an instance of several ranks, in their order"""
+
+    @property
+    def transports(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """what KV of each prefill instance comes by, and why"""
+
     def __init__(
         self,
         *,
@@ -169,8 +198,11 @@ class ProcessStatus(google.protobuf.message.Message):
         log_file: builtins.str = ...,
         counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
         device: builtins.str = ...,
+        plan: builtins.str = ...,
+        rank_pids: collections.abc.Iterable[builtins.int] | None = ...,
+        transports: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "kind", b"kind", "kv_bytes", b"kv_bytes", "log_file", b"log_file", "name", b"name", "node", b"node", "pid", b"pid", "progress", b"progress", "restarts", b"restarts", "state", b"state", "threads", b"threads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "kind", b"kind", "kv_bytes", b"kv_bytes", "log_file", b"log_file", "name", b"name", "node", b"node", "pid", b"pid", "plan", b"plan", "progress", b"progress", "rank_pids", b"rank_pids", "restarts", b"restarts", "state", b"state", "threads", b"threads", "transports", b"transports"]) -> None: ...
 
 Global___ProcessStatus: typing_extensions.TypeAlias = ProcessStatus
 

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-ProcessState = Literal["starting", "loading", "ready", "draining", "stopped", "failed"]
+ProcessState = Literal["starting", "loading", "ready", "draining", "stopped", "failed", "lost"]
+"""``failed``: a set-up that cannot work, the same again would fail the same. ``lost``: another rank of its instance is gone,
+so it ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

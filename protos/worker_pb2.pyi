@@ -617,17 +617,38 @@ class WorkerStats(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class TransportsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     ROLE_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     PID_FIELD_NUMBER: builtins.int
     COUNTERS_FIELD_NUMBER: builtins.int
+    TRANSPORTS_FIELD_NUMBER: builtins.int
     name: builtins.str
     role: biphase.protos.common_pb2.Role.ValueType
     incarnation: builtins.int
     pid: builtins.int
     @property
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
+    @property
+    def transports(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """of a decode instance: what KV of each prefill instance comes by, and why"""
+
     def __init__(
         self,
         *,
@@ -636,7 +657,8 @@ class WorkerStats(google.protobuf.message.Message):
         incarnation: builtins.int = ...,
         pid: builtins.int = ...,
         counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        transports: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["counters", b"counters", "incarnation", b"incarnation", "name", b"name", "pid", b"pid", "role", b"role"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counters", b"counters", "incarnation", b"incarnation", "name", b"name", "pid", b"pid", "role", b"role", "transports", b"transports"]) -> None: ...
 
 Global___WorkerStats: typing_extensions.TypeAlias = WorkerStats

@@ -72,6 +72,13 @@ def _is_record(path: Path) -> bool:
     return not path.name.endswith((".spec.json", ".announce.json"))
 
 
+def rank_pids(served: "Served", name: str, incarnation: int) -> list[int]:
+    """Of every rank of one life under the process backend, in their order."""
+    found = [json.loads(path.read_text()) for path in served.run_dir.processes.glob(f"{name}-{incarnation}*.json")]
+    records = sorted((record for record in found if "started_ticks" in record), key=lambda record: record["rank"])
+    return [record["pid"] for record in records]
+
+
 def pid_of(status: controller_pb2.ClusterStatus, name: str) -> int:
     return next(process.pid for process in status.processes if process.name == name)
 
