@@ -14,6 +14,10 @@ token its input, unless it is certain to end with it. Steps are booked in order.
 (a stop token, a cancel, an error) and is in step n + 1 already ran it in vain: its end is said with its last token,
 what n + 1 draws for it is dropped, and its blocks are freed after n + 1. Nobody is preempted while a step is under
 way: where blocks are short then, nothing is scheduled ahead.
+
+Where the engine is a pipeline of stages, a token that is being drawn comes too late for the next step: ``may_continue`` is
+off, and a sequence is in one step at a time. Those that decode are then dealt out over ``micro_batches`` steps, so that as
+many are under way at once and every stage has work.
 """
 
 from bisect import insort
@@ -50,6 +54,8 @@ class DecodeScheduler:
         max_num_batched_tokens: int = 512,
         local_prefill_tokens: int = 128,
         watermark_blocks: int | None = None,
+        micro_batches: int = 1,
+        may_continue: bool = True,
     ) -> None:
         self.pool = pool
         self.limits = limits
@@ -57,6 +63,8 @@ class DecodeScheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.local_prefill_tokens = local_prefill_tokens
         self.watermark_blocks = max(1, pool.num_blocks // 100) if watermark_blocks is None else watermark_blocks
+        self.micro_batches = micro_batches
+        self.may_continue = may_continue
         self.draining = False
         self.superfluous_tokens = 0
         self.preemptions = 0
@@ -144,11 +152,20 @@ class DecodeScheduler:
             steps.append(sequence.step(1, self.limits))
         effects = self._admit(now_s)
         if len(steps) < len(self._running):
-            steps += self._prefill_steps(self.local_prefill_tokens if steps else self.max_num_batched_tokens)
+            steps += self._prefill_steps(self._prefill_budget(decodes=bool(steps)))
         if not steps:
             return None, effects
         self._steps_in_flight += 1
         return StepPlan(seqs=tuple(steps)), effects
+
+    def _prefill_budget(self, *, decodes: bool) -> int:
+        """Prompt tokens of the next step, which ``decodes`` or not."""
+        if decodes:
+            return self.local_prefill_tokens
+        if self.may_continue or not any(sequence.drawing for sequence in self._running):
+            return self.max_num_batched_tokens
+        # all that decode are in other steps, and wait for this one too
+        return self.local_prefill_tokens if self._steps_in_flight < self.micro_batches else 0
 
     def _prefill_steps(self, budget: int) -> list[SeqStep]:
         """Chunks of those that do not decode yet, oldest first."""
@@ -170,10 +187,11 @@ class DecodeScheduler:
         None: a block is missing, and whoever would have to give way may be in a step under way.
         """
         decoding: list[DecodeSequence] = []
+        most = -(-sum(self._decodes(sequence) for sequence in self._running) // self.micro_batches)
         position = 0
-        while position < len(self._running):
+        while position < len(self._running) and len(decoding) < most:
             sequence = self._running[position]
-            if sequence.unscheduled > 1 or (sequence.drawing and self._ends_with_draw(sequence)) or sequence.ending:
+            if not self._decodes(sequence) or (sequence.drawing and not self._may_go_on(sequence)):
                 position += 1
             elif self._grow(sequence):
                 decoding.append(sequence)
@@ -184,9 +202,12 @@ class DecodeScheduler:
                 self._preempt(self._running[-1])
         return decoding
 
-    def _ends_with_draw(self, sequence: DecodeSequence) -> bool:
-        """Whether the token that is being drawn is its last, whatever it is."""
-        return self.limits.is_last(
+    def _decodes(self, sequence: DecodeSequence) -> bool:
+        return sequence.unscheduled == 1 and sequence.ending is None
+
+    def _may_go_on(self, sequence: DecodeSequence) -> bool:
+        """Whether the next step may take the token that is being drawn: not where it is certain to be the last."""
+        return self.may_continue and not self.limits.is_last(
             num_prompt=sequence.num_prompt_tokens, num_output=sequence.next_index, sampling=sequence.sampling
         )
 

@@ -38,6 +38,8 @@ async def decode_phase(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         local_prefill_tokens=config.local_prefill_tokens,
+        micro_batches=config.plan.pp,
+        may_continue=engine.may_continue,
     )
     signature = KvSignatureValue.of(
         engine.layout,
