@@ -9,6 +9,7 @@ import torch
 
 from biphase.engine.batch import BatchBuilder, StepBatch
 from biphase.engine.checkpoint import Checkpoint, open_checkpoint
+from biphase.engine.checkpoint.shard import Shard
 from biphase.engine.config import EngineConfig
 from biphase.engine.draw_row import draw_row
 from biphase.engine.engine import Engine, Progress
@@ -37,7 +38,7 @@ class CpuEngine(Engine):
         super().__init__(config, checkpoint, groups)
         self.pipeline_depth = 1 if self.plan.pp == 1 else self.plan.pp + 1
         self.threads = torch.get_num_threads()
-        self._size_pool(_kv_budget(config))
+        self._size_pool(_kv_budget(config, self.plan.num_ranks))
         try:
             # numpy's zeros are mapped on first touch; torch's would write gigabytes here
             memory = np.zeros(self.layout.pool_shape(self.num_blocks), dtype=np.float32)
@@ -46,19 +47,20 @@ class CpuEngine(Engine):
         self.kv_memory = CpuKvMemory(memory, self.layout)
         pool = torch.from_numpy(memory)
         self._kernels = kernels
-        self._model = LlamaModel(model, checkpoint.tensors, pool, kernels)
+        self._model = LlamaModel(model, checkpoint.tensors, pool, kernels, groups)
         self._builder = BatchBuilder(
             kernels=kernels,
             layout=self.layout,
             limits=self.plan_limits,
-            num_heads=model.num_heads,
+            num_heads=model.num_heads // self.plan.tp,
             sliding_window=model.sliding_window,
         )
 
     @staticmethod
     def load(config: EngineConfig, progress: Progress, *, groups: RankGroups | None = None) -> "CpuEngine":
         """As Engine.load, for a resolved config."""
-        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.instances_on_host))
+        num_ranks = 1 if groups is None else groups.plan.num_ranks
+        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // (config.instances_on_host * num_ranks)))
         progress("opening weights", 0.0)
         cache_dir = Path(config.weights_cache) if config.weights_cache else None
         checkpoint = open_checkpoint(
@@ -67,9 +69,13 @@ class CpuEngine(Engine):
             cache_dir=cache_dir,
             progress=lambda text, done: progress(text, 0.8 * done),
             load_format=config.load_format,
+            shard=None if groups is None else Shard(plan=groups.plan, rank=groups.rank),
         )
         progress("allocating the KV pool", 0.8)
         engine = CpuEngine(config, checkpoint, cpu_kernels(), groups)
+        if groups is not None:
+            progress("waiting for the other ranks to load", 0.9)
+            groups.meet("loaded")
         progress("first step", 0.9)
         engine._warm_up()
         progress("loaded", 1.0)
@@ -99,7 +105,7 @@ class CpuEngine(Engine):
         """Second half of ``execute``: forward pass and draws. ``batch`` is the latest that ``prepare`` made."""
         tokens: list[int | None] = [None] * len(plan.seqs)
         with torch.inference_mode():
-            logits_RV = self._model.forward(batch)
+            logits_RV = self._model.forward(batch, self._layers_told(plan))
             if logits_RV is not None:
                 drawn = self._kernels.sample.sample(logits_RV, [draw_row(plan.seqs[i]) for i in batch.sampled_seqs])
                 for i, token in zip(batch.sampled_seqs, drawn, strict=True):
@@ -113,6 +119,7 @@ class CpuEngine(Engine):
         self.execute(StepPlan(seqs=(seq,)))
 
 
-def _kv_budget(config: EngineConfig) -> int:
-    default = min(_DEFAULT_KV_BYTES, int(available_memory_bytes() * _DEFAULT_KV_SHARE / config.instances_on_host))
-    return config.kv_memory_bytes or default
+def _kv_budget(config: EngineConfig, num_ranks: int) -> int:
+    """Of one rank, as if all ranks of the instance were on this host: too little is the better guess."""
+    share = _DEFAULT_KV_SHARE / (config.instances_on_host * num_ranks)
+    return config.kv_memory_bytes or min(_DEFAULT_KV_BYTES, int(available_memory_bytes() * share))

@@ -149,6 +149,13 @@ class Engine(ABC):
         What it cannot compute is raised here, then nothing was written (InvalidRequest), or by the pending step's wait().
         """
 
+    def _layers_told(self, plan: StepPlan) -> Callable[[int], None] | None:
+        """What a step calls with its number of finished layers, None for one that nobody follows."""
+        told = self.on_layers
+        if told is None or all(len(seq.token_ids) == 1 for seq in plan.seqs):
+            return None
+        return lambda num_layers: told(plan, num_layers)
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step from launch to result."""
         return self.launch(plan).wait()

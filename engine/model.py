@@ -1,15 +1,23 @@
 """The forward pass of the Llama family over one packed step: RMS norm, rotary attention, gated SiLU or experts.
 
+One rank of several runs its stage's layers on its place's heads, features and experts: activations come from the stage
+before and go to the next one, sums over the places follow the two row-parallel products of a layer, the embedding and
+nothing else.
+
 Shapes: F hidden features, H query heads, K kv heads, G = H / K, D head_dim, I intermediate features, N tokens of the
 step (padded), R sampled tokens, V vocabulary. Activations are feature-major, ``[features, N]`` (kernels/ops.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from biphase.engine.batch import StepBatch
+from biphase.engine.checkpoint.shard import Shard
 from biphase.engine.model_config import ModelConfig
+from biphase.engine.parallel.group import RankGroups
+from biphase.engine.parallel.local_config import local_config
 from biphase.kernels.ops import Kernels
 
 
@@ -25,7 +33,7 @@ class Layer:
     o: torch.Tensor
     mlp_norm: torch.Tensor
     router: torch.Tensor | None
-    """With experts: [E, F]; then ``gate_up`` [E, 2 * I, F] and ``down`` [E, F, I] are those of all experts."""
+    """With experts: [E, F]; then ``gate_up`` [e, 2 * I, F] and ``down`` [e, F, I] are those of this rank's experts."""
     gate_up: torch.Tensor
     down: torch.Tensor
 
@@ -54,30 +62,46 @@ class LlamaModel:
     """Weights, KV pool and activation buffers. Runs in one thread; changes the pool and its buffers only."""
 
     def __init__(
-        self, config: ModelConfig, tensors: dict[str, torch.Tensor], pool: torch.Tensor, kernels: Kernels
+        self,
+        config: ModelConfig,
+        tensors: dict[str, torch.Tensor],
+        pool: torch.Tensor,
+        kernels: Kernels,
+        groups: RankGroups | None = None,
     ) -> None:
-        """``pool`` [layers, blocks, 2, K, block_size, D]; ``tensors`` as engine.checkpoint names them."""
-        self.config = config
+        """``config`` of the whole model; ``pool`` [layers, blocks, 2, K, block_size, D] and ``tensors``, as
+        engine.checkpoint names them, of this rank."""
+        shard = Shard.whole() if groups is None else Shard(plan=groups.plan, rank=groups.rank)
+        self.config = config = local_config(config, shard.plan, shard.rank)
         self._kernels = kernels
-        self._embed = tensors["embed"]
+        self._tp = None if groups is None else groups.tp
+        self._previous = None if groups is None else groups.previous
+        self._next = None if groups is None else groups.next
+        self._vocabulary = shard.vocabulary(config)
+        self._vocabulary_sizes = shard.vocabulary_sizes(config)
+        self._experts = shard.experts(config)
+        self._embed = tensors.get("embed")
         self._head = tensors.get("lm_head", self._embed)
-        self._norm = tensors["norm"].unsqueeze(1)
+        self._norm = tensors["norm"].unsqueeze(1) if "norm" in tensors else None
         self._layers = [_layer(tensors, i) for i in range(config.num_layers)]
         self._block_rows = [layer.view(-1, pool.shape[-2] * pool.shape[-1]) for layer in pool]
         self._token_rows = [layer.view(-1, pool.shape[-1]) for layer in pool]
         self._frequencies = torch.tensor(config.rope.inverse_frequencies(), dtype=torch.float32).unsqueeze(1)
         self._scale = config.head_dim**-0.5
+        self._marks = layer_marks(config.num_layers)
         self._flat: dict[str, torch.Tensor] = {}
         self._buffers: dict[int, Buffers] = {}
 
-    def forward(self, batch: StepBatch) -> torch.Tensor | None:
-        """Writes the step's k and v into the pool; returns logits ``[R, V]`` of the sampled columns, None without."""
+    def forward(self, batch: StepBatch, on_layers: Callable[[int], None] | None = None) -> torch.Tensor | None:
+        """Writes the step's k and v into the pool; returns logits ``[R, V]`` of the sampled columns: None without any,
+        and on ranks that do not sample. Calls ``on_layers`` as Engine does. Raises EngineLost.
+        """
         ops = self._kernels
         eps = self.config.rms_norm_eps
         buffers = self._buffers_for(batch.num_padded)
         angles_RN = self._frequencies * batch.positions
         cos_RN, sin_RN = angles_RN.cos(), angles_RN.sin()
-        h_FN = self._embed.index_select(0, batch.token_ids).t().contiguous()
+        h_FN = self._entering(batch)
         for i, layer in enumerate(self._layers):
             ops.rms_norm.rms_norm(h_FN, layer.attn_norm, eps, buffers.normed_FN)
             ops.linear.linear(layer.qkv, buffers.normed_FN, buffers.qkv_FN)
@@ -89,6 +113,8 @@ class LlamaModel:
             kv_XMD = ops.rope_and_cache.rope_and_cache(
                 buffers.rotated_H2RN, buffers.kv_KDN, cos_RN, sin_RN, self._token_rows[i], batch.cache_rows
             )
+            if on_layers is not None and i + 1 in self._marks:
+                on_layers(i + 1)
             if batch.decode is not None:
                 ops.decode_attention.decode_attention(
                     buffers.q_KGDN, self._block_rows[i], batch.decode, self._scale, buffers.attended_KGDN
@@ -97,25 +123,62 @@ class LlamaModel:
                 ops.prefill_attention.prefill_attention(
                     buffers.q_KGDN, kv_XMD, self._block_rows[i], chunk, self._scale, buffers.attended_KGDN
                 )
-            ops.linear.linear_add(layer.o, buffers.attended_FN, h_FN)
+            self._add_product(layer.o, buffers.attended_FN, h_FN, buffers)
             ops.rms_norm.rms_norm(h_FN, layer.mlp_norm, eps, buffers.normed_FN)
             if layer.router is not None:
-                self._add_experts(layer, layer.router, buffers.normed_FN, h_FN)
+                self._add_experts(layer, layer.router, h_FN, buffers)
                 continue
             ops.linear.linear(layer.gate_up, buffers.normed_FN, buffers.gate_up_IN)
-            ops.linear.linear_add(layer.down, ops.silu_mul.silu_mul(buffers.gate_IN, buffers.up_IN), h_FN)
+            activated_IN = ops.silu_mul.silu_mul(buffers.gate_IN, buffers.up_IN)
+            self._add_product(layer.down, activated_IN, h_FN, buffers)
+        return self._leaving(h_FN, batch)
+
+    def _entering(self, batch: StepBatch) -> torch.Tensor:
+        """What this stage begins with, ``[F, N]``: the tokens' embeddings, or what the stage before has made of them."""
+        if self._previous is not None:
+            return self._previous.recv(torch.empty(self.config.hidden_size, batch.num_padded))
+        assert self._embed is not None
+        if self._tp is None:
+            return self._embed.index_select(0, batch.token_ids).t().contiguous()
+        rows = batch.token_ids - self._vocabulary.start
+        elsewhere = (rows < 0) | (rows >= len(self._vocabulary))
+        found_NF = self._embed.index_select(0, rows.masked_fill(elsewhere, 0))
+        # one place has a row, the others add zeros: the sum is exact
+        return self._tp.all_reduce(found_NF.masked_fill_(elsewhere.unsqueeze(1), 0.0).t().contiguous())
+
+    def _leaving(self, h_FN: torch.Tensor, batch: StepBatch) -> torch.Tensor | None:
+        """Hand on the stage's output, or make logits of it."""
+        if self._next is not None:
+            self._next.send(h_FN)
+            return None
         if batch.sampled_columns is None:
             return None
         last_FR = h_FN.index_select(1, batch.sampled_columns)
-        ops.rms_norm.rms_norm(last_FR, self._norm, eps, last_FR)
-        logits_RV: torch.Tensor = ops.linear.linear_logits(self._head, last_FR)
-        return logits_RV
+        self._kernels.rms_norm.rms_norm(last_FR, self._norm, self.config.rms_norm_eps, last_FR)
+        logits_RV: torch.Tensor = self._kernels.linear.linear_logits(self._head, last_FR)
+        return logits_RV if self._tp is None else self._tp.gather_columns(logits_RV, self._vocabulary_sizes)
 
-    def _add_experts(self, layer: Layer, router_EF: torch.Tensor, x_FN: torch.Tensor, h_FN: torch.Tensor) -> None:
-        ops, config = self._kernels, self.config
+    def _add_product(self, w_FI: torch.Tensor, x_IN: torch.Tensor, h_FN: torch.Tensor, buffers: Buffers) -> None:
+        """``h += w @ x`` of a row-parallel matrix: each place has some of the columns of ``w`` and the rows of ``x``."""
+        if self._tp is None:
+            self._kernels.linear.linear_add(w_FI, x_IN, h_FN)
+            return
+        # normed_FN has been read
+        h_FN.add_(self._tp.all_reduce(self._kernels.linear.linear(w_FI, x_IN, buffers.normed_FN)))
+
+    def _add_experts(self, layer: Layer, router_EF: torch.Tensor, h_FN: torch.Tensor, buffers: Buffers) -> None:
+        """Every place routes alike, computes its own experts, and adds what all have computed."""
+        ops, config, x_FN = self._kernels, self.config, buffers.normed_FN
         logits_EN = ops.linear.linear(router_EF, x_FN, x_FN.new_empty(config.num_experts, x_FN.shape[1]))
         ids_KN, weights_KN = ops.moe.route(logits_EN, config.num_experts_per_tok, config.norm_topk_prob)
-        ops.moe.add_experts(x_FN, ids_KN, weights_KN, layer.gate_up, layer.down, h_FN)
+        if self._tp is None:
+            ops.moe.add_experts(x_FN, ids_KN, weights_KN, layer.gate_up, layer.down, h_FN)
+            return
+        ids_KN = ids_KN - self._experts.start
+        ids_KN.masked_fill_(ids_KN >= len(self._experts), -1)
+        sum_FN = torch.zeros_like(h_FN)
+        ops.moe.add_experts(x_FN, ids_KN, weights_KN, layer.gate_up, layer.down, sum_FN)
+        h_FN.add_(self._tp.all_reduce(sum_FN))
 
     def _buffers_for(self, num_tokens: int) -> Buffers:
         found = self._buffers.get(num_tokens)
@@ -153,6 +216,12 @@ class LlamaModel:
             self._buffers.clear()  # they would keep the smaller buffer alive
             flat = self._flat[name] = torch.zeros(num_features * num_tokens)
         return flat[: num_features * num_tokens].view(num_features, num_tokens)
+
+
+def layer_marks(num_layers: int) -> frozenset[int]:
+    """After how many layers a step says so: about four times, lastly after all."""
+    group = max(1, round(num_layers / 4))
+    return frozenset(range(group, num_layers, group)) | {num_layers}
 
 
 def _layer(tensors: dict[str, torch.Tensor], i: int) -> Layer:

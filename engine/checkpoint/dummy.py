@@ -12,7 +12,8 @@ import torch
 import xxhash
 
 from biphase.engine.checkpoint import hf_config
-from biphase.engine.checkpoint.layout import EngineTensor, engine_tensors
+from biphase.engine.checkpoint.layout import EngineTensor
+from biphase.engine.checkpoint.shard import Shard
 from biphase.engine.model_config import ModelConfig
 from biphase.kernels.dummy_weights import fill
 from biphase.protos.errors import SetupError, one_line
@@ -47,14 +48,24 @@ def dummy_hash(config: ModelConfig, *, seed: int = _SEED) -> bytes:
 
 
 def dummy_tensors(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress, *, seed: int = _SEED
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    *,
+    seed: int = _SEED,
+    shard: Shard | None = None,
 ) -> dict[str, torch.Tensor]:
-    """All of a model's tensors on ``device``. Raises SetupError when they do not fit."""
+    """All of a model's tensors, or a rank's, on ``device``. Raises SetupError when they do not fit."""
     tensors = {}
-    planned = engine_tensors(config)
-    for i, tensor in enumerate(planned):
+    planned = list((shard or Shard.whole()).cuts(config))
+    for i, cut in enumerate(planned):
         progress("making dummy weights", i / len(planned))
-        tensors[tensor.name] = dummy_tensor(tensor, dtype, device, seed=seed)
+        parts = [
+            dummy_tensor(cut.tensor, dtype, device, axis=cut.axis, part=slice(run.start, run.stop), seed=seed)
+            for run in cut.runs
+        ]
+        tensors[cut.name] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.axis)
     return tensors
 
 

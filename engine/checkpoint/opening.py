@@ -13,6 +13,7 @@ from biphase.engine.checkpoint.dummy import dummy_config, dummy_hash, dummy_tens
 from biphase.engine.checkpoint.hf_source import HfSource
 from biphase.engine.checkpoint.layout import EngineTensor, engine_tensors
 from biphase.engine.checkpoint.safetensors_file import SafetensorsFile
+from biphase.engine.checkpoint.shard import Cut, Shard
 from biphase.engine.checkpoint.source import WeightSource, check_complete, model_hash
 from biphase.engine.model_config import ModelConfig
 from biphase.protos.errors import SetupError
@@ -27,10 +28,11 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A model ready to run. ``tensors`` are views of a mapped file that all processes of a host share: do not write
-    (dummy ones are this process's own).
+    """A model, or a rank's part of it, ready to run. Whole ``tensors`` and runs of rows are views of a mapped file that
+    all processes of a host share: do not write (others, and dummy ones, are this process's own).
 
-    Names and shapes: layout.py. ``model_hash``: 16 bytes, the same whatever the dtype.
+    Names and shapes: layout.py, shard.py. ``model_hash``: 16 bytes, the same whatever the dtype and the part;
+    ``config`` is the whole model's.
     """
 
     config: ModelConfig
@@ -46,20 +48,26 @@ def open_checkpoint(
     progress: Progress,
     load_format: str = "auto",
     device: torch.device | None = None,
+    shard: Shard | None = None,
 ) -> Checkpoint:
     """Map a model's weights in ``dtype``, converting them first when no process of this host has done so.
 
     ``cache_dir`` None: the default directory. ``progress(detail, fraction)`` is called while converting, or while
-    another process does. ``load_format`` dummy: random weights instead (dummy.py), made on ``device``. Raises SetupError, one line, for everything that can be wrong with files, model or disk.
+    another process does. ``load_format`` dummy: random weights instead (dummy.py), made on ``device``.
+    ``shard``: a rank's part; None: all. Raises SetupError, one line, for everything that can be wrong with files, model,
+    plan or disk.
     """
     if dtype not in DTYPES:
         raise SetupError(f"dtype {dtype!r} is not supported (supported: {', '.join(DTYPES)})")
+    shard = shard or Shard.whole()
     if load_format == "dummy":
         config = dummy_config(model)
-        made = dummy_tensors(config, DTYPES[dtype], device or torch.device("cpu"), progress)
+        _check_plan(model, config, shard)
+        made = dummy_tensors(config, DTYPES[dtype], device or torch.device("cpu"), progress, shard=shard)
         return Checkpoint(config=config, model_hash=dummy_hash(config), tensors=made)
     found = resolve(model)
     source = _opened(found)
+    _check_plan(model, source.config, shard)
     check_complete(source)
     digest = model_hash(source)
     tensors = _by_alignment(engine_tensors(source.config), DTYPES[dtype])
@@ -74,10 +82,23 @@ def open_checkpoint(
                 mapped = _mapped(cached.path, tensors, dtype)
     if mapped is None:
         raise SetupError(f"{cached.path}: cannot be read back after it was written")
-    mapped.will_need()
-    return Checkpoint(
-        config=source.config, model_hash=digest, tensors={tensor.name: mapped.tensor(tensor.name) for tensor in tensors}
-    )
+    if shard.plan.num_ranks == 1:
+        mapped.will_need()
+    ours = {cut.name: _part(mapped.tensor(cut.tensor.name), cut) for cut in shard.cuts(source.config)}
+    return Checkpoint(config=source.config, model_hash=digest, tensors=ours)
+
+
+def _check_plan(model: str, config: ModelConfig, shard: Shard) -> None:
+    if reason := shard.reason_against(config):
+        raise SetupError(f"{model}: {reason}")
+
+
+def _part(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Contiguous: rows that are one run stay where they are, everything else is copied."""
+    if cut.is_whole:
+        return tensor
+    parts = [tensor.narrow(cut.axis, run.start, len(run)) for run in cut.runs]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=cut.axis)
 
 
 def _opened(found: ModelSource) -> WeightSource:

@@ -84,7 +84,7 @@ class RankGroups:
         meet(self.store, name, self.rank, self.plan.num_ranks, self.join_timeout_s)
 
     def close(self) -> None:
-        """Drop the connections; what still waits for this rank fails at once."""
+        """Drop the connections, for good: what still waits for this rank fails at once."""
         for end in (self.tp, self.previous, self.next):
             if end is not None:
                 end.close()

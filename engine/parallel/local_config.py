@@ -6,17 +6,6 @@ from biphase.engine.model_config import ModelConfig
 from biphase.protos.parallel_plan import ParallelPlan
 
 
-def reason_against(config: ModelConfig, plan: ParallelPlan) -> str | None:
-    """Why ``plan`` cannot hold this model: one line, or None where it can."""
-    return plan.reason_against(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        intermediate_size=config.intermediate_size,
-        num_experts=config.num_experts,
-    )
-
-
 def local_config(config: ModelConfig, plan: ParallelPlan, rank: int) -> ModelConfig:
     """The layers, heads and features of a rank. Vocabulary and number of experts stay the model's: a token's id and its
     choice among experts mean the same on every rank."""

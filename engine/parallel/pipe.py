@@ -20,12 +20,11 @@ class Pipe:
         self._unsent: deque[tuple[Any, torch.Tensor]] = deque()
 
     def send(self, tensor: torch.Tensor) -> None:
-        """A copy of ``tensor`` to the next stage. Raises EngineLost."""
+        """Contiguous ``tensor`` to the next stage; nobody may write to it any more. Raises EngineLost."""
         with exchanging("sending activations"):
             while len(self._unsent) >= _MAX_UNSENT:
                 self._unsent.popleft()[0].wait()
-            copy = tensor.clone(memory_format=torch.contiguous_format)
-            self._unsent.append((self._group.send([copy], self._peer, 0), copy))
+            self._unsent.append((self._group.send([tensor], self._peer, 0), tensor))
 
     def recv(self, out: torch.Tensor) -> torch.Tensor:
         """Fill ``out``, contiguous, with what the previous stage sent. Raises EngineLost."""
@@ -34,5 +33,8 @@ class Pipe:
         return out
 
     def close(self) -> None:
+        """Waits for nothing. gloo closes its connections with its last reference."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
         self._unsent.clear()
-        self._group.abort()

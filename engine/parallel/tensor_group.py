@@ -50,7 +50,10 @@ class TensorGroup:
             self._group.allgather([list(out_PX.unbind(0))], [part_X]).wait()
 
     def close(self) -> None:
-        self._group.abort()
+        """Waits for nothing. gloo closes its connections with its last reference."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
 
     def _sum_directly(self, tensor: torch.Tensor) -> None:
         count = tensor.numel()

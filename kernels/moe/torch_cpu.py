@@ -30,8 +30,13 @@ def add_experts(
     down_EFI: torch.Tensor,
     residual_FN: torch.Tensor,
 ) -> None:
-    """``residual += sum over a token's experts of weight * (down @ (silu(gate @ x) * (up @ x)))``; X = 2 I."""
+    """``residual += sum over a token's experts of weight * (down @ (silu(gate @ x) * (up @ x)))``; X = 2 I.
+
+    Ids below 0 are experts that are not here: they add nothing.
+    """
     for expert in ids_KN.unique().tolist():
+        if expert < 0:
+            continue
         slots_n, tokens_n = (ids_KN == expert).nonzero(as_tuple=True)
         count = tokens_n.shape[0]
         padding = padded_tokens(count) - count

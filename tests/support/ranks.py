@@ -36,7 +36,9 @@ def on_ranks(plan: ParallelPlan, work: Callable[[RankGroups], T], *, timeout_s: 
                 timeout_s=timeout_s,
                 join_timeout_s=timeout_s,
             )
-            return work(groups)
+            result = work(groups)
+            groups.meet("the end")  # what was sent may not have been taken
+            return result
         except BaseException as error:
             with lock:
                 failed.append(error)
@@ -44,6 +46,7 @@ def on_ranks(plan: ParallelPlan, work: Callable[[RankGroups], T], *, timeout_s: 
         finally:
             if groups is not None:
                 groups.close()
+                del groups
 
     with ThreadPoolExecutor(plan.num_ranks) as ranks:
         futures = [ranks.submit(run, rank) for rank in range(plan.num_ranks)]
