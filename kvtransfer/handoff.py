@@ -1,9 +1,11 @@
-"""The decode side of one handoff as a sans-I/O machine. Pure: no clock, no gRPC, no torch, no threads.
+"""One rank's side of one handoff on the decode side, as a sans-I/O machine. Pure: no clock, no gRPC, no torch, no threads.
 
-The driver (the puller) feeds it what happens and does what the state says:
+The driver feeds it what happens and does what the state says. A rank takes boxes from several ranks of the source at once,
+disjoint ones; rank 0 takes the trailer too, and releases when every rank is in RELEASING, which for the others is their
+last word:
 
     state       event            next        the driver
-    CONNECTING  Connected        PULLING     opens the pull of everything
+    CONNECTING  Connected        PULLING     opens the pulls of everything
     PULLING     PieceArrived     PULLING     has written the piece where ``admit`` let it
     PULLING     TrailerArrived   PULLING
     PULLING     AllArrived       RELEASING   sends Release
@@ -20,6 +22,7 @@ Nothing is believed before it is checked: a piece is written where its header fi
 it has arrived before, and counts when its digest is right as well.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -63,12 +66,12 @@ class TrailerArrived:
 
 @dataclass(frozen=True, slots=True)
 class AllArrived:
-    """The stream is at its end and nothing is missing."""
+    """The streams are at their end and nothing is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class SomeMissing:
-    """The stream is at its end and pieces, or the trailer, are missing."""
+    """The streams are at their end and pieces, or the trailer, are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +111,13 @@ TABLE: dict[tuple[State, type[Event]], State] = {
 
 
 class Handoff:
-    """One try to get one request's KV. Owned by the pull that drives it."""
+    """One try to get one request's KV, or this rank's part of it. Owned by the pull that drives it.
 
-    def __init__(self, *, layout: KvLayout, epoch: int, whole: KvBox) -> None:
+    ``layout``: of the whole model, with the block size that pieces are packed by. ``boxes``: disjoint, what each source
+    is asked for; empty ones are nothing to wait for.
+    """
+
+    def __init__(self, *, layout: KvLayout, epoch: int, boxes: Sequence[KvBox], with_trailer: bool = True) -> None:
         self.state = State.CONNECTING
         self.trailer: Trailer | None = None
         self.reason = ""
@@ -120,7 +127,8 @@ class Handoff:
         self.last_bad = ""
         self._layout = layout
         self._epoch = epoch
-        self._coverage = Coverage(whole)
+        self._with_trailer = with_trailer
+        self._coverages = {box: Coverage(box) for box in boxes if box.num_tokens}
 
     def on(self, event: Event) -> State:
         """Step by the table. Raises LocalHandoffError where the table has no such step."""
@@ -141,16 +149,17 @@ class Handoff:
                 pass
         return self.state
 
-    def admit(self, header: Header, wanted: KvBox, codec: str = "raw") -> None:
-        """Whether a piece of a pull of ``wanted`` may be written, if only its digest is right. Raises FrameError."""
+    def admit(self, header: Header, box: KvBox, wanted: KvBox, codec: str = "raw") -> None:
+        """Whether a piece of a pull of ``wanted``, all or part of ``box``, may be written, if only its digest is right.
+        Raises FrameError."""
         self._check_epoch(header)
         check_piece(header, self._layout, wanted, codec)
-        if not self._coverage.is_free(header.box):
+        if box not in self._coverages or not self._coverages[box].is_free(header.box):
             raise FrameError(f"a piece at {where(header.box)} came twice")
 
-    def piece_arrived(self, header: Header) -> None:
+    def piece_arrived(self, header: Header, box: KvBox) -> None:
         """An admitted piece is written and its digest is right."""
-        if not self._coverage.add(header.box):
+        if not self._coverages[box].add(header.box):
             raise LocalHandoffError(f"a piece at {where(header.box)} was never admitted")
         self.on(PieceArrived(header.box))
         self.heard(header)
@@ -169,11 +178,15 @@ class Handoff:
         self.num_bad += 1
         self.last_bad = reason
 
-    def stream_ended(self) -> State:
-        """The stream, or the last of the second tries, has come to its end in good order."""
-        complete = self._coverage.complete and self.trailer is not None
-        return self.on(AllArrived() if complete else SomeMissing())
+    def streams_ended(self) -> State:
+        """All streams, or the last of the second tries, have come to their end in good order."""
+        arrived = all(coverage.complete for coverage in self._coverages.values())
+        return self.on(AllArrived() if arrived and not self.wants_trailer else SomeMissing())
 
-    def wanted(self) -> list[KvBox]:
-        """What to ask for again in state REPAIRING."""
-        return self._coverage.missing()
+    @property
+    def wants_trailer(self) -> bool:
+        return self._with_trailer and self.trailer is None
+
+    def missing(self, box: KvBox) -> list[KvBox]:
+        """What of one of the boxes has not arrived."""
+        return self._coverages[box].missing() if box in self._coverages else []

@@ -61,8 +61,12 @@ class RankMemory:
     def pack(self, blocks: Sequence[int], box: KvBox, out: Any, codec: str = "raw") -> int | None:
         return self._memory.pack(blocks, self._local(box), out, **_codec(codec))
 
-    def unpack(self, blocks: Sequence[int], box: KvBox, data: Any, codec: str = "raw") -> None:
-        self._memory.unpack(blocks, self._local(box), data, **_codec(codec))
+    def unpack(
+        self, blocks: Sequence[int], box: KvBox, data: Any, codec: str = "raw", group_size: int | None = None
+    ) -> None:
+        """``group_size``: the block size of the pool that was packed, which codecs that quantise need."""
+        sizes: dict[str, Any] = {} if codec == "raw" else {"group_size": group_size}
+        self._memory.unpack(blocks, self._local(box), data, **_codec(codec), **sizes)
 
     def parts(self, blocks: Sequence[int], box: KvBox) -> list[memoryview] | None:
         """The pool's own memory of a box in the order of its canonical bytes; None where the pool cannot show it."""
@@ -82,6 +86,6 @@ class RankMemory:
         )
 
 
-def _codec(codec: str) -> dict[str, str]:
+def _codec(codec: str) -> dict[str, Any]:
     """Pools that know one codec only have no argument for it."""
     return {} if codec == "raw" else {"codec": codec}

@@ -36,7 +36,7 @@ MOST_PARTS = 256
 """In more parts than that a piece is packed: each costs some 0.3 us, and a call takes 1024."""
 
 BEAT_S = 0.5
-"""A waiting reader hears from us at least this often; see puller.SILENCE_S."""
+"""A waiting reader hears from us at least this often; see pace.SILENCE_S."""
 
 RefusedBecause = Literal["gone", "stale", "invalid"]
 """The ticket is not, or no longer; the call is meant for another life, model or epoch; it could never be served."""

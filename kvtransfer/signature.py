@@ -165,9 +165,8 @@ def mismatch(target: KvSignatureValue, source: KvSignatureValue) -> str | None:
 
 
 def common_codecs(target: KvSignatureValue, source: KvSignatureValue) -> tuple[str, ...]:
-    """The codecs of the target that the source speaks too. Those that quantise do it by blocks, which must be equal."""
-    equal = target.block_size == source.block_size
-    return tuple(codec for codec in target.codecs if codec in source.codecs and (equal or codec == "raw"))
+    """The codecs of the target that the source speaks too, in its order."""
+    return tuple(codec for codec in target.codecs if codec in source.codecs)
 
 
 def common_digest(target: KvSignatureValue, source: KvSignatureValue) -> str | None:

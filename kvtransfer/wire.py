@@ -65,7 +65,8 @@ class Arrival(Protocol):
         ...
 
     async def read_into(self, parts: Sequence[memoryview]) -> None:
-        """Write the payload into ``parts``, whose sizes sum to ``num_bytes``."""
+        """Write the payload into ``parts``, whose sizes sum to ``num_bytes``. When it returns or raises, cancelled too,
+        nothing writes there any more."""
         ...
 
     def intact(self) -> bool:

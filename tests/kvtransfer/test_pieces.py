@@ -140,12 +140,12 @@ def test_trailer_and_beat_survive_the_wire() -> None:
 def test_the_table_forbids_what_a_state_does_not_know() -> None:
     layout = KvLayout(num_layers=1, num_kv_heads=1, head_dim=4, block_size=4)
     whole = KvBox(layer_start=0, layer_end=1, head_start=0, head_end=1, token_start=0, token_end=4)
-    handoff = Handoff(layout=layout, epoch=1, whole=whole)
+    handoff = Handoff(layout=layout, epoch=1, boxes=[whole])
     with pytest.raises(LocalHandoffError, match="AllArrived cannot happen in state connecting"):
         handoff.on(AllArrived())
     assert handoff.on(Connected()) is State.PULLING
-    assert handoff.stream_ended() is State.REPAIRING
-    assert handoff.wanted() == [whole]
-    assert handoff.stream_ended() is State.FAILED
+    assert handoff.streams_ended() is State.REPAIRING
+    assert handoff.missing(whole) == [whole]
+    assert handoff.streams_ended() is State.FAILED
     with pytest.raises(LocalHandoffError):
         handoff.on(CancelAsked())

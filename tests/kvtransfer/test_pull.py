@@ -34,7 +34,7 @@ from support.kv import (
 from biphase.kernels.kv_layout import KvBox, KvLayout
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kvtransfer import frames
-from biphase.kvtransfer import puller as puller_module
+from biphase.kvtransfer import pace as pace_module
 from biphase.kvtransfer.exports import ExportTable
 from biphase.kvtransfer.frames import HEADER_BYTES, FrameError, FrameKind
 from biphase.kvtransfer.grpc_transport import SERVICE
@@ -102,8 +102,8 @@ async def test_pieces_travel_while_later_chunks_are_computed() -> None:
 
 async def test_a_source_that_computes_slowly_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("biphase.kvtransfer.service.BEAT_S", 0.02)
-    monkeypatch.setattr("biphase.kvtransfer.puller.SILENCE_S", 0.5)
-    monkeypatch.setattr("biphase.kvtransfer.puller._TICK_S", 0.05)
+    monkeypatch.setattr("biphase.kvtransfer.pace.SILENCE_S", 0.5)
+    monkeypatch.setattr("biphase.kvtransfer.pace._TICK_S", 0.05)
     async with prefill_side() as prefill, decode_side() as decode:
         ticket = prefill.open(NUM_TOKENS, computed=10)
         pulling = asyncio.create_task(pull(decode, ticket))
@@ -135,10 +135,12 @@ async def test_many_pulls_at_once_and_one_handshake() -> None:
             "pulls_failed": 0,
             "pulls_cancelled": 0,
             "bytes_pulled": 20 * 16 * LAYOUT.token_bytes,
-            "bad_pieces": 0,
             "releases_unanswered": 0,
+            "bad_pieces": 0,
+            "fallbacks": 0,
             "open_pulls": 0,
             "peers": 1,
+            "bytes_by_grpc": 20 * 16 * LAYOUT.token_bytes,
         }
 
 
@@ -594,9 +596,9 @@ async def test_rest_is_owed_for_the_loops_own_cpu_time_and_only_beside_a_decode(
         rests.append(seconds)
         now_s += seconds
 
-    monkeypatch.setattr(puller_module, "time", SimpleNamespace(thread_time=lambda: work_s, monotonic=lambda: now_s))
-    monkeypatch.setattr(puller_module, "asyncio", SimpleNamespace(sleep=sleep))
-    pace = puller_module._Pace(lambda: busy)
+    monkeypatch.setattr(pace_module, "time", SimpleNamespace(thread_time=lambda: work_s, monotonic=lambda: now_s))
+    monkeypatch.setattr(pace_module, "asyncio", SimpleNamespace(sleep=sleep))
+    pace = pace_module.Pace(lambda: busy)
     work_s = 1.0
     await pace.rest()
     assert rests == []
@@ -604,7 +606,7 @@ async def test_rest_is_owed_for_the_loops_own_cpu_time_and_only_beside_a_decode(
     for _ in range(10):
         work_s += 0.001
         await pace.rest()
-    assert sum(rests) == pytest.approx(0.01 * puller_module._REST_OF_WORK)
+    assert sum(rests) == pytest.approx(0.01 * pace_module._REST_OF_WORK)
 
 
 async def test_cancel_between_pieces_leaves_the_blocks_alone_from_then_on() -> None:
