@@ -109,7 +109,9 @@ class ProcessBackend:
         ranks: list[ProcessRank | MissingRank] = []
         for rank in range(known["num_ranks"]):
             announce_file = self._run_dir.process_file(known["name"], known["incarnation"], rank, "announce")
-            ranks.append(ProcessRank.adopt(records[rank], announce_file) if rank in records else MissingRank())
+            ranks.append(
+                ProcessRank.adopt(records[rank], announce_file) if rank in records else MissingRank("was never started")
+            )
         return RankGroup(name=known["name"], kind=known["kind"], incarnation=known["incarnation"], ranks=ranks)
 
     async def watch(self, handle: Handle) -> AsyncIterator[Announcement]:

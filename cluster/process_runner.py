@@ -6,6 +6,7 @@ The same code runs under every backend; what differs is who hands in ``publish``
 import asyncio
 import logging
 import os
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from biphase.cluster.backend import ProcessSpec
@@ -16,12 +17,18 @@ if TYPE_CHECKING:
     from biphase.engine.worker_config import WorkerConfig
     from biphase.router.config import RouterConfig
 
+FindLeader = Callable[[], Awaitable[str]]
 EXIT_OK, EXIT_CRASH, EXIT_SETUP = 0, 1, 2
 logger = logging.getLogger("biphase.cluster.process")
 
 
-async def run_process(spec: ProcessSpec, publish: Announce, stop: asyncio.Event) -> int:
-    """Serve until ``stop`` is set; returns the exit code. A SetupError is announced as ``failed`` with its line."""
+async def run_process(
+    spec: ProcessSpec, publish: Announce, stop: asyncio.Event, find_leader: FindLeader | None = None
+) -> int:
+    """Serve until ``stop`` is set; returns the exit code. A SetupError is announced as ``failed`` with its line.
+
+    ``find_leader``: how a rank finds its rank 0 where ``spec`` does not say; asked by ranks above 0 only.
+    """
     first = Announcement(
         name=spec.name,
         kind=spec.kind,
@@ -32,7 +39,7 @@ async def run_process(spec: ProcessSpec, publish: Announce, stop: asyncio.Event)
     )
     announcer = Announcer(first, publish)
     try:
-        await _serve(spec, announcer, stop)
+        await _serve(spec, announcer, stop, find_leader)
     except SetupError as error:
         logger.error("%s: %s", spec.name, one_line(error))
         announcer.update(state="failed", detail=one_line(error))
@@ -44,17 +51,17 @@ async def run_process(spec: ProcessSpec, publish: Announce, stop: asyncio.Event)
     return EXIT_OK
 
 
-async def _serve(spec: ProcessSpec, announcer: Announcer, stop: asyncio.Event) -> None:
+async def _serve(spec: ProcessSpec, announcer: Announcer, stop: asyncio.Event, find_leader: FindLeader | None) -> None:
     # imported here: a router needs no torch, a worker no controller
     match spec.kind:
         case "prefill":
             from biphase.prefill_worker.serve import serve as serve_prefill
 
-            await serve_prefill(_worker_config(spec), announcer, stop)
+            await serve_prefill(_worker_config(spec), announcer, stop, find_leader)
         case "decode":
             from biphase.decode_worker.serve import serve as serve_decode
 
-            await serve_decode(_worker_config(spec), announcer, stop)
+            await serve_decode(_worker_config(spec), announcer, stop, find_leader)
         case "router":
             from biphase.router.serve import serve as serve_router
 

@@ -51,10 +51,11 @@ class Rank(Protocol):
 
 
 class MissingRank:
-    """The place of a rank that whoever started the group did not come to start."""
+    """The place of a rank that is not there any more, or that whoever started the group did not come to start."""
 
-    pid = 0
-    end: str | None = "was never started"
+    def __init__(self, end: str) -> None:
+        self.pid = 0
+        self.end: str | None = end
 
     def word(self) -> Announcement | None:
         return None
@@ -63,7 +64,7 @@ class MissingRank:
         return False
 
     async def ended(self) -> str:
-        return "was never started"
+        return self.end or ""
 
     async def ask_to_stop(self) -> None:
         pass

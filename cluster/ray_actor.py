@@ -10,6 +10,7 @@ from pathlib import Path
 
 from biphase.cluster.backend import ProcessSpec
 from biphase.cluster.process_runner import run_process
+from biphase.cluster.ray_names import ActorName, namespace_of
 from biphase.protos.process import Announcement, set_up_logging
 
 Word = tuple[int, str | None, str | None, str]
@@ -49,9 +50,16 @@ class ProcessActor:
             self._loop.call_soon_threadsafe(self._stop.set)
 
     def _run(self, spec: ProcessSpec) -> None:
+        leader = ActorName(name=spec.name, kind=spec.kind, incarnation=spec.incarnation, num_ranks=spec.plan.num_ranks)
+
+        async def find_leader() -> str:
+            from biphase.cluster.ray_rank import leader_address
+
+            return await leader_address(namespace_of(spec.deployment.name), leader)
+
         async def main() -> int:
             self._loop = asyncio.get_running_loop()
-            return await run_process(spec, self._publish, self._stop)
+            return await run_process(spec, self._publish, self._stop, find_leader)
 
         code = asyncio.run(main())
         self._loop = None

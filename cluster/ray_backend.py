@@ -1,139 +1,69 @@
-"""The Ray backend. Every Ray call of biphase is in this file.
+"""The Ray backend: an instance is a placement group with one actor per rank, a router or controller one actor.
 
-Processes are detached named actors ``<process>#<incarnation>`` in the namespace ``biphase-<deployment>``, with
-``max_restarts=0``: lives are the controller's business. Only ranks hold CPUs. With ``RAY_ADDRESS`` unset the supervisor
-starts a local cluster of its own and ends it with itself; somebody else's cluster is joined only by that variable.
+Actors and groups are detached and named (``ray_names``), actors with ``max_restarts=0``: lives are the controller's
+business. Only ranks hold CPUs and GPUs. A group has one bundle per stage, which Ray never divides between hosts; stages
+are packed where they fit. With ``RAY_ADDRESS`` unset the supervisor starts a local cluster of its own and ends it with
+itself; somebody else's cluster is joined only by that variable. Ray is called in the ``ray_*`` modules and nowhere else.
 """
 
 import asyncio
-import logging
 import os
-import signal
+import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar
 
 import ray
 from ray._private import node as ray_node
 from ray._private import state as ray_state
 from ray.experimental import internal_kv
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, PlacementGroupID
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from biphase.cluster.backend import Handle, Kind, ProcessSpec
+from biphase.cluster.backend import Handle, ProcessSpec
 from biphase.cluster.deployment import Deployment
-from biphase.cluster.gpus import WHOLE, GpuPart, divide, host_gpus, in_parts
-from biphase.cluster.ray_actor import ProcessActor, host_id
+from biphase.cluster.gpus import WHOLE, GpuPart, divide, host_gpus
+from biphase.cluster.rank_group import MissingRank, RankGroup
+from biphase.cluster.ray_actor import ProcessActor
+from biphase.cluster.ray_names import ActorName, group_name, namespace_of
+from biphase.cluster.ray_rank import RayRank
+from biphase.cluster.ray_room import NOTHING, Room, bundles_of, fits, refusal, room_of, rooms_asked
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.process import Announcement
 
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing of ours goes through it; this is near the least that Ray takes."""
-LONG_POLL_S = 60.0
-UNAVAILABLE_RETRY_S = 0.2
 KILL_WAIT_S = 5.0
 PROBE_S = 5.0
 RELEASE_S, RELEASE_POLL_S = 5.0, 0.1
 ACTOR_CONCURRENCY = 8
-"""Long polls of the supervisor, of the controller and of a controller's former life, and a stop, at once."""
-logger = logging.getLogger("biphase.cluster.ray")
+"""Long polls of the supervisor, of the controller and of a controller's former life, a stop, and other ranks' looks for
+rank 0, at once."""
 T = TypeVar("T")
 
 
-class RayHandle:
-    """One actor. On this host its end is seen by a pidfd, at once; elsewhere by Ray, after about 2 s."""
+class RayGroup(RankGroup):
+    """A group whose ranks tell when there is news."""
 
-    def __init__(self, *, name: str, kind: Kind, incarnation: int, actor: Any) -> None:
-        self.name, self.kind, self.incarnation, self.actor = name, kind, incarnation, actor
-        self.pid = 0
-        self.end: str | None = None
-        self.newest: Announcement | None = None
-        self.changed = asyncio.Event()
-        self._gone = asyncio.Event()
-        self._pidfd = -1
-        self._main_end: str | None = None
-        self._follow = asyncio.create_task(self._follow_actor())
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        return (self.pid,)
-
-    async def ended(self) -> str:
-        await self._gone.wait()
-        assert self.end is not None
-        return self.end
-
-    def kill(self) -> None:
-        """End the process: by Ray, and by its pid where that is ours (a stopped process obeys nothing else)."""
-        with suppress(Exception):  # an actor that is gone already, or a cluster that is
-            ray.kill(self.actor, no_restart=True)
-        if self._pidfd >= 0:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def release(self) -> None:
-        """Stop watching; the actor goes on."""
-        self._follow.cancel()
-        self._close_pidfd()
-
-    async def _follow_actor(self) -> None:
-        """Long-poll the actor until it is gone. One whose main has ended idles on: it is ended here."""
-        version = 0
-        while True:
-            try:
-                version, text, end, host = await self.actor.announcement.remote(version, LONG_POLL_S)
-            except ray.exceptions.ActorUnavailableError:
-                await asyncio.sleep(UNAVAILABLE_RETRY_S)
-                continue
-            except ray.exceptions.RayActorError as error:
-                self._set_end(_death_of(error))
-                return
-            if text is not None:
-                self.newest = Announcement.from_json(text)
-                self._watch_process(self.newest.pid, host)
-            self.changed.set()
-            if end is not None:
-                self._main_end = end
-                self.kill()
-
-    def _watch_process(self, pid: int, host: str) -> None:
-        if self.pid:
-            return
-        self.pid = pid
-        if host == host_id():
-            with suppress(OSError):
-                self._pidfd = os.pidfd_open(pid)
-                asyncio.get_running_loop().add_reader(self._pidfd, self._set_end, "its process is gone")
-
-    def _set_end(self, reason: str) -> None:
-        if self.end is None:
-            self.end = self._main_end or reason
-            self._close_pidfd()
-            self._gone.set()
-            self.changed.set()
-
-    def _close_pidfd(self) -> None:
-        if self._pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
-
-    def __repr__(self) -> str:
-        return f"<RayHandle {self.name}#{self.incarnation} pid {self.pid or '?'} {self.end or 'runs'}>"
+    def __init__(self, changed: asyncio.Event, **group: Any) -> None:
+        super().__init__(**group)
+        self.changed = changed
 
 
 class RayBackend:
     """Actors of one deployment. ``owner``: the supervisor's, which starts or joins the cluster and leaves it."""
 
     def __init__(self, deployment_name: str, *, owner: bool) -> None:
-        self._namespace = f"biphase-{deployment_name}"
+        self._namespace = namespace_of(deployment_name)
         self._owner = owner
         self._joined = bool(os.environ.get("RAY_ADDRESS"))
-        self._handles: dict[tuple[str, int], RayHandle] = {}
+        self._groups: dict[tuple[str, int], RayGroup] = {}
         # One thread for all blocking Ray calls. It lives as long as the backend: Ray's own processes are told by the
         # kernel when the thread that started them ends.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="biphase-ray")
@@ -162,7 +92,7 @@ class RayBackend:
             raise SetupError(f"Ray ({where}) cannot be used: {one_line(error)}") from error
 
     async def check(self, specs: Sequence[ProcessSpec]) -> None:
-        """First fit of the GPUs and CPUs asked for on those that are free, host by host.
+        """First fit of the GPUs and CPUs that each stage asks for on those that are free, host by host.
 
         A share must lie in one GPU: ``divide`` has seen to that, over all GPUs of the cluster. What is free Ray tells by
         host and not by GPU, so where others hold fractions, what passes here may still have to wait for them.
@@ -172,29 +102,36 @@ class RayBackend:
         everything = await self._call(_all_there)
         await self._call(partial(self._keep_num_gpus, sum(room.gpus // WHOLE for room in everything)))
         parts = await self._call(partial(self._parts, specs[0].deployment))
-        rooms = [_Room(in_parts(parts.get(spec.name, GpuPart()).share), in_parts(spec.cpus)) for spec in specs]
-        asked = sorted((one for one in rooms if one != _NOTHING), reverse=True)
-        patient = _fits(asked, everything)
+        asked = rooms_asked(specs, parts)
+        patient = fits(asked, everything)
         deadline_s = time.monotonic() + (RELEASE_S if patient else 0.0)
-        while not _fits(asked, free := await self._call(_all_free)):
+        while not fits(asked, free := await self._call(_all_free)):
             if time.monotonic() >= deadline_s:
-                hosts = f" on {len(free)} hosts" if len(free) > 1 else ""
-                wanted, there = _sum(asked), _sum(free)
-                short_of_gpus = not _fits([_Room(one.gpus, 0) for one in asked], free)
-                raise SetupError(
-                    f"{len(asked)} instances ask Ray for {wanted.gpus / WHOLE:g} GPUs, "
-                    f"{there.gpus / WHOLE:g} are free{hosts}: lower gpus (a fraction shares a GPU, 0 is the CPU) or replicas"
-                    if short_of_gpus
-                    else f"{len(asked)} instances ask Ray for {wanted.cpus / WHOLE:g} CPUs, "
-                    f"{there.cpus / WHOLE:g} are free{hosts}: lower cpus (0 is allowed) or replicas"
-                )
+                raise SetupError(refusal(specs, asked, free))
             await asyncio.sleep(RELEASE_POLL_S)
 
-    async def start(self, spec: ProcessSpec) -> RayHandle:
-        actor = await self._call(lambda: self._create(spec))
-        handle = RayHandle(name=spec.name, kind=spec.kind, incarnation=spec.incarnation, actor=actor)
-        self._handles[spec.name, spec.incarnation] = handle
-        return handle
+    async def start(self, spec: ProcessSpec) -> RayGroup:
+        actors = await self._call(partial(self._create, spec))
+        return self._hold(ActorName(name=spec.name, kind=spec.kind, incarnation=spec.incarnation), actors)
+
+    def _hold(self, life: ActorName, actors: Sequence[Any | None]) -> RayGroup:
+        """The handle of a life's actors, in the order of their ranks; None for one that is gone."""
+        changed = asyncio.Event()
+        placement = group_name(self._namespace, life.name, life.incarnation)
+        in_group = life.kind == "prefill" or life.kind == "decode"
+        group = RayGroup(
+            changed,
+            name=life.name,
+            kind=life.kind,
+            incarnation=life.incarnation,
+            ranks=[
+                RayRank(actor, changed, self._call) if actor is not None else MissingRank("its actor is gone")
+                for actor in actors
+            ],
+            on_gone=partial(self._call, partial(_remove_groups, {placement})) if in_group else None,
+        )
+        self._groups[life.name, life.incarnation] = group
+        return group
 
     def _parts(self, deployment: Deployment) -> dict[str, GpuPart]:
         num_gpus = int(internal_kv._internal_kv_get(self._num_gpus_key()) or 0)
@@ -207,63 +144,103 @@ class RayBackend:
     def _num_gpus_key(self) -> bytes:
         return f"{self._namespace}:gpus".encode()
 
-    def _create(self, spec: ProcessSpec) -> Any:
-        spec = replace(spec, gpus=self._parts(spec.deployment).get(spec.name, GpuPart()).share)
-        strategy: Any = "DEFAULT"
-        if spec.kind in ("router", "controller"):  # where the user is: they listen on this host's addresses
-            here = ray.get_runtime_context().get_node_id()
-            strategy = NodeAffinitySchedulingStrategy(here, soft=False)
-        options = {
-            "name": _actor_name(spec.name, spec.kind, spec.incarnation),
-            "namespace": self._namespace,
-            "lifetime": "detached",
-            "num_cpus": spec.cpus,
-            "num_gpus": spec.gpus,
-            "max_restarts": 0,
-            "max_concurrency": ACTOR_CONCURRENCY,
-            "scheduling_strategy": strategy,
-        }
+    def _create(self, spec: ProcessSpec) -> list[Any]:
+        """All actors of a life, in the order of their ranks. Ray starts them when their bundles are there."""
+        share = self._parts(spec.deployment).get(spec.name, GpuPart()).share
+        key = secrets.token_hex(16) if spec.plan.num_ranks > 1 else ""
         try:
-            return ray.remote(ProcessActor).options(**options).remote(spec.to_json())
+            place = self._placement(spec, share)
+            return [
+                ray.remote(ProcessActor)
+                .options(
+                    name=str(_actor_of(spec, rank)),
+                    namespace=self._namespace,
+                    lifetime="detached",
+                    num_cpus=spec.cpus,
+                    num_gpus=share,
+                    max_restarts=0,
+                    max_concurrency=ACTOR_CONCURRENCY,
+                    scheduling_strategy=place(spec.plan.stage_of(rank)),
+                )
+                .remote(replace(spec, gpus=share, rank=rank, rank_key=key).to_json())
+                for rank in range(spec.plan.num_ranks)
+            ]
         except Exception as error:
             raise SetupError(f"Ray does not start {spec.name}: {one_line(error)}") from error
 
-    async def adopt(self) -> list[Handle]:
-        for name in await self._call(self._names):
-            process, kind, incarnation = _parse_actor_name(name)
-            if (process, incarnation) not in self._handles:
-                with suppress(ValueError):  # gone since
-                    actor = await self._call(partial(ray.get_actor, name, namespace=self._namespace))
-                    self._handles[process, incarnation] = RayHandle(
-                        name=process, kind=kind, incarnation=incarnation, actor=actor
-                    )
-        return [handle for handle in self._handles.values() if handle.end is None]
+    def _placement(self, spec: ProcessSpec, share: float) -> Callable[[int], Any]:
+        """Where the ranks of a stage go."""
+        if spec.kind in ("router", "controller"):  # where the user is: they listen on this host's addresses
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            return lambda stage: here
+        group = placement_group(
+            bundles_of(spec, share),
+            strategy="PACK",
+            name=group_name(self._namespace, spec.name, spec.incarnation),
+            lifetime="detached",
+        )
+        return lambda stage: PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=stage)
 
-    def _names(self) -> list[str]:
+    async def adopt(self) -> list[Handle]:
+        """The lives that have actors, and whatever ranks they still have. Groups of those that have none are given back."""
+        found: dict[tuple[str, int], dict[int, ActorName]] = {}
+        for actor in await self._call(self._names):
+            found.setdefault((actor.name, actor.incarnation), {})[actor.rank] = actor
+        for key, ranks in found.items():
+            if key not in self._groups:
+                life = next(iter(ranks.values()))
+                actors = await self._call(partial(self._actors, [ranks.get(rank) for rank in range(life.num_ranks)]))
+                if any(actor is not None for actor in actors):
+                    self._hold(life, actors)
+        living: list[Handle] = [group for group in self._groups.values() if group.end is None]
+        kept = {group_name(self._namespace, group.name, group.incarnation) for group in living}
+        await self._call(partial(self._remove_forgotten, kept))
+        return living
+
+    def _names(self) -> list[ActorName]:
         found = ray.util.list_named_actors(all_namespaces=True)
-        return [actor["name"] for actor in found if actor["namespace"] == self._namespace]
+        return [ActorName.parse(actor["name"]) for actor in found if actor["namespace"] == self._namespace]
+
+    def _actors(self, names: Sequence[ActorName | None]) -> list[Any | None]:
+        actors: list[Any | None] = []
+        for name in names:
+            actors.append(None)
+            with suppress(ValueError):  # gone since
+                if name is not None:
+                    actors[-1] = ray.get_actor(str(name), namespace=self._namespace)
+        return actors
+
+    def _remove_forgotten(self, kept: set[str]) -> None:
+        """Placement groups whose lives are over, or had not begun when their controller died."""
+        ours = {name for name in _groups_there().values() if name.startswith(f"{self._namespace}/")}
+        _remove_groups(ours - kept)
 
     async def watch(self, handle: Handle) -> AsyncIterator[Announcement]:
-        assert isinstance(handle, RayHandle)
+        assert isinstance(handle, RayGroup)
         seen: Announcement | None = None
-        while True:
-            handle.changed.clear()
-            ended = handle.end is not None
-            if handle.newest is not None and handle.newest != seen:
-                seen = handle.newest
-                yield seen
-            if ended:
-                return
-            await handle.changed.wait()
+        gone = asyncio.ensure_future(handle.ended())
+        try:
+            while True:
+                handle.changed.clear()
+                ended, newest = handle.end is not None, handle.word()
+                if newest is not None and newest != seen:
+                    seen = newest
+                    yield newest
+                if ended:
+                    return
+                news = asyncio.ensure_future(handle.changed.wait())
+                await asyncio.wait([news, gone], return_when=asyncio.FIRST_COMPLETED)
+                news.cancel()
+        finally:
+            gone.cancel()
 
     async def ask_to_stop(self, handle: Handle) -> None:
-        assert isinstance(handle, RayHandle)
-        with suppress(ray.exceptions.RayActorError):
-            handle.actor.stop.remote()
+        assert isinstance(handle, RayGroup)
+        await handle.ask_to_stop()
 
     async def kill(self, handle: Handle) -> None:
-        assert isinstance(handle, RayHandle)
-        await self._call(handle.kill)
+        assert isinstance(handle, RayGroup)
+        await handle.kill()
 
     async def save_state(self, text: str) -> None:
         await self._call(lambda: internal_kv._internal_kv_put(self._state_key(), text.encode(), overwrite=True))
@@ -285,7 +262,7 @@ class RayBackend:
                 await asyncio.wait(waits, timeout=KILL_WAIT_S)
             for wait in waits:
                 wait.cancel()
-        for own in self._handles.values():
+        for own in self._groups.values():
             own.release()
         if self._owner:
             await self._call(ray.shutdown)
@@ -321,58 +298,29 @@ def _lean_head() -> Iterator[None]:
             setattr(ray_node.Node, name, method)
 
 
-class _Room(NamedTuple):
-    """What an instance asks for, or what a host has, in ten-thousandths."""
-
-    gpus: int
-    cpus: int
-
-
-_NOTHING = _Room(0, 0)
-
-
-def _sum(rooms: Sequence[_Room]) -> _Room:
-    return _Room(sum(room.gpus for room in rooms), sum(room.cpus for room in rooms))
-
-
-def _fits(asked: Sequence[_Room], hosts: Sequence[_Room]) -> bool:
-    """Whether every demand, the largest first, finds a host with that much left."""
-    left = sorted(hosts, reverse=True)
-    for one in asked:
-        fitting = next((i for i, there in enumerate(left) if there.gpus >= one.gpus and there.cpus >= one.cpus), None)
-        if fitting is None:
-            return False
-        left[fitting] = _Room(left[fitting].gpus - one.gpus, left[fitting].cpus - one.cpus)
-    return True
-
-
-def _room_of(resources: Mapping[str, Any]) -> _Room:
-    return _Room(in_parts(resources.get("GPU", 0.0)), in_parts(resources.get("CPU", 0.0)))
-
-
-def _all_there() -> list[_Room]:
+def _all_there() -> list[Room]:
     """What each living host has."""
-    return [_room_of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [room_of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def _all_free() -> list[_Room]:
+def _all_free() -> list[Room]:
     """What is free, host by host."""
-    return [_room_of(resources) for resources in ray_state.available_resources_per_node().values()] or [_NOTHING]
+    return [room_of(resources) for resources in ray_state.available_resources_per_node().values()] or [NOTHING]
 
 
-def _actor_name(name: str, kind: Kind, incarnation: int) -> str:
-    return f"{kind}/{name}#{incarnation}"
-
-
-def _parse_actor_name(text: str) -> tuple[str, Kind, int]:
-    kind, _, rest = text.partition("/")
-    name, _, incarnation = rest.rpartition("#")
-    return name, cast("Kind", kind), int(incarnation)
-
-
-def _death_of(error: BaseException) -> str:
-    """Ray's many lines on a death as a few words."""
-    text = one_line(error)
-    return (
-        "killed" if "ray.kill" in text else "its process is gone" if "SYSTEM_ERROR" in text or "died" in text else text
+def _actor_of(spec: ProcessSpec, rank: int) -> ActorName:
+    return ActorName(
+        name=spec.name, kind=spec.kind, incarnation=spec.incarnation, rank=rank, num_ranks=spec.plan.num_ranks
     )
+
+
+def _groups_there() -> dict[str, str]:
+    """The names of all placement groups of the cluster, by id."""
+    return {key: group["name"] for key, group in placement_group_table().items() if group["state"] != "REMOVED"}
+
+
+def _remove_groups(names: set[str]) -> None:
+    """What runs in them ends with them. Those that are not there are done."""
+    for key, name in _groups_there().items() if names else ():
+        if name in names:
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))

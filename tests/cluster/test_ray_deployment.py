@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def served(environment: dict[str, str]) -> Iterator[Served]:
     command = [*BIPHASE, "serve", "--model", "smollm2", "--backend", "ray", "--port", "0", "--cpus", "0"]
+    command += ["--decode-tp", "3"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     served = Served(Path(environment["BIPHASE_RUN_DIR"]), process)
     try:
@@ -47,6 +49,19 @@ def test_a_killed_instance_lives_again(served: Served) -> None:
     assert pid_of(after, "prefill-0") == pid_of(before, "prefill-0")
 
 
+def test_a_killed_rank_takes_its_instance_along_stopped_ones_too(served: Served) -> None:
+    status = served.wait_for(lambda status: status.state == "ready")
+    (decode,) = [process for process in status.processes if process.name == "decode-0"]
+    assert decode.plan == "tp 3 x pp 1"
+    pids = list(decode.rank_pids)
+    assert len(set(pids)) == 3
+    os.kill(pids[1], signal.SIGSTOP)
+    os.kill(pids[2], signal.SIGKILL)
+    after = served.wait_for(is_ready("decode-0", decode.incarnation + 1))
+    assert [pid for pid in pids if started_ticks(pid) is not None] == []
+    assert pid_of(after, "prefill-0") == pid_of(status, "prefill-0")
+
+
 def test_a_stopped_instance_is_replaced(served: Served) -> None:
     pid = pid_of(served.wait_for(is_ready("prefill-0", 1)), "prefill-0")
     os.kill(pid, signal.SIGSTOP)
@@ -62,6 +77,12 @@ def test_the_controller_lives_again_and_adopts(served: Served) -> None:
     )
     for name in ("prefill-0", "decode-0", "router-0"):
         assert pid_of(after, name) == pid_of(before, name)
+    lives = {process.name: process for process in after.processes}
+    assert list(lives["decode-0"].rank_pids) == [
+        pid for process in before.processes if process.name == "decode-0" for pid in process.rank_pids
+    ]
+    groups = {f"biphase-biphase/{name}#{lives[name].incarnation}" for name in ("prefill-0", "decode-0")}
+    assert _placement_groups(served) == groups, "those of former lives are given back"
 
 
 def test_the_end_leaves_no_process(served: Served) -> None:
@@ -108,6 +129,26 @@ def test_large_shares_of_gpus_find_room_beside_small_ones(environment: dict[str,
     stopped = run_biphase(environment, "stop", "--name", "roles")
     assert ready.stdout.startswith("ready: "), ready.stderr
     assert stopped.returncode == 0
+
+
+def _placement_groups(served: Served) -> set[str]:
+    """Of the deployment's cluster, asked by a driver of its own with the cluster's own token."""
+    command = environment = ""  # of Ray's own processes
+    for pid in _descendants(served.record.pid):
+        words = Path(f"/proc/{pid}/cmdline").read_text()
+        if "--gcs-address=" in words:
+            command, environment = words, Path(f"/proc/{pid}/environ").read_text()
+    address = command.replace("\0", " ").partition("--gcs-address=")[2].split()[0]
+    token = environment.partition("RAY_AUTH_TOKEN=")[2].partition("\0")[0]
+    code = (
+        f"import ray; from ray.util import placement_group_table; ray.init({address!r}, log_to_driver=False)\n"
+        "print(*(group['name'] for group in placement_group_table().values() if group['state'] != 'REMOVED'))"
+    )
+    own = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
+    asked = subprocess.run(
+        [sys.executable, "-c", code], env=own, capture_output=True, text=True, timeout=60, check=True
+    )
+    return set(asked.stdout.splitlines()[-1].split())
 
 
 def _descendants(pid: int) -> set[int]:
