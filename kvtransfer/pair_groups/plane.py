@@ -27,8 +27,11 @@ _log = logging.getLogger(__name__)
 
 _AnyPair = TypeVar("_AnyPair", bound=Pair)
 
-WAIT_S = 5.0
-"""How long a pull waits for room, and how long nothing may move on a pair group."""
+DEADLINE_S = 5.0
+"""How long nothing may move on a pair group."""
+
+_WAIT = 1.5
+"""How much longer a pull waits for room: a group that is lost is to end first, so that the next pull finds none."""
 
 _KEEP_BYTES = 128 << 20
 _UNTAKEN = 8
@@ -48,7 +51,7 @@ class DistPlane:
         max_pairs: int = 8,
         patience_s: float = 0.5,
         build_s: float = 10.0,
-        deadline_s: float = WAIT_S,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
         self._backend = make_backend(host, device)
         self._rendezvous = Rendezvous(host, timeout_s=build_s)
@@ -88,7 +91,7 @@ class DistPlane:
         self._pairs.move_to_end(("to", reader))
         pair.acknowledge(last)
         answer = {"store": self._rendezvous.address, "pair": pair.key, "standing": pair.standing()}
-        return DistSender(pair, self._buffers, msgpack.packb(answer), wait_s=self._deadline_s)
+        return DistSender(pair, self._buffers, msgpack.packb(answer), wait_s=self._deadline_s * _WAIT)
 
     async def receiver(self, peer: str) -> "DistReceiver":
         pair = self._pairs.get(("from", peer))

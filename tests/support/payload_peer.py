@@ -16,6 +16,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import psutil
 
 from biphase.kvtransfer.wire import DataPlane, PayloadReceiver
 
@@ -85,6 +86,15 @@ class Peer:
         self.address = f"127.0.0.1:{port}"
         self._port = port
 
+    async def stop(self) -> None:
+        """Returns when no thread of it runs any more."""
+        self.process.send_signal(signal.SIGSTOP)
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
+            await asyncio.sleep(0.001)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
     @asynccontextmanager
     async def pull(self, plane: DataPlane, **order: Any) -> AsyncIterator[Pull]:
         pull = Pull(plane, *await asyncio.open_connection("127.0.0.1", self._port))
@@ -109,7 +119,6 @@ def serving_peer(plane: str, *arguments: str) -> Iterator[Peer]:
         assert process.stdin is not None and process.stdout is not None
         try:
             yield Peer(process, int(process.stdout.readline()))
-            process.send_signal(signal.SIGCONT)
             process.stdin.close()
             process.wait(20)
         finally:
