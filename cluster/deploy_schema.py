@@ -104,6 +104,7 @@ class _DeploymentSchema(_Strict):
     weights_cache: str | None = _DEPLOYMENT.weights_cache
     kv_transport: KvTransport = _DEPLOYMENT.kv_transport
     kv_codec: KvCodec = _DEPLOYMENT.kv_codec
+    kv_overlap: bool = _DEPLOYMENT.kv_overlap
     inject_faults: str = _DEPLOYMENT.inject_faults
     limits: _LimitsSchema = Field(default_factory=lambda: _LimitsSchema.model_validate({}))
     drain_s: float = Field(_DEPLOYMENT.drain_s, ge=0, le=86_400)

@@ -85,6 +85,8 @@ class Deployment:
     """What KV moves by between instances; auto: the fastest that both ends share."""
     kv_codec: KvCodec = "raw"
     """How KV is packed on its way; auto: by measured bandwidth and codec times, per transfer."""
+    kv_overlap: bool = True
+    """A prompt's KV leaves while later chunks and layers are computed; False: when all is, for measuring."""
     inject_faults: str = ""
     """Faults that sending ends of KV make on purpose, for drills (``kvtransfer/faults.py``); empty: none."""
     limits: RequestLimits = field(default_factory=RequestLimits)

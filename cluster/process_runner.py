@@ -109,6 +109,7 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
         leader=spec.leader,
         kv_transport=deployment.kv_transport,
         kv_codec=deployment.kv_codec,
+        kv_overlap=deployment.kv_overlap,
         inject_faults=deployment.inject_faults,
     )
 

@@ -25,8 +25,8 @@ class WorkerConfig:
     announces itself in) or as their starter tells them. ``join_timeout_s``: how long they wait for each other before
     anything is loaded; ``step_timeout_s``: how long a step may take before the instance is given up.
 
-    ``kv_transport``, ``kv_codec``: how KV travels to and from here; ``inject_faults``: what goes wrong on its way, for
-    drills.
+    ``kv_transport``, ``kv_codec``: how KV travels to and from here; without ``kv_overlap`` a prompt's leaves only when all
+    of it is computed, for measuring; ``inject_faults``: what goes wrong on its way, for drills.
     """
 
     name: str
@@ -53,6 +53,7 @@ class WorkerConfig:
     step_timeout_s: float = 60.0
     kv_transport: str = "auto"
     kv_codec: str = "raw"
+    kv_overlap: bool = True
     inject_faults: str = ""
 
     def __post_init__(self) -> None:

@@ -91,6 +91,20 @@ def make_parser(role: Role) -> argparse.ArgumentParser:
     else:
         scheduling.add_argument("--local-prefill-tokens", type=int, help="prompt tokens per step while others decode")
         scheduling.add_argument("--pull-timeout-s", type=float, help="seconds that a pull may go without progress")
+
+    transfer = parser.add_argument_group("transfer")
+    transfer.add_argument(
+        "--kv-transport", help="what KV moves by: auto (default), cuda_ipc, shm, nixl, dist, tcp, grpc"
+    )
+    transfer.add_argument("--kv-codec", help="how KV is packed on its way: raw (default), auto, fp8, int8, int4")
+    if role == "prefill":
+        transfer.add_argument(
+            "--no-kv-overlap",
+            dest="kv_overlap",
+            action="store_false",
+            help="ship a prompt's KV when all of it is computed, not as it is: for measuring",
+        )
+        transfer.add_argument("--inject-faults", metavar="SPEC", help="what goes wrong with KV on its way, for drills")
     return parser
 
 
