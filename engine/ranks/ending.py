@@ -11,6 +11,8 @@ from biphase.protos.errors import SetupError, one_line
 from biphase.protos.process import Announcer
 
 CLOSE_WITHIN_S = 5.0
+CLOSE_AFTER_ERROR_S = 1.0
+"""Of an engine thread that may wait for ranks which are gone."""
 _log = logging.getLogger(__name__)
 
 
@@ -20,7 +22,7 @@ def end_process(announcer: Announcer, error: BaseException) -> None:
     line = one_line(error)
     with suppress(Exception):
         _log.error("%s, rank %d, ends: %s", announcer.current.name, announcer.current.rank, line)
-        announcer.update(state="failed", detail=line)
+        announcer.update(state="failed" if isinstance(error, SetupError) else "lost", detail=line)
     if isinstance(error, SetupError):
         with suppress(Exception):
             print(f"biphase: {line}", file=sys.stderr, flush=True)
@@ -41,5 +43,6 @@ class EndWhenLost:
 
 async def close_engine(thread: EngineThread, announcer: Announcer, error: BaseException | None = None) -> None:
     """Close a rank's engine thread. Ends the process where that hangs: a step has lost its other ends by then."""
-    if not await thread.close(CLOSE_WITHIN_S):
-        end_process(announcer, error or RuntimeError(f"the engine thread has not ended within {CLOSE_WITHIN_S:g} s"))
+    within_s = CLOSE_WITHIN_S if error is None else CLOSE_AFTER_ERROR_S
+    if not await thread.close(within_s):
+        end_process(announcer, error or RuntimeError(f"the engine thread has not ended within {within_s:g} s"))

@@ -51,7 +51,7 @@ class Leading:
         self._groups = join_groups(config, engine_config, store)
         own = Engine.load(engine_config, progress, groups=self._groups)
         facts = self._loaded.wait(lambda num: progress(f"{num} of {num_ranks} ranks have loaded", 1.0))
-        _check_alike(own, facts)
+        check_alike(facts_of(own), facts)
         num_blocks = min(own.num_blocks, *(their["num_blocks"] for their in facts.values()))
         agree_on_blocks(own, num_blocks)
         self.channel.broadcast({"kind": "serve", "num_blocks": num_blocks})
@@ -147,13 +147,15 @@ async def leading(config: WorkerConfig, announcer: Announcer, stop: asyncio.Even
     await channel.stop()
 
 
-def _check_alike(own: Engine, facts: dict[int, dict[str, Any]]) -> None:
-    """Raises SetupError when a rank has loaded something else."""
+def check_alike(ours: dict[str, Any], facts: dict[int, dict[str, Any]]) -> None:
+    """Raises SetupError when a rank has loaded something else than rank 0."""
     for rank, theirs in facts.items():
-        for name, ours in facts_of(own).items():
-            if name in ("model_hash", "block_size", "dtype", "kv_dtype") and theirs[name] != ours:
-                mine, other = (value.hex() if isinstance(value, bytes) else value for value in (ours, theirs[name]))
-                raise SetupError(f"rank {rank} has {name} {other}, rank 0 has {mine}")
+        for name in ("model_hash", "block_size", "dtype", "kv_dtype"):
+            if theirs[name] != ours[name]:
+                other, own = (
+                    value.hex() if isinstance(value, bytes) else value for value in (theirs[name], ours[name])
+                )
+                raise SetupError(f"rank {rank} has {name} {other}, rank 0 has {own}")
 
 
 def facts_of(engine: Engine) -> dict[str, Any]:

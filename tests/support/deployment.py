@@ -84,13 +84,14 @@ class Deployment:
     def all(self) -> list[Running]:
         return [*self.prefill, *self.decode, *([self.router] if self.router else [])]
 
-    def spawn(self, name: str, command: Sequence[str]) -> Running:
+    def spawn(self, name: str, command: Sequence[str], *, instance: str = "") -> Running:
+        """``instance``: what it calls itself, where that is not its files' name, as with the ranks of one instance."""
         announce, log = self.directory / f"{name}.json", self.directory / f"{name}.log"
         announce.unlink(missing_ok=True)
         output = open(self.directory / f"{name}.out", "wb")  # noqa: SIM115
         with output:
             process = subprocess.Popen(
-                [*command, "--name", name, "--announce", str(announce), "--log-file", str(log)],
+                [*command, "--name", instance or name, "--announce", str(announce), "--log-file", str(log)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
