@@ -2,17 +2,31 @@
 
     raw               the canonical bytes [layer][K,V][head][token][dim] of the pool's own dtype
     fp8, int8, int4   codes in that order, one byte each (e4m3; two's complement) or two to a byte (the earlier element
-                      in the low half), filled up with zero bytes to a multiple of 4; then the scales, float32
-                      [layer][K,V][head][block], block: the blocks of the request that the box touches
+                      in the low half), filled up with zero bytes to a multiple of 4;
+                      int4: then bytes [layer][K,V][head][block][coarse, step][dim], filled up likewise;
+                      then the scales, float32 [layer][K,V][head][block], block: the blocks of the request that the box
+                      touches, in the block size of the pool that was packed
 
-A group of values with one scale is what one head of one block holds of the box:
+A group of values with one scale is what one head of one block holds of the box. fp8 and int8:
 
     amax  = max |value|, at least 2^-100
-    scale = amax / limit, correctly rounded          limit: 448, 127, 7
+    scale = amax / limit, correctly rounded          limit: 448, 127
     code  = round(value * (limit / amax)), to nearest, ties to even, clamped to +-limit
     value = code * scale, rounded to the pool's dtype
 
-all in float32, so that every backend gets the same bits. Values are finite. Little-endian throughout.
+int4 sends a coarse value for each dim of a group, in 8 bits, and codes of what remains of each token, in steps of that
+dim's own. Keys have dims that are always far from 0; four bits for the sum of both would be spent on those alone.
+
+    scale  = amax / 1016                             1016 = 127 * 8: the unit of what follows
+    t      = value * (1016 / amax), clamped to +-1016
+    coarse = round((max t + min t) / 16)             over the group's tokens, for each dim; two's complement
+    rest   = t - 8 * coarse
+    step   = ceil(max |rest| * (1 / 7)), from 1 to 255
+    code   = round(rest * (1 / step)), clamped to +-7
+    value  = (8 * coarse + code * step) * scale, rounded to the pool's dtype
+
+all in float32, each operation correctly rounded, so that every backend gets the same bits. Values are finite.
+Little-endian throughout.
 """
 
 from dataclasses import dataclass
@@ -22,14 +36,19 @@ from biphase.kernels.kv_layout import KvBox, KvLayout
 LEAST_AMAX = 2.0**-100
 """Below it limit / amax could overflow; such values become code 0."""
 
+COARSE_STEP = 8
+UNITS = 127 * COARSE_STEP
+MOST_STEP = 255
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codec:
-    """``bits`` of a code, ``limit``: the largest code."""
+    """``bits`` of a code, ``limit``: the largest code. ``residual``: codes are of what coarse values leave."""
 
     name: str
     bits: int
     limit: float
+    residual: bool = False
 
 
 CODECS = {
@@ -37,7 +56,7 @@ CODECS = {
     for codec in (
         Codec(name="fp8", bits=8, limit=448.0),
         Codec(name="int8", bits=8, limit=127.0),
-        Codec(name="int4", bits=4, limit=7.0),
+        Codec(name="int4", bits=4, limit=7.0, residual=True),
     )
 }
 """Those that quantise."""
@@ -61,11 +80,17 @@ def blocks_of(layout: KvLayout, box: KvBox) -> range:
 
 
 def code_bytes(layout: KvLayout, box: KvBox, codec: str) -> int:
-    """Bytes of the codes: where the scales begin."""
+    """Bytes of the codes: where what describes their groups begins."""
     if codec == "raw":
         return box.num_bytes(layout)
     count = box.num_layers * 2 * box.num_heads * box.num_tokens * layout.head_dim
     return -(-count * CODECS[codec].bits // 32) * 4
+
+
+def scales_at(layout: KvLayout, box: KvBox, codec: str) -> int:
+    """Where the scales begin, in bytes."""
+    per_group = 2 * layout.head_dim if CODECS[codec].residual else 0
+    return code_bytes(layout, box, codec) + -(-_num_groups(layout, box) * per_group // 4) * 4
 
 
 def packed_bytes(layout: KvLayout, box: KvBox, codec: str = "raw") -> int:
@@ -73,8 +98,11 @@ def packed_bytes(layout: KvLayout, box: KvBox, codec: str = "raw") -> int:
     check_codec(codec, layout.dtype)
     if codec == "raw":
         return box.num_bytes(layout)
-    groups = box.num_layers * 2 * box.num_heads * len(blocks_of(layout, box))
-    return code_bytes(layout, box, codec) + 4 * groups
+    return scales_at(layout, box, codec) + 4 * _num_groups(layout, box)
+
+
+def _num_groups(layout: KvLayout, box: KvBox) -> int:
+    return box.num_layers * 2 * box.num_heads * len(blocks_of(layout, box))
 
 
 def check_box(layout: KvLayout, box: KvBox, num_blocks: int) -> None:

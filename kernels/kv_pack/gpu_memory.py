@@ -8,6 +8,7 @@ engine's running step takes. On a CPU (kernels interpreted, for tests) the same 
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
 from biphase.kernels.kv_pack.checksum import MASK
-from biphase.kernels.kv_pack.codec import blocks_of, check_box
+from biphase.kernels.kv_pack.codec import blocks_of, check_box, packed_bytes
 from biphase.kernels.kv_pack.triton_gpu import pack, unpack
 
 _ALIGNMENT = 16
@@ -62,12 +63,12 @@ class GpuKvMemory:
         self._outgoing = _Lane(pool.device)
         self._incoming = _Lane(pool.device)
 
-    def pack(self, blocks: Sequence[int], box: KvBox, out: Any) -> int:
-        """Write the box's canonical bytes to ``out``, a writable buffer of that size; returns their sum.
+    def pack(self, blocks: Sequence[int], box: KvBox, out: Any, codec: str = "raw") -> int:
+        """Write the packed box to ``out``, a writable buffer of that size; returns its sum.
 
         See KvMemory. Staging grows to the largest box asked for.
         """
-        target = self._bytes(blocks, box, out)
+        target = self._bytes(blocks, box, out, self.layout, codec)
         if target.size == 0:
             return 0
         table, box = self._own_blocks(blocks, box)
@@ -76,41 +77,49 @@ class GpuKvMemory:
             lane.wait_for(self._after() if self._after is not None else None)
             lane.host_table[:] = table
             lane.send_table()
-            pack(self._pool, lane.table, box, lane.data, lane.total)
+            pack(self._pool, lane.table, box, lane.data, lane.total, codec=codec)
             lane.fetch()
             target[:] = lane.host_data
             return int(lane.host_total[0]) & MASK
 
-    def unpack(self, blocks: Sequence[int], box: KvBox, data: Any) -> None:
-        """The inverse of pack: write canonical bytes into the request's blocks."""
-        source = self._bytes(blocks, box, data)
+    def unpack(
+        self, blocks: Sequence[int], box: KvBox, data: Any, codec: str = "raw", group_size: int | None = None
+    ) -> None:
+        """The inverse of pack: write a packed box into the request's blocks. See KvMemory."""
+        size = group_size or self.layout.block_size
+        source = self._bytes(blocks, box, data, replace(self.layout, block_size=size), codec)
         if source.size == 0:
             return
-        table, box = self._own_blocks(blocks, box)
+        table, box = self._own_blocks(blocks, box, size)
         with self._incoming as lane:
             lane.reserve(source.size, len(table))
             lane.host_data[:] = source
             lane.host_table[:] = table
             lane.send()
-            unpack(self._pool, lane.table, box, lane.data, lane.total)
+            unpack(self._pool, lane.table, box, lane.data, lane.total, codec=codec, group_size=size)
             lane.finish()
 
-    def _bytes(self, blocks: Sequence[int], box: KvBox, buffer: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _bytes(
+        self, blocks: Sequence[int], box: KvBox, buffer: Any, packed: KvLayout, codec: str
+    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
         check_box(self.layout, box, len(blocks))
-        size = box.num_bytes(self.layout)
+        size = packed_bytes(packed, box, codec)
         flat = np.frombuffer(buffer, dtype=np.uint8) if size else np.empty(0, np.uint8)
         if flat.size != size:
             raise ValueError(f"a buffer of {flat.size} bytes for a box of {size} bytes")
         return flat
 
-    def _own_blocks(self, blocks: Sequence[int], box: KvBox) -> tuple[list[int], KvBox]:
-        """Only the blocks that the box touches, and the box as seen from the first of them."""
+    def _own_blocks(self, blocks: Sequence[int], box: KvBox, group_size: int = 1) -> tuple[list[int], KvBox]:
+        """Only the blocks that the box touches, and the box as seen from the first of them; where groups are larger
+        than blocks, from the beginning of a group, whose earlier blocks are nobody's."""
         touched = blocks_of(self.layout, box)
+        before = touched.start % max(1, group_size // self.layout.block_size)
         table = [int(block) for block in blocks[touched.start : touched.stop]]
         for block in table:
             if not 0 <= block < self.num_blocks:
                 raise ValueError(f"block {block} is none of the pool's {self.num_blocks}")
-        start = box.token_start - touched.start * self.layout.block_size
+        table = [0] * before + table
+        start = box.token_start - (touched.start - before) * self.layout.block_size
         moved = KvBox(
             layer_start=box.layer_start,
             layer_end=box.layer_end,

@@ -22,13 +22,17 @@ class KvMemory(Protocol):
     @property
     def content_digest(self) -> Literal["bytes", "sum64"]: ...
 
-    def pack(self, blocks: Sequence[int], box: KvBox, out: Any) -> int | None:
-        """Write the box's canonical bytes to ``out``, a writable buffer of that size; returns the sum where there is one.
+    def pack(self, blocks: Sequence[int], box: KvBox, out: Any, codec: str = "raw") -> int | None:
+        """Write the packed box (kv_pack.codec) to ``out``, a writable buffer of that size; returns the sum where there is
+        one.
 
         ``blocks`` is the request's block table from token 0 on. When it returns, ``out`` is complete and the blocks are
-        no longer read. Raises ValueError where box, blocks and size disagree.
+        no longer read. Raises ValueError where box, blocks, codec and size disagree.
         """
 
-    def unpack(self, blocks: Sequence[int], box: KvBox, data: Any) -> None:
-        """The inverse: write canonical bytes into the request's blocks. When it returns, ``data`` is no longer read and
-        every later computation on the pool's device sees them."""
+    def unpack(
+        self, blocks: Sequence[int], box: KvBox, data: Any, codec: str = "raw", group_size: int | None = None
+    ) -> None:
+        """The inverse: write a packed box into the request's blocks. When it returns, ``data`` is no longer read and
+        every later computation on the pool's device sees them. ``group_size``: the block size of the pool that was
+        packed, where a codec quantised and that is not this pool's."""

@@ -3,12 +3,15 @@
 Pool ``[layers, blocks, 2, K, block_size, D]``; buffer and codecs as in kv_pack.codec.
 """
 
+from dataclasses import replace
+
 import torch
 
 from biphase.kernels.gpu.check import check_dtype, check_shape
 from biphase.kernels.kv_layout import KvBox, KvLayout, uniform_scales
 from biphase.kernels.kv_pack.checksum import sum64
-from biphase.kernels.kv_pack.codec import CODECS, LEAST_AMAX, blocks_of, check_box, code_bytes, packed_bytes
+from biphase.kernels.kv_pack.codec import blocks_of, check_box, packed_bytes
+from biphase.kernels.kv_pack.quantize import decode, encode
 
 POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
@@ -31,11 +34,7 @@ def pack(
         if codec == "raw":
             out.copy_(values.contiguous().view(torch.uint8).view(-1))
         else:
-            codes, scales = _quantize(values.float(), layout, box, codec)
-            boundary = code_bytes(layout, box, codec)
-            out[:boundary].zero_()
-            out[: codes.numel()].copy_(codes)
-            out[boundary:].copy_(scales.view(torch.uint8))
+            encode(values.float(), layout, box, codec, out)
     total.fill_(_signed(sum64(out.cpu().numpy())))
 
 
@@ -47,11 +46,13 @@ def unpack(
     total: torch.Tensor,
     *,
     codec: str = "raw",
+    group_size: int = 0,
 ) -> None:
     """See triton_gpu.unpack."""
     layout = layout_of(pool)
+    packed = replace(layout, block_size=group_size or layout.block_size)
     check_box(layout, box, block_table.shape[0])
-    check_shape("data", data, packed_bytes(layout, box, codec))
+    check_shape("data", data, packed_bytes(packed, box, codec))
     total.fill_(_signed(sum64(data.cpu().numpy())))
     if data.numel() == 0:
         return
@@ -59,7 +60,7 @@ def unpack(
     if codec == "raw":
         values = data.clone().view(pool.dtype).view(shape)
     else:
-        values = _dequantize(data, layout, box, codec).to(pool.dtype)
+        values = decode(data, packed, box, codec).to(pool.dtype)
     blocks = _blocks(pool, layout, block_table, box)
     _canonical(blocks, layout, box).copy_(values)
     table = _table(layout, block_table, box)
@@ -102,49 +103,6 @@ def _canonical(blocks: torch.Tensor, layout: KvLayout, box: KvBox) -> torch.Tens
     """The box's view ``[layer, K/V, head, token, D]`` of its blocks."""
     before = box.token_start % layout.block_size
     return blocks.flatten(3, 4)[:, :, :, before : before + box.num_tokens]
-
-
-def _quantize(values: torch.Tensor, layout: KvLayout, box: KvBox, codec: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 (flat, int4 two to a byte) and scales float32 (flat) of canonical float32 values."""
-    limit = torch.tensor(CODECS[codec].limit, device=values.device)
-    groups = _grouped(values, layout, box)
-    amax = groups.abs().amax(dim=(-2, -1)).clamp(min=LEAST_AMAX)
-    scaled = groups * (limit / amax)[..., None, None]
-    scaled = _canonical(scaled.clamp(-CODECS[codec].limit, CODECS[codec].limit), layout, box)
-    if codec == "fp8":
-        codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
-    else:
-        codes = scaled.round().to(torch.int8).view(torch.uint8)
-    codes = codes.reshape(-1)
-    if CODECS[codec].bits == 4:
-        codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2)) & 15
-        codes = codes[0::2] | codes[1::2] << 4
-    return codes, (amax / limit).view(-1)
-
-
-def _dequantize(data: torch.Tensor, layout: KvLayout, box: KvBox, codec: str) -> torch.Tensor:
-    """Canonical float32 values."""
-    shape = (box.num_layers, 2, box.num_heads, box.num_tokens, layout.head_dim)
-    boundary = code_bytes(layout, box, codec)
-    codes = data[:boundary]
-    if CODECS[codec].bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=1).view(-1)
-    codes = codes[: torch.Size(shape).numel()].view(shape).contiguous()
-    if codec == "fp8":
-        values = codes.view(torch.float8_e4m3fn).float()
-    else:
-        sign = 1 << CODECS[codec].bits - 1
-        values = ((codes ^ sign).to(torch.int32) - sign).float()
-    scales = data[boundary:].clone().view(torch.float32).view(*shape[:3], -1)
-    return _canonical(_grouped(values, layout, box) * scales[..., None, None], layout, box)
-
-
-def _grouped(values: torch.Tensor, layout: KvLayout, box: KvBox) -> torch.Tensor:
-    """Canonical values as ``[layer, K/V, head, block, slot, D]``, 0 outside of the box."""
-    before = box.token_start % layout.block_size
-    after = -box.token_end % layout.block_size
-    padded = torch.nn.functional.pad(values, (0, 0, before, after))
-    return padded.view(*values.shape[:3], -1, layout.block_size, layout.head_dim)
 
 
 def _signed(total: int) -> int:

@@ -5,6 +5,8 @@ buffer holds (kv_pack.checksum) on the way. A copy at heart: each element is rea
 and the arithmetic of the sum hides behind the memory.
 """
 
+from dataclasses import replace
+
 import torch
 
 from biphase.kernels.gpu import table_check
@@ -59,10 +61,14 @@ def unpack(
     total: torch.Tensor,
     *,
     codec: str = "raw",
+    group_size: int = 0,
     debug: bool = False,
 ) -> None:
-    """The inverse: write packed ``data`` into the request's blocks; ``total`` becomes the sum of what was read."""
-    _launch(pool, block_table, box, data, total, codec, debug, is_pack=False)
+    """The inverse: write packed ``data`` into the request's blocks; ``total`` becomes the sum of what was read.
+
+    ``group_size``: the block size of the pool that was packed, where a codec is not raw and that is not this pool's.
+    """
+    _launch(pool, block_table, box, data, total, codec, debug, is_pack=False, group_size=group_size)
 
 
 def default_settings(target: Target, key: str) -> Settings:
@@ -93,16 +99,18 @@ def _launch(
     debug: bool,
     *,
     is_pack: bool,
+    group_size: int = 0,
 ) -> None:
     layout, name = layout_of(pool), "out" if is_pack else "data"
-    num_bytes = _check(layout, pool, block_table, box, buffer, total, codec, debug, name)
+    packed = replace(layout, block_size=group_size or layout.block_size)
+    num_bytes = _check(layout, packed, pool, block_table, box, buffer, total, codec, debug, name)
     target = target_of(pool.device)
     if codec == "fp8":
         target.require_fp8("codec fp8")
     total.zero_()
     if num_bytes == 0:
         return
-    key = key_of(codec, layout.block_size, layout.head_dim)
+    key = key_of(codec, packed.block_size, layout.head_dim)
     settings = dict(tuned(OP, target, key) or default_settings(target, key))
     words = buffer.view(torch.int32)
     planes = box.num_layers * 2 * box.num_heads
@@ -128,7 +136,7 @@ def _launch(
             **settings,
         )
         return
-    spanned = len(blocks_of(layout, box))
+    spanned = len(blocks_of(packed, box))
     each = _planes_per_program(target, spanned, planes)
     launch(
         quantized_kernel,
@@ -142,7 +150,9 @@ def _launch(
         pool.shape[1],
         spanned,
         **sizes,
+        GROUP=packed.block_size,
         FP8=codec == "fp8",
+        RESIDUAL=CODECS[codec].residual,
         BITS=CODECS[codec].bits,
         LIMIT=CODECS[codec].limit,
         HEAD_DIM=layout.head_dim,
@@ -153,6 +163,7 @@ def _launch(
 
 def _check(
     layout: KvLayout,
+    packed: KvLayout,
     pool: torch.Tensor,
     block_table: torch.Tensor,
     box: KvBox,
@@ -166,12 +177,13 @@ def _check(
     if layout.head_dim % 16 or not 0 < layout.head_dim <= _MOST_DIM:
         raise ValueError(f"head_dim is {layout.head_dim}, supported: multiples of 16 up to {_MOST_DIM}")
     check_one_of("block_size", layout.block_size, _BLOCK_SIZES)
+    check_one_of("group_size", packed.block_size, _BLOCK_SIZES)
     check_contiguous("pool", pool)
     check_dtype("block_table", block_table, torch.int32)
     check_shape("block_table", block_table, None)
     check_contiguous("block_table", block_table)
     check_box(layout, box, block_table.shape[0])
-    num_bytes = packed_bytes(layout, box, codec)
+    num_bytes = packed_bytes(packed, box, codec)
     if num_bytes // 4 >= MAX_WORDS:
         raise ValueError(f"box has {num_bytes} bytes, a packed buffer at most {MAX_WORDS * 4}")
     check_dtype(name, buffer, torch.uint8)

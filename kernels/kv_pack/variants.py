@@ -1,6 +1,7 @@
 """Production launches of ``pack`` and ``unpack``: a whole prompt of 8192 tokens, as the bench has it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -67,18 +68,30 @@ def variants() -> list[Variant]:
                         min_capability=least,
                     )
                 )
+        # from an instance with other blocks
+        if launcher is unpack:
+            other = partial(_run, launcher, "int4", torch.bfloat16, group_size=32)
+            found.append(Variant(name=f"{name}/int4/llama-3-8b/groups-32/bf16", run=other))
     return found
 
 
 def _run(
-    launcher: Callable[..., None], codec: str, dtype: torch.dtype, *, head_dim: int = 128, block_size: int = 64
+    launcher: Callable[..., None],
+    codec: str,
+    dtype: torch.dtype,
+    *,
+    head_dim: int = 128,
+    block_size: int = 64,
+    group_size: int = 0,
 ) -> None:
     num_layers, num_heads = 32, 8
     pool = torch.empty(num_layers, 512, 2, num_heads, block_size, head_dim, dtype=dtype, device="meta")
     table = torch.empty(_TOKENS // block_size + 1, dtype=torch.int32, device="meta")
     box = KvBox(layer_start=0, layer_end=num_layers, head_start=0, head_end=num_heads, token_start=0, token_end=_TOKENS)
-    buffer = torch.empty(packed_bytes(layout_of(pool), box, codec), dtype=torch.uint8, device="meta")
-    launcher(pool, table, box, buffer, torch.empty(1, dtype=torch.int64, device="meta"), codec=codec)
+    packed = replace(layout_of(pool), block_size=group_size or block_size)
+    buffer = torch.empty(packed_bytes(packed, box, codec), dtype=torch.uint8, device="meta")
+    groups = {"group_size": group_size} if group_size else {}
+    launcher(pool, table, box, buffer, torch.empty(1, dtype=torch.int64, device="meta"), codec=codec, **groups)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -11,6 +11,7 @@ import torch
 from biphase.kernels.kv_layout import KvBox, KvLayout, uniform_scales
 from biphase.kernels.kv_pack import CpuKvMemory, KvMemory
 from biphase.kernels.kv_pack.checksum import sum64
+from biphase.kernels.kv_pack.codec import CODECS, packed_bytes
 from biphase.kernels.kv_pack.gpu_memory import GpuKvMemory
 
 NUM_BLOCKS = 6
@@ -41,6 +42,26 @@ def test_boxes_are_those_of_host_memory(dtype: str, device: torch.device) -> Non
     cpu, gpu, host, pool = both(layout, device, fill=False)
     cpu.unpack(BLOCKS, BOX, bytes(packed))
     gpu.unpack(BLOCKS, BOX, memoryview(bytes(packed)))
+    assert pool.view(torch.uint8).cpu().numpy().tobytes() == host.tobytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("group_size", [16, 32])
+def test_codecs_are_those_of_host_memory(codec: str, group_size: int, device: torch.device) -> None:
+    """Bits and all; packed by either, unpacked by the other, into blocks of 16 from blocks of 16 or 32."""
+    if device.type == "cuda" and codec == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no e4m3 before capability 8.9")
+    layout = replace(LAYOUT, block_size=group_size)
+    values = torch.randn(layout.pool_shape(NUM_BLOCKS), generator=torch.Generator().manual_seed(4)).bfloat16()
+    cpu = CpuKvMemory(values.view(torch.int16).numpy(), layout)
+    gpu = GpuKvMemory(values.to(device), layout)
+    expected, packed = (bytearray(packed_bytes(layout, BOX, codec)) for _ in range(2))
+    assert cpu.pack([3, 4, 0, 5], BOX, expected, codec) is None
+    assert gpu.pack([3, 4, 0, 5], BOX, packed, codec) == sum64(expected)
+    assert packed == expected
+    cpu, gpu, host, pool = both(LAYOUT, device, fill=False)
+    cpu.unpack(BLOCKS, BOX, bytes(packed), codec, group_size)
+    gpu.unpack(BLOCKS, BOX, bytes(packed), codec, group_size)
     assert pool.view(torch.uint8).cpu().numpy().tobytes() == host.tobytes()
 
 

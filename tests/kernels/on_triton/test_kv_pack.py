@@ -14,7 +14,7 @@ from biphase.kernels.gpu.target import AOT_TARGETS, compiling_for
 from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack import torch_pool, triton_gpu
 from biphase.kernels.kv_pack.checksum import MASK, sum64
-from biphase.kernels.kv_pack.codec import CODECS, LEAST_AMAX, packed_bytes
+from biphase.kernels.kv_pack.codec import CODECS, LEAST_AMAX, UNITS, packed_bytes
 
 LAYERS, BLOCKS, HEADS = 3, 6, 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -95,6 +95,28 @@ def check(case: Case, device: torch.device) -> None:
         assert same_bits(received, pool)
     else:
         check_error(case, pool, received)
+        check_other_blocks(case, packed, total)
+
+
+def check_other_blocks(case: Case, packed: torch.Tensor, total: int) -> None:
+    """A pool of other blocks reads what torch reads, and that is what one of the same blocks reads."""
+    size = 16 if case.block_size > 16 else 32
+    count = 4 * case.block_size // size
+    table = torch.tensor([*range(count, 0, -1)], dtype=torch.int32, device=packed.device)
+    shape = (LAYERS, count + 2, 2, HEADS, size, case.head_dim)
+    received, wanted = (poison(torch.empty(shape, dtype=DTYPES[case.dtype], device=packed.device)) for _ in range(2))
+    for module, pool in ((triton_gpu, received), (torch_pool, wanted)):
+        found = torch.zeros(1, dtype=torch.int64, device=packed.device)
+        module.unpack(pool, table, case.box, packed, found, codec=case.codec, group_size=case.block_size)
+        assert int(found) & MASK == total
+    assert same_bits(received, wanted)
+    same = replace(case, table=(0, 1, 2, 3))
+    pool = poison(torch.empty(LAYERS, 4, 2, HEADS, case.block_size, case.head_dim, dtype=DTYPES[case.dtype]))
+    pool = pool.to(packed.device)
+    run(torch_pool, "unpack", same, pool, packed)
+    one = pool.transpose(2, 3).transpose(1, 2).transpose(2, 3)  # [layer, head, K/V, block, ...]
+    other = received[:, table.long()].transpose(2, 3).transpose(1, 2).transpose(2, 3)
+    assert torch.equal(*(tokens.flatten(3, 4).contiguous().nan_to_num(0.5) for tokens in (one, other)))
 
 
 def check_error(case: Case, pool: torch.Tensor, received: torch.Tensor) -> None:
@@ -104,6 +126,8 @@ def check_error(case: Case, pool: torch.Tensor, received: torch.Tensor) -> None:
     limit = CODECS[case.codec].limit
     step = amax / limit if case.codec != "fp8" else (sent.abs() / 16).maximum(amax / limit * 2.0**-9)
     rounding = {"fp32": 2.0**-22, "bf16": 2.0**-8, "fp16": 2.0**-10}[case.dtype] * amax
+    if case.codec == "int4":  # at most one unit more to a step than what remains of a dim asks for
+        step = (step + amax / UNITS).expand_as(sent)
     assert bool(((groups - sent).abs() <= step * (0.501 if case.codec != "fp8" else 1.001) + rounding).all())
 
 
@@ -213,9 +237,34 @@ def test_ties_go_to_even_and_zeros_stay(codec: str, device: torch.device) -> Non
     received = poison(torch.empty_like(pool))
     run(triton_gpu, "unpack", case, received, packed)
     written = received[0, case.table[0], :, 0]
-    if codec in ("int8", "int4"):
+    if codec == "int8":
         assert torch.equal(written, pool[0, case.table[0], :, 0].round())
     assert not written[1].any()
+
+
+def test_int4_has_a_coarse_value_and_a_step_for_each_dim(device: torch.device) -> None:
+    """In units: the group's largest value is 1016. Ties of both roundings go to even."""
+    case = Case(codec="int4", tokens=(0, 16), layers=(0, 1), heads=(0, 1))
+    pool = torch.zeros(LAYERS, BLOCKS, 2, HEADS, 16, 16, device=device)
+    values = pool[0, case.table[0], 0, 0]
+    values[:, 0] = -1016.0
+    values[:, 1] = torch.tensor([-13.0, 13.0, 1.0, 3.0, -5.0, -7.0, 12.0, 0.0] * 2, device=device)  # step 2
+    values[:, 2] = 20.0  # 40 / 16: coarse 2, so 4 remain
+    values[:, 3] = 12.0  # 24 / 16: coarse 2, so -4 remain
+    values[:, 4] = torch.tensor([500.0, 507.0] * 8, device=device)  # coarse 63
+    values[:, 5] = torch.tensor([-1016.0, 1016.0] * 8, device=device)  # step 146
+    size = packed_bytes(torch_pool.layout_of(pool), case.box, "int4")
+    packed = torch.zeros(size, dtype=torch.uint8, device=device)
+    run(triton_gpu, "pack", case, pool, packed)
+    coarse, step = packed[16 * 16 :][:32].view(2, 16).cpu()
+    assert coarse.view(torch.int8)[:6].tolist() == [-127, 0, 2, 2, 63, 0]
+    assert step[:6].tolist() == [1, 2, 1, 1, 1, 146]
+    received = poison(torch.empty_like(pool))
+    run(triton_gpu, "unpack", case, received, packed)
+    written = received[0, case.table[0], 0, 0].cpu()
+    assert written[:8, 1].tolist() == [-12.0, 12.0, 0.0, 4.0, -4.0, -8.0, 12.0, 0.0]
+    assert torch.equal(written[:, [0, 2, 3, 4]], values[:, [0, 2, 3, 4]].cpu())
+    assert written[:2, 5].tolist() == [-1022.0, 1022.0]
 
 
 @pytest.mark.parametrize("axis", ["blocks", "heads", "layers", "K and V", "tokens"])
