@@ -169,13 +169,20 @@ class SendingPair(Pair):
         def ended(error: str | None) -> None:
             if error is None:
                 self._buffers.put(buffer)
+                self.half(number)
 
         number, reference = self._window.add(part.numel())
         self._post(lambda: self._group.send([part], 1, _tag(number)), ended)
         return number, reference
 
     def acknowledge(self, number: int) -> None:
+        """The reader has said itself that its receives are posted up to ``number``."""
         self._window.acknowledge(number)
+        self._wake()
+
+    def half(self, number: int) -> None:
+        """The send of ``number`` has ended, or the reader has done with it."""
+        self._window.half(number)
         self._wake()
 
     async def changed(self) -> None:

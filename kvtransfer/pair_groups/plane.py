@@ -30,6 +30,9 @@ _AnyPair = TypeVar("_AnyPair", bound=Pair)
 DEADLINE_S = 5.0
 """How long nothing may move on a pair group."""
 
+_PATIENCE_S = {"gloo": 0.5, "nccl": 0.05}
+"""How long a pull waits for a group: gloo's is there in milliseconds, nccl's takes a second."""
+
 _WAIT = 1.5
 """How much longer a pull waits for room: a group that is lost is to end first, so that the next pull finds none."""
 
@@ -49,7 +52,7 @@ class DistPlane:
         *,
         device: str = "cpu",
         max_pairs: int = 8,
-        patience_s: float = 0.5,
+        patience_s: float | None = None,
         build_s: float = 10.0,
         deadline_s: float = DEADLINE_S,
     ) -> None:
@@ -57,7 +60,7 @@ class DistPlane:
         self._rendezvous = Rendezvous(host, timeout_s=build_s)
         self._buffers = Buffers(self._backend.device, _KEEP_BYTES)
         self._max_pairs = max_pairs
-        self._patience_s = patience_s
+        self._patience_s = _PATIENCE_S[self._backend.name] if patience_s is None else patience_s
         self._build_s = build_s
         self._deadline_s = deadline_s
         self._id = secrets.token_hex(8)
@@ -238,7 +241,7 @@ class DistSender:
             raise ConnectionError(str(error)) from None
         if number in self._untaken:
             self._untaken.discard(number)
-            self._pair.acknowledge(number)
+            self._pair.half(number)
 
     def close(self) -> None:
         """What it has sent stays under way: the reader receives it in its turn and drops it."""
@@ -262,6 +265,7 @@ class DistReceiver:
         self._peer = peer
         self._pair: ReceivingPair | None = None
         self._fetched: dict[bytes, torch.Tensor] = {}
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self, answer: bytes) -> None:
         assert self._pair is None
@@ -277,7 +281,14 @@ class DistReceiver:
         if size != max(1, num_bytes):
             raise ConnectionError(f"a payload of {num_bytes} bytes whose reference says {size}")
         self._pair.learn(reference)
-        buffer = self._fetched[reference] = await self._pair.fetch(number)
+        fetching = asyncio.ensure_future(self._pair.fetch(number))
+        try:
+            await asyncio.wait((fetching, self._closed), return_when=asyncio.FIRST_COMPLETED)
+            if not fetching.done():
+                raise ConnectionError("the pull is closed")
+        finally:
+            fetching.cancel()
+        buffer = self._fetched[reference] = fetching.result()
         return view(buffer, num_bytes)
 
     def intact(self, reference: bytes) -> bool:
@@ -292,6 +303,8 @@ class DistReceiver:
     def close(self) -> None:
         """What was fetched and not given back may still be read, by a thread that no cancellation stops: it is dropped."""
         self._fetched.clear()
+        if not self._closed.done():
+            self._closed.set_result(None)
         if self._pair is not None:
             self._pair.users -= 1
             self._pair = None

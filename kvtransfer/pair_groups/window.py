@@ -26,6 +26,7 @@ class SentWindow:
     def __init__(self) -> None:
         self._last = 0
         self._sizes: deque[int] = deque()
+        self._half: set[int] = set()
 
     @property
     def num_open(self) -> int:
@@ -46,6 +47,16 @@ class SentWindow:
         """The reader has posted receives up to ``number``; an older or a wrong one changes nothing."""
         while self._sizes and self._last - len(self._sizes) < number <= self._last:
             self._sizes.popleft()
+        first = self._last - len(self._sizes) + 1
+        self._half = {half for half in self._half if half >= first}
+
+    def half(self, number: int) -> None:
+        """One of two signs that the receive of ``number`` was posted: our send has ended, and the reader has done with
+        it. Neither will do alone: nccl may end a small send early, and a reader may have skipped a payload unread."""
+        if number in self._half:
+            self.acknowledge(number)
+        else:
+            self._half.add(number)
 
 
 class DueWindow:
