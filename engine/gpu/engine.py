@@ -6,8 +6,6 @@ on the device from the last step's output; the host gets them with the step's ev
 """
 
 import logging
-import threading
-import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
@@ -16,17 +14,20 @@ from pathlib import Path
 import torch
 
 from biphase.engine.checkpoint import Checkpoint, open_checkpoint
+from biphase.engine.checkpoint.shard import Shard
 from biphase.engine.config import EngineConfig
 from biphase.engine.draw_row import draw_row
 from biphase.engine.engine import Engine, Progress
-from biphase.engine.gpu.accelerator import Accelerator, Event
+from biphase.engine.gpu.accelerator import Accelerator
+from biphase.engine.gpu.launched import Launched
+from biphase.engine.gpu.layer_watch import LayerWatch
 from biphase.engine.gpu.model import GpuModel, StepShape
 from biphase.engine.gpu.sampler import GpuSampler
 from biphase.engine.gpu.step_batch import StepRows, fill, rows_of
 from biphase.engine.gpu.step_inputs import StepInputs
 from biphase.engine.gpu.warm_up import warm_up_handoff, warm_up_plans
 from biphase.engine.parallel.group import RankGroups
-from biphase.engine.step import PendingStep, StepPlan, StepResult
+from biphase.engine.step import PendingStep, StepPlan
 from biphase.kernels.linear.rows import accumulate_in_float32
 from biphase.kernels.ops import PagedKernels, paged_kernels
 from biphase.protos.errors import EngineLost, InvalidRequest, SetupError, one_line
@@ -44,38 +45,6 @@ def buckets_up_to(max_seqs: int) -> tuple[int, ...]:
     """Batch sizes that decode steps are padded to: powers of two, then multiples of 8."""
     sizes = {size for size in (1, 2, 4) if size < max_seqs} | set(range(8, max_seqs, 8)) | {max_seqs}
     return tuple(sorted(sizes))
-
-
-class _Launched:
-    """A step in the device's queue."""
-
-    def __init__(self, tokens: torch.Tensor, drawing: tuple[int, ...], num_seqs: int, start: Event, end: Event) -> None:
-        self._tokens = tokens
-        self._drawing = drawing
-        self._num_seqs = num_seqs
-        self._start = start
-        self._launched_s = time.perf_counter()
-        self.end = end
-        self._lock = threading.Lock()
-        self._result: StepResult | None = None
-
-    def wait(self) -> StepResult:
-        """Raises what the device reports; tokens are read once, before their buffer is used again. Any thread."""
-        with self._lock:
-            if self._result is None:
-                self._result = self._read()
-            return self._result
-
-    def _read(self) -> StepResult:
-        try:
-            self.end.wait()
-        except RuntimeError as error:
-            raise EngineLost(f"the GPU failed: {one_line(error)}") from error
-        tokens: list[int | None] = [None] * self._num_seqs
-        for i, token in zip(self._drawing, self._tokens.tolist(), strict=True):
-            tokens[i] = token
-        step_ms = self.end.ms_since(self._start) or (time.perf_counter() - self._launched_s) * 1e3
-        return StepResult(tokens=tuple(tokens), step_ms=step_ms)
 
 
 class GpuEngine(Engine):
@@ -107,7 +76,10 @@ class GpuEngine(Engine):
             max_seqs=self._max_seqs,
             max_model_len=self.model_info.max_model_len,
             device=device,
+            groups=groups,
         )
+        self._samples = groups is None or groups.samples
+        self._layer_watch = LayerWatch()
         self._sampler = GpuSampler(kernels, max_rows=self._max_seqs, vocab_size=model.vocab_size, device=device)
         width = self.layout.blocks_for(self.model_info.max_model_len)
         self._inputs = StepInputs(
@@ -123,7 +95,7 @@ class GpuEngine(Engine):
         self._graphs: dict[int, Callable[[], None]] = {}
         host = accelerator.host_buffer(_NUM_BUFFERS * self._max_seqs * 8).view(torch.int64)
         self._tokens = deque(host.view(_NUM_BUFFERS, self._max_seqs).unbind(0))
-        self._launched: deque[_Launched] = deque(maxlen=_NUM_BUFFERS)
+        self._launched: deque[Launched] = deque(maxlen=_NUM_BUFFERS)
         self._drawn_rows: dict[SeqId, int] = {}
 
     @staticmethod
@@ -143,12 +115,16 @@ class GpuEngine(Engine):
                 progress=lambda text, done: progress(text, 0.5 * done),
                 load_format=config.load_format,
                 device=accelerator.device,
+                shard=None if groups is None else Shard(plan=groups.plan, rank=groups.rank),
             )
             progress(f"weights to {config.device}", 0.5)
             with torch.inference_mode():
                 moved = {name: tensor.to(accelerator.device) for name, tensor in checkpoint.tensors.items()}
                 on_device = Checkpoint(config=checkpoint.config, model_hash=checkpoint.model_hash, tensors=moved)
                 engine = GpuEngine(config, on_device, paged_kernels(kernels), accelerator, groups)
+            if groups is not None:
+                progress("waiting for the other ranks to load", 0.7)
+                groups.meet("loaded")
             progress("kernels and graphs", 0.7)
             engine.warm_up(lambda done: progress("kernels and graphs", 0.7 + 0.3 * done))
         except torch.OutOfMemoryError as error:
@@ -181,17 +157,22 @@ class GpuEngine(Engine):
         fill(inputs.host(), plan, rows, self._drawn_rows, block_size=self.layout.block_size, padded=bucket)
         start = self._accelerator.record()
         inputs.upload(bucket if rows.graph else rows.num_seqs)
-        num_drawing = len(rows.drawing)
         self._sampler.prepare([draw_row(plan.seqs[i]) for i in rows.drawing])
+        self._model.receive(bucket)
+        told = self._layers_told(plan)
         if rows.graph and bucket in self._graphs:
             self._graphs[bucket]()
         else:
-            self._compute(inputs, self._shape(rows, bucket))
+            self._compute(inputs, self._shape(rows, bucket), told and self._layer_watch.follow(told, self._accelerator))
+        self._model.send(bucket)
         self._drawn_rows = {plan.seqs[i].seq_id: row for row, i in enumerate(rows.drawing)}
+        drawing = rows.drawing if self._samples else ()
+        num_drawing = len(drawing)
         tokens = self._tokens[0][:num_drawing]
         self._tokens.rotate(-1)
         tokens.copy_(self._sampler.tokens[:num_drawing], non_blocking=True)
-        launched = _Launched(tokens, rows.drawing, len(plan.seqs), start, self._accelerator.record())
+        end = self._accelerator.record()
+        launched = Launched(tokens, drawing, len(plan.seqs), start, end, told and self._layer_watch.last())
         self._launched.append(launched)
         return launched
 
@@ -232,9 +213,9 @@ class GpuEngine(Engine):
         """Logits ``[num_rows, vocab]`` of the last launched step's drawing sequences, as a copy on the host."""
         return self._model.logits[:num_rows].cpu()
 
-    def _compute(self, inputs: StepInputs, shape: StepShape) -> None:
-        self._model.forward(inputs, self._sampler.tokens, shape)
-        if shape.num_sampled:
+    def _compute(self, inputs: StepInputs, shape: StepShape, on_layers: Callable[[int], None] | None = None) -> None:
+        self._model.forward(inputs, self._sampler.tokens, shape, on_layers)
+        if shape.num_sampled and self._model.is_last_stage:
             self._sampler.run(self._model.logits[: shape.num_sampled])
 
     def _shape(self, rows: StepRows, padded: int) -> StepShape:

@@ -1,5 +1,6 @@
 """The feed-forward part of a layer on a GPU: one for all tokens, or experts that each token chooses among.
 
+On one of several places it is that place's features or experts, and what comes out is summed over the places elsewhere.
 Shapes: N rows, F hidden, I intermediate features (of an expert), E experts, k taken per token, P = N * k pairs.
 """
 
@@ -8,6 +9,7 @@ from typing import Protocol
 import torch
 
 from biphase.engine.model_config import ModelConfig
+from biphase.kernels.moe.local_experts import local_routing
 from biphase.kernels.ops import PagedKernels
 
 
@@ -18,17 +20,19 @@ class FeedForward(Protocol):
 
 
 def feed_forward_of(
-    config: ModelConfig, tensors: dict[str, torch.Tensor], kernels: PagedKernels, max_rows: int
+    config: ModelConfig, tensors: dict[str, torch.Tensor], kernels: PagedKernels, max_rows: int, experts: range
 ) -> FeedForward:
-    """With its buffers allocated for steps of ``max_rows``."""
-    return (Experts if config.num_experts else Dense)(config, tensors, kernels, max_rows)
+    """With its buffers allocated for steps of ``max_rows``; ``config`` and ``experts``: of this rank."""
+    if config.num_experts:
+        return Experts(config, tensors, kernels, max_rows, experts)
+    return Dense(config, tensors, kernels, max_rows)
 
 
 class Dense:
     def __init__(
         self, config: ModelConfig, tensors: dict[str, torch.Tensor], kernels: PagedKernels, max_rows: int
     ) -> None:
-        like = tensors["embed"]
+        like = tensors["layers.0.down"]
         self._tensors = tensors
         self._kernels = kernels
         self._gate_up = like.new_zeros(max_rows, 2 * config.intermediate_size)
@@ -44,9 +48,15 @@ class Dense:
 
 class Experts:
     def __init__(
-        self, config: ModelConfig, tensors: dict[str, torch.Tensor], kernels: PagedKernels, max_rows: int
+        self,
+        config: ModelConfig,
+        tensors: dict[str, torch.Tensor],
+        kernels: PagedKernels,
+        max_rows: int,
+        experts: range,
     ) -> None:
-        like, pairs = tensors["embed"], max_rows * config.num_experts_per_tok
+        like, pairs = tensors["layers.0.experts_down"], max_rows * config.num_experts_per_tok
+        self._experts = None if len(experts) == config.num_experts else experts
         self._tensors = tensors
         self._kernels = kernels
         self._num_taken = config.num_experts_per_tok
@@ -69,6 +79,8 @@ class Experts:
         activated, rows = self._activated[:pairs], self._rows[:pairs]
         ops.linear(x_NF, tensors[f"layers.{i}.router"], logits)
         routing = ops.route(logits, self._workspace, renormalize=self._renormalize, slots=slots)
+        if self._experts is not None:
+            routing = local_routing(routing, self._experts)
         ops.grouped_gate_up(x_NF, tensors[f"layers.{i}.experts_gate_up"], routing, activated)
         ops.grouped_down(activated, tensors[f"layers.{i}.experts_down"], routing, rows)
         ops.combine(rows, routing, out_NF)

@@ -45,9 +45,9 @@ class TensorGroup:
         return torch.cat(parts, dim=1)
 
     def all_gather(self, out_PX: torch.Tensor, part_X: torch.Tensor) -> None:
-        """``out[p]`` becomes place p's ``part``, on every place; all contiguous and of one shape."""
+        """``out[p]`` becomes place p's ``part``, on every place; contiguous, every part of the same shape."""
         with exchanging("gathering over the tensor-parallel ranks"):
-            self._group.allgather([list(out_PX.unbind(0))], [part_X]).wait()
+            self._group._allgather_base(out_PX.flatten(0, 1), part_X).wait()
 
     def close(self) -> None:
         """Waits for nothing. gloo closes its connections with its last reference."""
