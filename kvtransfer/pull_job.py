@@ -1,7 +1,7 @@
 """One rank's part in a pull, as rank 0 gives it out, and what came of it. Pure."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from biphase.kernels.kv_layout import KvBox
 from biphase.kvtransfer.frames import Trailer
@@ -71,6 +71,3 @@ class PartsPulled:
     bytes_by_transport: dict[str, int]
     trailer: Trailer | None = None
     trailer_s: float = 0.0
-
-
-Failure = Literal["unreachable", "refused", "cancelled"]
