@@ -78,8 +78,9 @@ def e4m3_codes(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     size = np.abs(values).astype(np.float64)
     above = np.searchsorted(known, size).clip(1, 126)
     low, high = size - known[above - 1], known[above] - size
-    nearest = np.where((low < high) | ((low == high) & (above % 2 == 1)), above - 1, above).astype(np.uint8)
-    return nearest | np.signbit(values).astype(np.uint8) << 7
+    nearest: np.ndarray[Any, Any] = np.where((low < high) | ((low == high) & (above % 2 == 1)), above - 1, above)
+    signs = np.signbit(values).astype(np.uint8) << 7
+    return nearest.astype(np.uint8) | signs
 
 
 def _int4(group: np.ndarray[Any, Any], amax: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
