@@ -21,6 +21,7 @@ from biphase.kvtransfer.pair_groups.backends import make_backend
 from biphase.kvtransfer.pair_groups.buffers import Buffers, view
 from biphase.kvtransfer.pair_groups.pair import Pair, ReceivingPair, SendingPair
 from biphase.kvtransfer.pair_groups.rendezvous import Rendezvous
+from biphase.kvtransfer.until_closed import UntilClosed
 from biphase.kvtransfer.wire import Room
 
 _log = logging.getLogger(__name__)
@@ -265,7 +266,7 @@ class DistReceiver:
         self._peer = peer
         self._pair: ReceivingPair | None = None
         self._fetched: dict[bytes, torch.Tensor] = {}
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._until_closed = UntilClosed()
 
     async def start(self, answer: bytes) -> None:
         assert self._pair is None
@@ -281,14 +282,7 @@ class DistReceiver:
         if size != max(1, num_bytes):
             raise ConnectionError(f"a payload of {num_bytes} bytes whose reference says {size}")
         self._pair.learn(reference)
-        fetching = asyncio.ensure_future(self._pair.fetch(number))
-        try:
-            await asyncio.wait((fetching, self._closed), return_when=asyncio.FIRST_COMPLETED)
-            if not fetching.done():
-                raise ConnectionError("the pull is closed")
-        finally:
-            fetching.cancel()
-        buffer = self._fetched[reference] = fetching.result()
+        buffer = self._fetched[reference] = await self._until_closed.run(self._pair.fetch(number))
         return view(buffer, num_bytes)
 
     def intact(self, reference: bytes) -> bool:
@@ -303,8 +297,7 @@ class DistReceiver:
     def close(self) -> None:
         """What was fetched and not given back may still be read, by a thread that no cancellation stops: it is dropped."""
         self._fetched.clear()
-        if not self._closed.done():
-            self._closed.set_result(None)
+        self._until_closed.close()
         if self._pair is not None:
             self._pair.users -= 1
             self._pair = None

@@ -194,7 +194,7 @@ async def _main(make: Callable[[], DataPlane]) -> None:
     await plane.close()
 
 
-def _plane(where: str, arguments: list[str]) -> DataPlane:
+def make_plane(where: str, arguments: list[str]) -> DataPlane:
     import importlib
 
     def value(text: str) -> Any:
@@ -210,4 +210,4 @@ def _plane(where: str, arguments: list[str]) -> DataPlane:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(lambda: _plane(sys.argv[1], sys.argv[2:])))
+    asyncio.run(_main(lambda: make_plane(sys.argv[1], sys.argv[2:])))
