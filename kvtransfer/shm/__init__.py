@@ -1,0 +1,1 @@
+"""Payloads through memory that both processes of a host have mapped."""

@@ -1,0 +1,131 @@
+"""The data plane between two processes of one host: staging slots of the source, mapped by its readers.
+
+The slots and their generations are staging.py's. A reader copies straight from a slot to its blocks and then looks
+whether the slot still has the generation of the reference that it was given.
+"""
+
+from collections import OrderedDict
+
+import msgpack
+
+from biphase.kvtransfer.shm.host import host_id
+from biphase.kvtransfer.shm.memory import MappedSlots, MemoryName, SharedSlots
+from biphase.kvtransfer.slots import read_reference
+from biphase.kvtransfer.staging import WAIT_S, StagedSender, Staging
+
+SLOT_BYTES = 1024 * 1024
+NUM_SLOTS = 16
+"""Of one process; their pages are there once they have been used."""
+
+MOST_MAPPED = 16
+"""Memories of sources that a reader keeps mapped; those not in use and longest not used go first."""
+
+
+class ShmPlane:
+    """One per process and event loop."""
+
+    name = "shm"
+
+    def __init__(
+        self,
+        *,
+        num_slots: int = NUM_SLOTS,
+        slot_bytes: int = SLOT_BYTES,
+        per_pull: int | None = None,
+        wait_s: float = WAIT_S,
+    ) -> None:
+        self._num_slots = num_slots
+        self._slot_bytes = slot_bytes
+        self._per_pull = per_pull
+        self._wait_s = wait_s
+        self._staging: Staging | None = None
+        self._memory: SharedSlots | None = None
+        self._mapped: OrderedDict[tuple[int, int], MappedSlots] = OrderedDict()
+        self._closed = False
+
+    async def sender(self, hello: bytes, peer: str) -> StagedSender:
+        theirs = _host_of(hello)
+        if self._closed:
+            raise ConnectionError("shm is closed")
+        if not host_id() or theirs != host_id():
+            raise ConnectionError(f"{peer} cannot share memory with us: host {theirs or 'unknown'} against {host_id()}")
+        if self._staging is None:
+            try:
+                self._memory = SharedSlots(self._num_slots, self._slot_bytes)
+            except OSError as error:
+                raise ConnectionError(f"no shared memory: {error.strerror}") from None
+            self._staging = Staging(self._memory, per_pull=self._per_pull, wait_s=self._wait_s)
+        assert self._memory is not None
+        return self._staging.sender(self._memory.name.packed())
+
+    async def receiver(self, peer: str) -> "ShmReceiver":
+        if self._closed:
+            raise ConnectionError("shm is closed")
+        return ShmReceiver(self)
+
+    async def close(self) -> None:
+        self._closed = True
+        self._mapped.clear()
+        if self._staging is not None:
+            self._staging.close()
+
+    def map(self, name: MemoryName) -> MappedSlots:
+        """The memory of a source, mapped once for all its pulls. Raises ConnectionError."""
+        key = (name.pid, name.inode)
+        mapped = self._mapped.pop(key, None)
+        if mapped is None or mapped.name != name:
+            mapped = MappedSlots(name)
+        self._mapped[key] = mapped
+        for old, each in list(self._mapped.items()):
+            if len(self._mapped) <= MOST_MAPPED:
+                break
+            if not each.num_users:
+                del self._mapped[old]  # unmapped with the last view of it
+        return mapped
+
+
+class ShmReceiver:
+    """The reader's side of one pull."""
+
+    def __init__(self, plane: ShmPlane) -> None:
+        self.hello: bytes = msgpack.packb({"host": host_id()})
+        self._plane = plane
+        self._mapped: MappedSlots | None = None
+
+    async def start(self, answer: bytes) -> None:
+        self._mapped = self._plane.map(MemoryName.unpacked(answer))
+        self._mapped.num_users += 1
+
+    async def fetch(self, reference: bytes, num_bytes: int) -> memoryview:
+        mapped = self._live()
+        try:
+            slot = read_reference(reference, mapped.name.num_slots)
+        except ValueError as error:
+            raise ConnectionError(str(error)) from None
+        return mapped.payload(slot.index, num_bytes)
+
+    def intact(self, reference: bytes) -> bool:
+        mapped = self._live()
+        slot = read_reference(reference, mapped.name.num_slots)
+        return mapped.generation(slot.index) == slot.generation
+
+    def done(self, reference: bytes) -> None:
+        pass
+
+    def close(self) -> None:
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            mapped.num_users -= 1
+
+    def _live(self) -> MappedSlots:
+        if self._mapped is None:
+            raise ConnectionError("the pull is closed")
+        return self._mapped
+
+
+def _host_of(hello: bytes) -> str:
+    try:
+        body = msgpack.unpackb(hello)
+        return str(body["host"])
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+        raise ConnectionError(f"a hello to shm that is none: {error!r:.60}") from None

@@ -1,0 +1,120 @@
+"""Where the frames of one pull go at the serving end: behind their headers, or out of band with a reference."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from biphase.kvtransfer.tcp.connection import Connection
+from biphase.kvtransfer.tcp.messages import MOST_REFERENCE_BYTES, Kind, prefix
+from biphase.kvtransfer.wire import PayloadSender, Room
+
+
+class BufferRoom:
+    """Memory for one payload, the same for every payload of a connection: it is sent before the next one is packed."""
+
+    __slots__ = ("payload",)
+
+    def __init__(self, payload: memoryview) -> None:
+        self.payload = payload
+
+
+class InlineSink:
+    """A FrameSink (wire.py) whose payloads follow their headers."""
+
+    gathers = True
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._began = self._due = connection.num_sent
+
+    @property
+    def aligned(self) -> bool:
+        """Whether what was sent ends with a whole message, so that another may follow."""
+        return self._connection.num_sent in (self._began, self._due)
+
+    async def room(self, num_bytes: int) -> BufferRoom:
+        connection = self._connection
+        if len(connection.scratch) < num_bytes:
+            connection.scratch = bytearray(num_bytes)
+        return BufferRoom(memoryview(connection.scratch)[:num_bytes])
+
+    async def send(self, header: bytes, payload: Room | Sequence[memoryview] | bytes) -> None:
+        parts = _parts(payload)
+        num_bytes = sum(map(len, parts))
+        head = prefix(Kind.FRAME, num_bytes) + header
+        await self._send([head, *parts], len(head) + num_bytes)
+
+    async def send_message(self, data: bytes) -> None:
+        """One that has no payload."""
+        await self._send([data], len(data))
+
+    async def _send(self, parts: Sequence[Any], num_bytes: int) -> None:
+        self._began = self._connection.num_sent
+        self._due = self._began + num_bytes
+        await self._connection.send(parts)
+
+    def close(self) -> None:
+        pass
+
+
+class PlaneSink:
+    """A FrameSink whose pieces go over a data plane; whatever is no room of the plane's follows its header.
+
+    ``close`` comes at the end of serving, when the reader of a pull that went well has yet to take its last payloads:
+    the plane's sender is closed by ``void``, which its connection calls.
+    """
+
+    gathers = False
+
+    def __init__(self, connection: Connection, sender: PayloadSender) -> None:
+        self._inline = InlineSink(connection)
+        self._sender = sender
+        self._void = False
+        self.num_shown = 0
+        """Payloads that the reader has not said to have done with."""
+
+    @property
+    def aligned(self) -> bool:
+        return self._inline.aligned
+
+    async def room(self, num_bytes: int) -> Room:
+        return await self._sender.room(num_bytes)
+
+    async def send_message(self, data: bytes) -> None:
+        await self._inline.send_message(data)
+
+    async def send(self, header: bytes, payload: Room | Sequence[memoryview] | bytes) -> None:
+        if isinstance(payload, bytes | Sequence):
+            await self._inline.send(header, payload)
+            return
+        num_bytes = payload_bytes(payload.payload)
+        reference = await self._sender.send(payload)
+        if len(reference) > MOST_REFERENCE_BYTES:
+            raise ValueError(f"a reference of {len(reference)} bytes, {MOST_REFERENCE_BYTES} are the most")
+        self.num_shown += 1
+        await self._inline.send_message(prefix(Kind.SHOWN, num_bytes, len(reference)) + header + reference)
+
+    def taken(self, reference: bytes) -> None:
+        self.num_shown -= 1
+        if not self._void:
+            self._sender.taken(reference)
+
+    def close(self) -> None:
+        pass
+
+    def void(self) -> None:
+        """Whatever the reader has not taken by now it will not get. Idempotent."""
+        if not self._void:
+            self._void = True
+            self._sender.close()
+
+
+def payload_bytes(payload: Any) -> int:
+    """Of a buffer or a tensor."""
+    nbytes = getattr(payload, "nbytes", None)
+    return len(payload) if nbytes is None else int(nbytes)
+
+
+def _parts(payload: Room | Sequence[memoryview] | bytes) -> Sequence[Any]:
+    if isinstance(payload, bytes):
+        return (payload,) if payload else ()
+    return payload if isinstance(payload, Sequence) else (payload.payload,)
