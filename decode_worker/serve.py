@@ -5,6 +5,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from biphase.decode_worker.follower import follower_phase
 from biphase.decode_worker.scheduler import DecodeScheduler
 from biphase.decode_worker.worker import DecodeWorker
 from biphase.engine.block_pool import BlockPool
@@ -14,8 +15,12 @@ from biphase.engine.ranks.channel import FindLeader, LeaderChannel
 from biphase.engine.serving import serve_worker
 from biphase.engine.worker import StepRunner
 from biphase.engine.worker_config import WorkerConfig
+from biphase.kvtransfer.pull_ranks import LeaderPulls
 from biphase.kvtransfer.puller import KvPuller
-from biphase.kvtransfer.signature import KvSignatureValue
+from biphase.kvtransfer.rank_memory import RankMemory
+from biphase.kvtransfer.ranks import gather_endpoints
+from biphase.kvtransfer.signature import KvSignatureValue, offered_codecs
+from biphase.kvtransfer.wires import reading
 from biphase.protos.process import Announcer
 
 
@@ -23,7 +28,7 @@ async def serve(
     config: WorkerConfig, announcer: Announcer, stop: asyncio.Event, find_leader: FindLeader | None = None
 ) -> None:
     """Load, listen, announce ``ready`` with the address; returns after ``stop`` when all is closed. SetupError."""
-    await serve_worker(config, announcer, stop, decode_phase, find_leader=find_leader)
+    await serve_worker(config, announcer, stop, decode_phase, follower_phase, find_leader)
 
 
 @asynccontextmanager
@@ -41,15 +46,25 @@ async def decode_phase(
         micro_batches=config.plan.pp,
         may_continue=engine.may_continue,
     )
+    transports, endpoint = reading(device=engine.config.device, wanted=config.kv_transport)
     signature = KvSignatureValue.of(
-        engine.layout,
+        engine.full_layout,
         instance=config.name,
         incarnation=config.incarnation,
         model_hash=engine.model_info.model_hash,
         rope=engine.rope_signature,
         content_digest=engine.kv_memory.content_digest,
+        plan=engine.plan,
+        ranks=await gather_endpoints(endpoint, ranks),
+        codecs=offered_codecs(config.kv_codec),
     )
-    puller = KvPuller(memory=engine.kv_memory, signature=signature, decoding=lambda: scheduler.num_running > 0)
+    puller = KvPuller(
+        memory=RankMemory(engine.kv_memory, engine.full_layout, engine.plan, engine.rank),
+        signature=signature,
+        transports=transports,
+        followers=None if ranks is None else LeaderPulls(ranks),
+        decoding=lambda: scheduler.num_running > 0,
+    )
     worker = DecodeWorker(scheduler, runner, puller, pull_timeout_s=config.pull_timeout_s)
     try:
         yield worker, ""

@@ -45,6 +45,9 @@ class LegTable(Generic[L]):
     def of_seq(self, seq_id: SeqId) -> L:
         return self._by_seq[seq_id]
 
+    def find_seq(self, seq_id: SeqId) -> L | None:
+        return self._by_seq.get(seq_id)
+
     def of_link(self, link: Link) -> list[L]:
         return list(self._by_link.get(link, {}).values())
 

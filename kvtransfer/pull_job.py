@@ -31,7 +31,8 @@ class PullPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullJob:
-    """Everything that one rank pulls of one ticket into ``blocks``. ``group_size``: the source's block size."""
+    """Everything that one rank pulls of one ticket into ``blocks``. ``group_size``: the source's block size.
+    ``beside_decode``: whether the instance decodes meanwhile, as far as rank 0 knew."""
 
     ticket: TicketId
     epoch: int
@@ -42,6 +43,7 @@ class PullJob:
     codec: str
     digest: str
     timeout_s: float
+    beside_decode: bool
     parts: tuple[PullPart, ...]
 
     def to_message(self) -> Message:

@@ -98,6 +98,7 @@ class KvPuller:
         self._signature = signature
         self._choose = choose
         self._followers = followers
+        self._decoding = decoding
         self._own = RankPuller(memory, [GrpcTransport()] if transports is None else transports, decoding)
         self._chosen: dict[tuple[str, int, int], str] = {}
         self._releases: set[asyncio.Task[None]] = set()
@@ -203,6 +204,7 @@ class KvPuller:
             codec=common_codecs(self._signature, source)[0],
             digest=common_digest(self._signature, source) or BYTES_DIGEST,
             timeout_s=timeout_s,
+            beside_decode=self._decoding(),
             parts=(),
         )
         jobs = []

@@ -46,18 +46,19 @@ class SourceSilent(SourceUnreachable):
 
 
 class RankPuller:
-    """Pulls into one rank's blocks. Owns the wires' sources. ``decoding``: whether a decode wants the loop's time."""
+    """Pulls into one rank's blocks. Owns the wires' sources. ``decoding``: whether a decode wants the loop's
+    time; where nobody here knows, what rank 0 knew."""
 
     def __init__(
         self,
         memory: KvMemory | RankMemory,
         transports: Sequence[Transport],
-        decoding: Callable[[], bool] = lambda: False,
+        decoding: Callable[[], bool] | None = None,
     ) -> None:
         keep_freed_memory()
         self.memory = RankMemory.whole(memory)
         self.peers = Peers(transports)
-        self._decoding = decoding
+        self.decoding = decoding
         self._avoided: dict[Route, float] = {}
         self._open_pulls = 0
         self._totals = {"bad_pieces": 0, "fallbacks": 0}
@@ -88,10 +89,6 @@ class RankPuller:
 
     # For the runs.
 
-    @property
-    def decoding(self) -> Callable[[], bool]:
-        return self._decoding
-
     def in_order(self, routes: Sequence[Route]) -> Iterator[Route]:
         """Those that failed lately come last."""
         now_s = time.monotonic()
@@ -110,7 +107,7 @@ class _Run:
         self._puller = puller
         self._job = job
         self._layout = replace(puller.memory.layout, block_size=job.group_size)
-        self._pace = Pace(puller.decoding)
+        self._pace = Pace(puller.decoding or (lambda: job.beside_decode))
         self._routes = {part.source_rank: puller.in_order(part.routes) for part in job.parts}
         self._route = {part.source_rank: next(self._routes[part.source_rank]) for part in job.parts}
         self._trailer_s = 0.0

@@ -73,7 +73,8 @@ class KvService:
 
     ``memory``: of this rank; a plain KvMemory is the whole of an instance. ``on_readers`` hears after a ticket has gained
     or lost a reader: the ticket, how many it has, and the newest epoch among them. ``wrap_sink`` is put around the sink of
-    every pull, for drills. ``leads``: False on a rank that is told of tickets by rank 0.
+    every pull, for drills. ``leads``: False on a rank that is told of tickets by rank 0. Without ``overlap`` nothing leaves
+    before all of a prompt is computed, for measuring.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class KvService:
         on_ended: Callable[[ExportEnded], None],
         on_readers: Callable[[TicketId, int, int], None] = lambda ticket, num_open, epoch: None,
         leads: bool = True,
+        overlap: bool = True,
         wrap_sink: Callable[[FrameSink], FrameSink] = lambda sink: sink,
     ) -> None:
         if SUM_DIGEST in signature.digests and memory.content_digest != "sum64":
@@ -95,6 +97,7 @@ class KvService:
         self._on_ended = on_ended
         self._on_readers = on_readers
         self._leads = leads
+        self._overlap = overlap
         self._opened = asyncio.Event()
         self._wrap_sink = wrap_sink
         self._payload_bytes = signature.max_message_bytes - frames.HEADER_BYTES
@@ -230,7 +233,9 @@ class KvService:
         await self._beat(reader)
         due = Due(reader.order.box, self._memory.part.layer_start, self._memory.layout)
         while not due.done:
-            box = due.take(exports.readable(pull))
+            readable = exports.readable(pull)
+            due_now = self._overlap or readable.tokens == pull.num_tokens
+            box = due.take(readable) if due_now else None
             if box is not None:
                 await self._send(reader, box)
             else:

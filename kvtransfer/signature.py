@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 import xxhash
 
 from biphase.kernels.kv_layout import KvLayout
+from biphase.kernels.kv_pack.codec import CODECS
 from biphase.protos import kv_pb2
 from biphase.protos.ids import Incarnation, InstanceName
 from biphase.protos.parallel_plan import ParallelPlan
@@ -162,6 +163,13 @@ def mismatch(target: KvSignatureValue, source: KvSignatureValue) -> str | None:
     if not reasons:
         return None
     return f"{source.instance} cannot hand KV over to {target.instance}: {'; '.join(reasons)}"
+
+
+def offered_codecs(wanted: str) -> tuple[str, ...]:
+    """The codecs of an instance that is to use ``wanted``, raw always being one of them; auto: all there are."""
+    if wanted == "auto":
+        return ("raw", *CODECS)
+    return ("raw",) if wanted == "raw" else (wanted, "raw")
 
 
 def common_codecs(target: KvSignatureValue, source: KvSignatureValue) -> tuple[str, ...]:

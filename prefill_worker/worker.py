@@ -9,6 +9,7 @@ from typing import Any
 from biphase.engine.legs import Leg
 from biphase.engine.link import Link, OpenLeg
 from biphase.engine.sequence import Refusal, SeqEnded, TokenOut
+from biphase.engine.step import StepPlan
 from biphase.engine.worker import StepRunner, Worker
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
 from biphase.prefill_worker.scheduler import ChunkComputed, PrefillRequest, PrefillScheduler, PrefillStarted
@@ -88,12 +89,19 @@ class PrefillWorker(Worker[PrefillScheduler, PrefillLeg]):
                 elif leg.ticket is not None:
                     self._exports.revoke(leg.ticket, self.clock())
 
+    def layers_computed(self, plan: StepPlan, layers: int) -> None:
+        """So many of rank 0's layers are computed for all tokens of a step that runs, or has run since."""
+        for seq in plan.seqs:
+            leg = self.legs.find_seq(seq.seq_id)
+            if leg is not None and leg.ticket is not None:
+                self._exports.advance_layers(leg.ticket, seq.start + len(seq.token_ids), layers)
+
     def _start(self, effect: PrefillStarted, leg: PrefillLeg) -> None:
         ticket = None
         if effect.handoff:
             leg.ticket = TicketId(secrets.token_bytes(TICKET_BYTES))
             self._by_ticket[leg.ticket] = leg
-            self._exports.open(leg.ticket, effect.blocks, effect.num_tokens, self.clock())
+            self._exports.open(leg.ticket, effect.blocks, effect.num_tokens, self.clock(), effect.seq_id)
             ticket = KvTicket(
                 id=leg.ticket,
                 kv_address=self.kv_address,

@@ -8,6 +8,7 @@ import numpy as np
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
 from biphase.kernels.kv_pack.codec import check_box, packed_bytes
+from biphase.kernels.kv_pack.parts import parts_of
 
 
 class CpuKvMemory:
@@ -54,6 +55,10 @@ class CpuKvMemory:
             source = self._canonical(blocks, box, data)
         for theirs, ours in self._moves(blocks, box, source):
             ours[...] = theirs
+
+    def parts(self, blocks: Sequence[int], box: KvBox) -> list[memoryview]:
+        """Where the box lies in the pool: see parts_of. The blocks are to be held while anyone has these."""
+        return parts_of(self._pool, self.layout, blocks, box)
 
     def _canonical(self, blocks: Sequence[int], box: KvBox, buffer: Any) -> np.ndarray[Any, Any]:
         layout = self.layout

@@ -39,7 +39,7 @@ def parts_of(pool: np.ndarray[Any, Any], layout: KvLayout, blocks: Sequence[int]
                     first.append((start, count * token))
                 at += count
     layer = num_blocks * block
-    flat = memoryview(pool.reshape(-1).view(np.uint8))
+    flat = memoryview(pool.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     return [
         flat[start + of_layer * layer : start + of_layer * layer + size]
         for of_layer in range(box.layer_start, box.layer_end)
