@@ -103,6 +103,7 @@ class LlamaModel:
         cos_RN, sin_RN = angles_RN.cos(), angles_RN.sin()
         h_FN = self._entering(batch)
         for i, layer in enumerate(self._layers):
+            self._expect_sum(h_FN)
             ops.rms_norm.rms_norm(h_FN, layer.attn_norm, eps, buffers.normed_FN)
             ops.linear.linear(layer.qkv, buffers.normed_FN, buffers.qkv_FN)
             if layer.qkv_bias is not None:
@@ -124,6 +125,7 @@ class LlamaModel:
                     buffers.q_KGDN, kv_XMD, self._block_rows[i], chunk, self._scale, buffers.attended_KGDN
                 )
             self._add_product(layer.o, buffers.attended_FN, h_FN, buffers)
+            self._expect_sum(h_FN)
             ops.rms_norm.rms_norm(h_FN, layer.mlp_norm, eps, buffers.normed_FN)
             if layer.router is not None:
                 self._add_experts(layer, layer.router, h_FN, buffers)
@@ -157,6 +159,10 @@ class LlamaModel:
         self._kernels.rms_norm.rms_norm(last_FR, self._norm, self.config.rms_norm_eps, last_FR)
         logits_RV: torch.Tensor = self._kernels.linear.linear_logits(self._head, last_FR)
         return logits_RV if self._tp is None else self._tp.gather_columns(logits_RV, self._vocabulary_sizes)
+
+    def _expect_sum(self, h_FN: torch.Tensor) -> None:
+        if self._tp is not None:
+            self._tp.expect(h_FN)
 
     def _add_product(self, w_FI: torch.Tensor, x_IN: torch.Tensor, h_FN: torch.Tensor, buffers: Buffers) -> None:
         """``h += w @ x`` of a row-parallel matrix: each place has some of the columns of ``w`` and the rows of ``x``."""

@@ -23,6 +23,14 @@ class TensorGroup:
         self._direct_bytes = _DIRECT_UP_TO_BYTES if direct else 0
         self._others = [place for place in range(self.size) if place != self.place]
         self._received: dict[int, torch.Tensor] = {}
+        self._arriving: tuple[int, list[Any]] | None = None
+
+    def expect(self, tensor: torch.Tensor) -> None:
+        """Say that the next exchange is a sum of tensors of this size. Said before the products that lead to it, it lets
+        what faster places have computed arrive meanwhile, instead of being asked for then."""
+        if tensor.nbytes <= self._direct_bytes:
+            with exchanging("a sum over the tensor-parallel ranks"):
+                self._arriving = (tensor.numel(), self._receive(tensor))
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace contiguous ``tensor`` by the sum over all places. Raises EngineLost."""
@@ -55,16 +63,23 @@ class TensorGroup:
         if group is not None:
             group.abort()
 
+    def _receive(self, like: torch.Tensor) -> list[Any]:
+        received = self._received.get(like.numel())
+        if received is None or received.dtype != like.dtype:
+            received = self._received[like.numel()] = like.new_empty(self.size, like.numel())
+        return [self._group.recv([received[place]], place, 0) for place in self._others]
+
     def _sum_directly(self, tensor: torch.Tensor) -> None:
-        count = tensor.numel()
-        received = self._received.get(count)
-        if received is None or received.dtype != tensor.dtype:
-            received = self._received[count] = tensor.new_empty(self.size, count)
-        arriving = [self._group.recv([received[place]], place, 0) for place in self._others]
+        expected, self._arriving = self._arriving, None
+        if expected is None:
+            arriving = self._receive(tensor)
+        else:
+            count, arriving = expected
+            assert count == tensor.numel(), f"a sum of {tensor.numel()} elements, {count} were expected"
         leaving = [self._group.send([tensor], place, 0) for place in self._others]
         for work in (*arriving, *leaving):
             work.wait()
-        flat = tensor.view(-1)
+        received, flat = self._received[tensor.numel()], tensor.view(-1)
         if self.size == 2:
             flat.add_(received[self._others[0]])
             return
