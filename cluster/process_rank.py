@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from biphase.cluster.backend import ProcessSpec
-from biphase.cluster.run_dir import is_stopped, started_ticks
+from biphase.cluster.run_dir import started_ticks
 from biphase.protos.errors import SetupError
 from biphase.protos.process import Announcement
 
@@ -68,9 +68,6 @@ class ProcessRank:
                 self._word = Announcement.from_json(self.announce_file.read_text())
                 self._word_stat = status.st_ino, status.st_mtime_ns
         return self._word
-
-    def is_stopped(self) -> bool:
-        return is_stopped(self.pid)
 
     async def ended(self) -> str:
         await self._gone.wait()

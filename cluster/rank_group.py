@@ -33,10 +33,6 @@ class Rank(Protocol):
         """Its newest announcement."""
         ...
 
-    def is_stopped(self) -> bool:
-        """Whether it is held by SIGSTOP, as far as that can be seen from here."""
-        ...
-
     async def ended(self) -> str: ...
 
     async def ask_to_stop(self) -> None: ...
@@ -59,9 +55,6 @@ class MissingRank:
 
     def word(self) -> Announcement | None:
         return None
-
-    def is_stopped(self) -> bool:
-        return False
 
     async def ended(self) -> str:
         return self.end or ""
@@ -155,14 +148,13 @@ class RankGroup:
                 wait.cancel()
 
     def _why(self, first: int) -> str:
-        """The first rank's end, or why it gave up on the others, and who was stopped then."""
+        """The first rank's end, or why it gave up on the others."""
         word, end = self.ranks[first].word(), self.ranks[first].end or "ended"
         if len(self.ranks) == 1:
             return end
         if word is not None and word.state == "lost":
             end = word.detail
-        stopped = [str(index) for index, rank in enumerate(self.ranks) if rank.end is None and rank.is_stopped()]
-        return f"rank {first}: {end}" + (f", with rank {', '.join(stopped)} stopped" if stopped else "")
+        return f"rank {first}: {end}"
 
     def __repr__(self) -> str:
         return f"<RankGroup {self.name}#{self.incarnation} pids {', '.join(map(str, self.pids))} {self.end or 'runs'}>"

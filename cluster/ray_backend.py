@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 import ray
 from ray._private import node as ray_node
 from ray._private import state as ray_state
+from ray._raylet import PlacementGroupID
 from ray.experimental import internal_kv
 from ray.util import placement_group, placement_group_table, remove_placement_group
-from ray.util.placement_group import PlacementGroup, PlacementGroupID
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from biphase.cluster.backend import Handle, ProcessSpec

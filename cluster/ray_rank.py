@@ -12,7 +12,6 @@ import ray
 
 from biphase.cluster.ray_actor import host_id
 from biphase.cluster.ray_names import ActorName
-from biphase.cluster.run_dir import is_stopped
 from biphase.protos.errors import one_line
 from biphase.protos.process import Announcement
 
@@ -39,9 +38,6 @@ class RayRank:
 
     def word(self) -> Announcement | None:
         return self._word
-
-    def is_stopped(self) -> bool:
-        return self._pidfd >= 0 and is_stopped(self.pid)
 
     async def ended(self) -> str:
         await self._gone.wait()
