@@ -93,6 +93,8 @@ class GrpcKvServer:
             await self._service.serve(_order(request), GrpcSink(context))
         except KvRefused as refused:
             await _abort(context, refused)
+        except ConnectionError as error:  # for the reader, the wire is broken, and not that we refused
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
 
 class GrpcSink:
