@@ -78,21 +78,11 @@ def started_ticks(pid: int) -> int | None:
 
     A pid and this number together name a process for good, a pid alone may have been given away again.
     """
-    fields = _stat(pid)
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether ``pid`` is held by SIGSTOP."""
-    return _stat(pid)[0] == "T"
-
-
-def _stat(pid: int) -> list[str]:
-    """The kernel's line on ``pid`` from the state on; ``["X"]`` when there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ["X"]
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def replace_file(path: Path, text: str) -> None:
