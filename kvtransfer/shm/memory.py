@@ -78,10 +78,11 @@ class SharedSlots:
         self._generations[index] = generation
 
     def close(self) -> None:
-        """No reader can come any more; the memory goes when the last view of it does."""
+        """No reader can come any more; the memory goes when the last view of it does. Neither view nor mark after it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            del self._map, self._generations
 
 
 class MappedSlots:
