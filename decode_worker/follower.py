@@ -17,12 +17,15 @@ from biphase.kvtransfer.wires import reading
 async def follower_phase(config: WorkerConfig, engine: Engine, channel: FollowerChannel) -> AsyncIterator[None]:
     """This rank's puller; rank 0 is told what it can read by."""
     memory = RankMemory(engine.kv_memory, engine.full_layout, engine.plan, engine.rank)
-    transports, endpoint = reading(device=engine.config.device, wanted=config.kv_transport)
-    puller = RankPuller(memory, transports)
-    pulls = FollowerPulls(channel, puller)
-    tell_endpoint(endpoint, channel)
-    try:
-        yield
-    finally:
-        await pulls.close()
-        await puller.close()
+    async with reading(own_host=config.rank_host, device=engine.config.device, wanted=config.kv_transport) as (
+        wires,
+        endpoint,
+    ):
+        puller = RankPuller(memory, wires)
+        pulls = FollowerPulls(channel, puller)
+        tell_endpoint(endpoint, channel)
+        try:
+            yield
+        finally:
+            await pulls.close()
+            await puller.close()

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from biphase.decode_worker.follower import follower_phase
 from biphase.decode_worker.scheduler import DecodeScheduler
@@ -15,6 +16,7 @@ from biphase.engine.ranks.channel import FindLeader, LeaderChannel
 from biphase.engine.serving import serve_worker
 from biphase.engine.worker import StepRunner
 from biphase.engine.worker_config import WorkerConfig
+from biphase.kvtransfer.choice import order
 from biphase.kvtransfer.pull_ranks import LeaderPulls
 from biphase.kvtransfer.puller import KvPuller
 from biphase.kvtransfer.rank_memory import RankMemory
@@ -46,28 +48,32 @@ async def decode_phase(
         micro_batches=config.plan.pp,
         may_continue=engine.may_continue,
     )
-    transports, endpoint = reading(device=engine.config.device, wanted=config.kv_transport)
-    signature = KvSignatureValue.of(
-        engine.full_layout,
-        instance=config.name,
-        incarnation=config.incarnation,
-        model_hash=engine.model_info.model_hash,
-        rope=engine.rope_signature,
-        content_digest=engine.kv_memory.content_digest,
-        plan=engine.plan,
-        ranks=await gather_endpoints(endpoint, ranks),
-        codecs=offered_codecs(config.kv_codec),
-    )
-    puller = KvPuller(
-        memory=RankMemory(engine.kv_memory, engine.full_layout, engine.plan, engine.rank),
-        signature=signature,
-        transports=transports,
-        followers=None if ranks is None else LeaderPulls(ranks),
-        decoding=lambda: scheduler.num_running > 0,
-    )
-    worker = DecodeWorker(scheduler, runner, puller, pull_timeout_s=config.pull_timeout_s)
-    try:
-        yield worker, ""
-    finally:
-        await worker.close()
-        await puller.close()
+    async with reading(own_host=config.rank_host, device=engine.config.device, wanted=config.kv_transport) as (
+        wires,
+        endpoint,
+    ):
+        signature = KvSignatureValue.of(
+            engine.full_layout,
+            instance=config.name,
+            incarnation=config.incarnation,
+            model_hash=engine.model_info.model_hash,
+            rope=engine.rope_signature,
+            content_digest=engine.kv_memory.content_digest,
+            plan=engine.plan,
+            ranks=await gather_endpoints(endpoint, ranks),
+            codecs=offered_codecs(config.kv_codec),
+        )
+        puller = KvPuller(
+            memory=RankMemory(engine.kv_memory, engine.full_layout, engine.plan, engine.rank),
+            signature=signature,
+            transports=wires,
+            choose=partial(order, wanted=config.kv_transport),
+            followers=None if ranks is None else LeaderPulls(ranks),
+            decoding=lambda: scheduler.num_running > 0,
+        )
+        worker = DecodeWorker(scheduler, runner, puller, pull_timeout_s=config.pull_timeout_s)
+        try:
+            yield worker, ""
+        finally:
+            await worker.close()
+            await puller.close()

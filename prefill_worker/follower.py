@@ -34,6 +34,7 @@ async def follower_phase(config: WorkerConfig, engine: Engine, channel: Follower
         host=config.host,
         port=0,
         address=config.address,
+        own_host=config.rank_host,
         device=engine.config.device,
         wanted=config.kv_transport,
     ) as endpoint:

@@ -63,6 +63,7 @@ async def prefill_phase(
         host=config.host,
         port=config.kv_port,
         address=config.address,
+        own_host=config.rank_host,
         device=engine.config.device,
         wanted=config.kv_transport,
     ) as endpoint:
