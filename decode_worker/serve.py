@@ -17,6 +17,8 @@ from biphase.engine.serving import serve_worker
 from biphase.engine.worker import StepRunner
 from biphase.engine.worker_config import WorkerConfig
 from biphase.kvtransfer.choice import order
+from biphase.kvtransfer.codec_choice import AUTO, CodecChooser
+from biphase.kvtransfer.codec_times import measure
 from biphase.kvtransfer.pull_ranks import LeaderPulls
 from biphase.kvtransfer.puller import KvPuller
 from biphase.kvtransfer.rank_memory import RankMemory
@@ -61,13 +63,17 @@ async def decode_phase(
             content_digest=engine.kv_memory.content_digest,
             plan=engine.plan,
             ranks=await gather_endpoints(endpoint, ranks),
-            codecs=offered_codecs(config.kv_codec),
+            codecs=offered_codecs(config.kv_codec, engine.full_layout.dtype),
         )
+        codecs = CodecChooser(wanted=config.kv_codec)
+        if config.kv_codec == AUTO:
+            codecs.times = measure(engine.kv_memory)
         puller = KvPuller(
             memory=RankMemory(engine.kv_memory, engine.full_layout, engine.plan, engine.rank),
             signature=signature,
             transports=wires,
             choose=partial(order, wanted=config.kv_transport),
+            codecs=codecs,
             followers=None if ranks is None else LeaderPulls(ranks),
             decoding=lambda: scheduler.num_running > 0,
         )

@@ -9,25 +9,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from biphase.kernels.kv_pack import KvMemory
+from biphase.kvtransfer.codec_choice import CodecChooser
 from biphase.kvtransfer.exports import short
 from biphase.kvtransfer.grpc_transport import GrpcTransport
+from biphase.kvtransfer.jobs import Choose, JobMaker
 from biphase.kvtransfer.peers import Peer
-from biphase.kvtransfer.pull_job import PartsPulled, PullJob, PullPart, Route
+from biphase.kvtransfer.pull_job import PartsPulled, PullJob
 from biphase.kvtransfer.rank_memory import RankMemory
 from biphase.kvtransfer.rank_pull import RankPuller
-from biphase.kvtransfer.reshard import KvShape, moves
-from biphase.kvtransfer.signature import (
-    BYTES_DIGEST,
-    KvSignatureValue,
-    RankEndpoint,
-    common_codecs,
-    common_digest,
-    mismatch,
-)
+from biphase.kvtransfer.signature import KvSignatureValue, mismatch
 from biphase.kvtransfer.together import together
 from biphase.kvtransfer.wire import SourceRefused, SourceUnreachable, Transport
 from biphase.protos.errors import HandoffFailed
@@ -41,20 +35,6 @@ RELEASE_S = 1.0
 """How long the handoff itself waits for the answer to Release; later tries go on beside it."""
 
 _RELEASE_AGAIN_S = 0.25
-
-
-class Choice(Protocol):
-    """A transport for a pair of ranks, and why it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def reason(self) -> str: ...
-
-
-Choose = Callable[[RankEndpoint, RankEndpoint], Sequence[Choice]]
-"""From our rank's and the source rank's endpoint: the transports to try, the best first; only those of both."""
 
 
 class PullFollowers(Protocol):
@@ -81,8 +61,9 @@ class PullResult:
 class KvPuller:
     """Pulls KV into this instance's blocks, block ids being common to its ranks. Lives on rank 0.
 
-    ``memory``: rank 0's. ``signature``: with the endpoints of all ranks where there are several. ``decoding`` tells
-    whether a decode wants the time that a pull takes.
+    ``memory``: rank 0's. ``signature``: with the endpoints of all ranks where there are several. ``choose``: transports,
+    by default gRPC; ``codecs``: by default the first of the signature. ``decoding`` tells whether a decode wants the time
+    that a pull takes.
     """
 
     def __init__(
@@ -92,15 +73,15 @@ class KvPuller:
         signature: KvSignatureValue,
         transports: Sequence[Transport] | None = None,
         choose: Choose | None = None,
+        codecs: CodecChooser | None = None,
         followers: PullFollowers | None = None,
         decoding: Callable[[], bool] = lambda: False,
     ) -> None:
         self._signature = signature
-        self._choose = choose
         self._followers = followers
         self._decoding = decoding
         self._own = RankPuller(memory, [GrpcTransport()] if transports is None else transports, decoding)
-        self._chosen: dict[tuple[str, int, int], str] = {}
+        self._maker = JobMaker(signature, self._own.memory.layout, choose, codecs)
         self._releases: set[asyncio.Task[None]] = set()
         self._counters = {
             "pulls_done": 0,
@@ -127,7 +108,10 @@ class KvPuller:
         try:
             with self._own.peers.using("grpc", ticket.kv_address) as peer:
                 source = await self._shake_hands(peer, ticket, timeout_s)
-                jobs = self._jobs(ticket, epoch, blocks, source, timeout_s)
+                jobs = self._maker.jobs(
+                    ticket, epoch, blocks, source, timeout_s=timeout_s, beside_decode=self._decoding()
+                )
+                asked_s = time.monotonic()
                 pulled = await together([self._part(rank, job) for rank, job in enumerate(jobs)])
                 released = await self._release(peer, ticket, epoch, timeout_s)
         except SourceUnreachable as error:
@@ -142,6 +126,7 @@ class KvPuller:
             raise
         done_s = time.monotonic()
         num_bytes = sum(part.num_bytes for part in pulled)
+        self._maker.observe(ticket, jobs[0].codec, pulled, asked_s)
         self._counters["pulls_done"] += 1
         self._counters["bytes_pulled"] += num_bytes
         trailer = pulled[0].trailer
@@ -161,6 +146,11 @@ class KvPuller:
         if self._releases:
             await asyncio.wait(self._releases)
         await self._own.close()
+
+    @property
+    def transports(self) -> dict[str, str]:
+        """What pulls go by, by pair of ranks, and why."""
+        return self._maker.chosen
 
     def counters(self) -> dict[str, int]:
         return {**self._counters, **self._own.counters()}
@@ -186,66 +176,6 @@ class KvPuller:
         reason = mismatch(self._signature, known)
         if reason is not None:
             raise SourceRefused(reason)
-
-    def _jobs(
-        self, ticket: KvTicket, epoch: int, blocks: Sequence[BlockId], source: KvSignatureValue, timeout_s: float
-    ) -> list[PullJob]:
-        """By rank: what it pulls. Rank 0 takes the trailer, from rank 0."""
-        ours, theirs = shape_of(self._signature), shape_of(source)
-        turn = int.from_bytes(ticket.id[:4], "little")
-        found = moves(theirs, ours, ticket.num_tokens, turn)
-        job = PullJob(
-            ticket=ticket.id,
-            epoch=epoch,
-            instance=ticket.instance,
-            incarnation=ticket.incarnation,
-            blocks=tuple(blocks),
-            group_size=source.block_size,
-            codec=common_codecs(self._signature, source)[0],
-            digest=common_digest(self._signature, source) or BYTES_DIGEST,
-            timeout_s=timeout_s,
-            beside_decode=self._decoding(),
-            parts=(),
-        )
-        jobs = []
-        for rank in range(ours.plan.num_ranks):
-            parts = [
-                PullPart(
-                    source_rank=move.source_rank,
-                    box=move.box,
-                    with_trailer=rank == 0 and move.source_rank == 0,
-                    routes=self._routes(ticket, source, rank, move.source_rank),
-                )
-                for move in found
-                if move.target_rank == rank
-            ]
-            if rank == 0 and not any(part.with_trailer for part in parts):
-                nothing = replace(theirs.box(0, ticket.num_tokens), token_start=ticket.num_tokens)
-                routes = (Route(transport="grpc", address=ticket.kv_address),)
-                parts.append(PullPart(source_rank=0, box=nothing, with_trailer=True, routes=routes))
-            jobs.append(replace(job, parts=tuple(parts)))
-        return jobs
-
-    def _routes(self, ticket: KvTicket, source: KvSignatureValue, rank: int, source_rank: int) -> tuple[Route, ...]:
-        ours = self._signature.ranks[rank] if self._signature.ranks else RankEndpoint()
-        theirs = source.ranks[source_rank] if source.ranks else RankEndpoint()
-        grpc = ticket.kv_address if source_rank == 0 else theirs.grpc  # rank 0 is where the router found it
-        routes = []
-        for choice in self._choose(ours, theirs) if self._choose is not None else ():
-            address = grpc if choice.name == "grpc" else theirs.tcp
-            if address:
-                routes.append(Route(transport=choice.name, address=address))
-                self._note(ticket, rank, source_rank, choice, first=len(routes) == 1)
-        return tuple(routes) or (Route(transport="grpc", address=grpc),)
-
-    def _note(self, ticket: KvTicket, rank: int, source_rank: int, choice: Choice, *, first: bool) -> None:
-        """Say what was chosen and why, once per pair and change."""
-        key = (str(ticket.instance), source_rank, rank)
-        if first and self._chosen.get(key) != choice.name:
-            self._chosen[key] = choice.name
-            _log.info(
-                "rank %d pulls from rank %d of %s by %s: %s", rank, source_rank, key[0], choice.name, choice.reason
-            )
 
     async def _part(self, rank: int, job: PullJob) -> PartsPulled:
         if rank == 0:
@@ -279,12 +209,3 @@ class KvPuller:
             _log.warning("%s at %s never answered Release", ticket.instance, ticket.kv_address)
         except SourceRefused as error:
             _log.info("%s at %s on a late Release: %s", ticket.instance, ticket.kv_address, error)
-
-
-def shape_of(signature: KvSignatureValue) -> KvShape:
-    return KvShape(
-        plan=signature.plan,
-        num_layers=signature.num_layers,
-        num_kv_heads=signature.num_kv_heads,
-        block_size=signature.block_size,
-    )

@@ -165,11 +165,12 @@ def mismatch(target: KvSignatureValue, source: KvSignatureValue) -> str | None:
     return f"{source.instance} cannot hand KV over to {target.instance}: {'; '.join(reasons)}"
 
 
-def offered_codecs(wanted: str) -> tuple[str, ...]:
-    """The codecs of an instance that is to use ``wanted``, raw always being one of them; auto: all there are."""
+def offered_codecs(wanted: str, dtype: str) -> tuple[str, ...]:
+    """The codecs of an instance that is to use ``wanted``, raw always being one of them; auto: all that its pool takes."""
+    known = ("raw",) if dtype == "float8_e4m3fn" else ("raw", *CODECS)
     if wanted == "auto":
-        return ("raw", *CODECS)
-    return ("raw",) if wanted == "raw" else (wanted, "raw")
+        return known
+    return ("raw",) if wanted not in known or wanted == "raw" else (wanted, "raw")
 
 
 def common_codecs(target: KvSignatureValue, source: KvSignatureValue) -> tuple[str, ...]:

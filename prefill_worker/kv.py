@@ -35,7 +35,7 @@ def signature_of(config: WorkerConfig, engine: Engine) -> KvSignatureValue:
         rope=engine.rope_signature,
         content_digest=engine.kv_memory.content_digest,
         plan=engine.plan,
-        codecs=offered_codecs(config.kv_codec),
+        codecs=offered_codecs(config.kv_codec, engine.full_layout.dtype),
     )
 
 

@@ -1,0 +1,140 @@
+"""Who of a decode instance pulls what of a ticket, from whom, by which wires and codec: the plan of one handoff."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from biphase.kernels.kv_layout import KvLayout
+from biphase.kernels.kv_pack.codec import packed_bytes
+from biphase.kvtransfer.codec_choice import CodecChooser
+from biphase.kvtransfer.pull_job import PartsPulled, PullJob, PullPart, Route
+from biphase.kvtransfer.reshard import KvShape, moves
+from biphase.kvtransfer.signature import BYTES_DIGEST, KvSignatureValue, RankEndpoint, common_codecs, common_digest
+from biphase.protos.ids import BlockId
+from biphase.protos.values import KvTicket
+
+_log = logging.getLogger(__name__)
+
+_MOST_CHOSEN = 4096
+
+
+class Choice(Protocol):
+    """A transport for a pair of ranks, and why it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+Choose = Callable[[RankEndpoint, RankEndpoint], Sequence[Choice]]
+"""From our rank's and the source rank's endpoint: the transports to try, the best first; only those of both."""
+
+
+class JobMaker:
+    """Owned by the puller. ``layout``: of the whole model. ``chosen``: what was last chosen, by pair, and why."""
+
+    def __init__(
+        self, signature: KvSignatureValue, layout: KvLayout, choose: Choose | None, codecs: CodecChooser | None
+    ) -> None:
+        self.chosen: dict[str, str] = {}
+        self._signature = signature
+        self._layout = layout
+        self._choose = choose
+        self._codecs = codecs or CodecChooser(wanted=signature.codecs[0])
+
+    def jobs(
+        self,
+        ticket: KvTicket,
+        epoch: int,
+        blocks: Sequence[BlockId],
+        source: KvSignatureValue,
+        *,
+        timeout_s: float,
+        beside_decode: bool,
+    ) -> list[PullJob]:
+        """By rank of ours. Rank 0 takes the trailer, from the source's rank 0."""
+        ours, theirs = shape_of(self._signature), shape_of(source)
+        found = moves(theirs, ours, ticket.num_tokens, turn=int.from_bytes(ticket.id[:4], "little"))
+        job = PullJob(
+            ticket=ticket.id,
+            epoch=epoch,
+            instance=ticket.instance,
+            incarnation=ticket.incarnation,
+            blocks=tuple(blocks),
+            group_size=source.block_size,
+            codec=self._codec(ticket, source),
+            digest=common_digest(self._signature, source) or BYTES_DIGEST,
+            timeout_s=timeout_s,
+            beside_decode=beside_decode,
+            parts=(),
+        )
+        jobs = []
+        for rank in range(ours.plan.num_ranks):
+            parts = [
+                PullPart(
+                    source_rank=move.source_rank,
+                    box=move.box,
+                    with_trailer=rank == 0 and move.source_rank == 0,
+                    routes=self._routes(ticket, source, rank, move.source_rank),
+                )
+                for move in found
+                if move.target_rank == rank
+            ]
+            if rank == 0 and not any(part.with_trailer for part in parts):
+                nothing = replace(theirs.box(0, ticket.num_tokens), token_start=ticket.num_tokens)
+                routes = (Route(transport="grpc", address=ticket.kv_address),)
+                parts.append(PullPart(source_rank=0, box=nothing, with_trailer=True, routes=routes))
+            jobs.append(replace(job, parts=tuple(parts)))
+        return jobs
+
+    def observe(self, ticket: KvTicket, codec: str, pulled: Sequence[PartsPulled], began_s: float) -> None:
+        """What a pull has shown of the pair's wires, where the KV waited for us and not we for it."""
+        trailer, seconds = pulled[0].trailer, pulled[0].trailer_s - began_s
+        if trailer is not None and trailer.age_ms / 1000.0 >= seconds:
+            self._codecs.observe(
+                ticket.instance,
+                codec,
+                raw_bytes=sum(part.num_bytes for part in pulled),
+                wire_bytes=sum(sum(part.bytes_by_transport.values()) for part in pulled),
+                seconds=seconds,
+            )
+
+    def _codec(self, ticket: KvTicket, source: KvSignatureValue) -> str:
+        packed_by = replace(self._layout, block_size=source.block_size)
+        whole = self._layout.box(ticket.num_tokens)
+        sizes = {codec: packed_bytes(packed_by, whole, codec) for codec in common_codecs(self._signature, source)}
+        return self._codecs.choose(ticket.instance, sizes).codec
+
+    def _routes(self, ticket: KvTicket, source: KvSignatureValue, rank: int, source_rank: int) -> tuple[Route, ...]:
+        ours = self._signature.ranks[rank] if self._signature.ranks else RankEndpoint()
+        theirs = source.ranks[source_rank] if source.ranks else RankEndpoint()
+        grpc = ticket.kv_address if source_rank == 0 else theirs.grpc  # rank 0 is where the router found it
+        routes: list[Route] = []
+        for choice in self._choose(ours, theirs) if self._choose is not None else ():
+            address = grpc if choice.name == "grpc" else theirs.tcp
+            if address:
+                if not routes:
+                    self._note(f"rank {rank} from rank {source_rank} of {ticket.instance}", choice)
+                routes.append(Route(transport=choice.name, address=address))
+        return tuple(routes) or (Route(transport="grpc", address=grpc),)
+
+    def _note(self, pair: str, choice: Choice) -> None:
+        """Say what was chosen and why, once per pair and change."""
+        text = f"{choice.name}: {choice.reason}"
+        if self.chosen.get(pair) != text:
+            if len(self.chosen) >= _MOST_CHOSEN:
+                self.chosen.clear()
+            self.chosen[pair] = text
+            _log.info("%s pulls by %s", pair, text)
+
+
+def shape_of(signature: KvSignatureValue) -> KvShape:
+    return KvShape(
+        plan=signature.plan,
+        num_layers=signature.num_layers,
+        num_kv_heads=signature.num_kv_heads,
+        block_size=signature.block_size,
+    )
