@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 from biphase.engine.config import EngineConfig
@@ -85,6 +86,8 @@ async def _follow(
         load = await told.first("load")
         if load is None:
             return
+        config = replace(config, incarnation=load["incarnation"])  # of the instance, whenever this process began
+        announcer.update(incarnation=config.incarnation)
         loader = _Loader(config, load)
         closing.callback(loader.close)
         thread = EngineThread(config.step_engine, loader.load)

@@ -46,7 +46,9 @@ class Leading:
         num_ranks = config.plan.num_ranks
         store, port = open_store(config.rank_host)
         host = config.advertise_host or config.host
-        self.channel.broadcast({"kind": "load", "store_host": host, "store_port": port})
+        self.channel.broadcast(
+            {"kind": "load", "store_host": host, "store_port": port, "incarnation": config.incarnation}
+        )
         progress("connecting the ranks", 0.0)
         self._groups = join_groups(config, engine_config, store)
         own = Engine.load(engine_config, progress, groups=self._groups)
