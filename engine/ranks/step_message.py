@@ -6,7 +6,7 @@ them in every step.
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from biphase.engine.step import SeqStep, StepPlan
 from biphase.protos.errors import EngineLost, InvalidRequest, one_line
@@ -70,7 +70,7 @@ def _unpacked(
         seq_id=SeqId(seq_id),
         token_ids=_numbers(token_ids),
         start=start,
-        blocks=[BlockId(block) for block in _numbers(blocks)],
+        blocks=cast("list[BlockId]", _numbers(blocks)),
         sampling=None if sampling is None else _sampling_of(sampling),
         output_index=output_index,
         forbid_ids=tuple(forbid_ids),
