@@ -31,8 +31,8 @@ from biphase.protos.errors import one_line
 
 _log = logging.getLogger(__name__)
 
-AVOID_S = 30.0
-"""How long a wire that failed to one address is tried last there."""
+AVOID_S = (1.0, 60.0)
+"""How long a wire that failed to one address is tried last there: at first, and at most when it fails again and again."""
 
 MOST_PARTS = 256
 """In more parts than that a piece is received whole and then written."""
@@ -59,7 +59,8 @@ class RankPuller:
         self.memory = RankMemory.whole(memory)
         self.peers = Peers(transports)
         self.decoding = decoding
-        self._avoided: dict[Route, float] = {}
+        self._avoided: dict[Route, tuple[float, float]] = {}
+        """Until when, and for how long."""
         self._open_pulls = 0
         self._totals = {"bad_pieces": 0, "fallbacks": 0}
         self._bytes: Counter[str] = Counter()
@@ -92,12 +93,18 @@ class RankPuller:
     def in_order(self, routes: Sequence[Route]) -> Iterator[Route]:
         """Those that failed lately come last."""
         now_s = time.monotonic()
-        return iter(sorted(routes, key=lambda route: self._avoided.get(route, 0.0) > now_s))
+        return iter(sorted(routes, key=lambda route: self._avoided.get(route, (0.0, 0.0))[0] > now_s))
 
     def avoid(self, route: Route) -> None:
         if len(self._avoided) >= _MOST_AVOIDED:
             self._avoided.clear()
-        self._avoided[route] = time.monotonic() + AVOID_S
+        first_s, most_s = AVOID_S
+        for_s = min(most_s, 2 * self._avoided[route][1]) if route in self._avoided else first_s
+        self._avoided[route] = (time.monotonic() + for_s, for_s)
+
+    def trust(self, route: Route) -> None:
+        """It has worked."""
+        self._avoided.pop(route, None)
 
 
 class _Run:
@@ -153,6 +160,7 @@ class _Run:
             try:
                 for order in self._orders(part, again):
                     await self._drain(route, part, order)
+                self._puller.trust(route)
                 return
             except SourceUnreachable as error:
                 self._puller.peers.forget(route.transport, route.address)

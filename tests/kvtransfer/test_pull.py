@@ -532,11 +532,11 @@ class InterruptedMemory(CpuKvMemory):
     num_packs = 0
     interrupt: Callable[[], None]
 
-    def pack(self, blocks: Sequence[int], box: KvBox, out: Any) -> None:
+    def pack(self, blocks: Sequence[int], box: KvBox, out: Any, codec: str = "raw") -> None:
         self.num_packs += 1
         if self.num_packs == 2:
             self.interrupt()
-        super().pack(blocks, box, out)
+        super().pack(blocks, box, out, codec)
 
 
 @pytest.mark.parametrize("how", ["revoke", "newer-epoch", "expire"])

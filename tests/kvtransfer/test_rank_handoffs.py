@@ -191,8 +191,7 @@ async def test_one_rank_that_fails_cancels_the_others() -> None:
         prefill.layers_computed(ticket, 16, 4)
         pulling = asyncio.create_task(pull(decode, ticket))
         await asyncio.gather(*(decode.wrote(rank) for rank in range(2)))
-        await prefill.servers[1].stop()
-        await prefill.services[1].stop()
+        await prefill.stop_rank(1)
         with pytest.raises(HandoffFailed, match="cannot reach prefill-0 at .* rank 1: "):
             await pulling
         assert not decode.pulls[0].num_running

@@ -56,8 +56,10 @@ class WatchedMemory(CpuKvMemory):
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
 
-    def unpack(self, blocks: Sequence[int], box: KvBox, data: Any) -> None:
-        super().unpack(blocks, box, data)
+    def unpack(
+        self, blocks: Sequence[int], box: KvBox, data: Any, codec: str = "raw", group_size: int | None = None
+    ) -> None:
+        super().unpack(blocks, box, data, codec, group_size)
         self.boxes.append(box)
         self._loop.call_soon_threadsafe(self._changed.set)
 
@@ -72,8 +74,8 @@ class SummingMemory(CpuKvMemory):
 
     content_digest: Literal["sum64"] = "sum64"  # type: ignore[assignment]
 
-    def pack(self, blocks: Sequence[int], box: KvBox, out: Any) -> int:  # type: ignore[override]
-        super().pack(blocks, box, out)
+    def pack(self, blocks: Sequence[int], box: KvBox, out: Any, codec: str = "raw") -> int:  # type: ignore[override]
+        super().pack(blocks, box, out, codec)
         return sum64(out)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,17 @@ from biphase.engine.ranks.channel import FollowerChannel, LeaderChannel
 from biphase.engine.ranks.greeting import Membership
 from biphase.kernels.kv_layout import KvLayout
 from biphase.kernels.kv_pack import CpuKvMemory, KvMemory
+from biphase.kvtransfer.choice import order
 from biphase.kvtransfer.export_ranks import FollowerExports, LeaderExports
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
-from biphase.kvtransfer.grpc_server import GrpcKvServer
-from biphase.kvtransfer.grpc_transport import GrpcTransport
 from biphase.kvtransfer.pull_ranks import FollowerPulls, LeaderPulls
 from biphase.kvtransfer.puller import KvPuller
 from biphase.kvtransfer.rank_memory import RankMemory
 from biphase.kvtransfer.rank_pull import RankPuller
 from biphase.kvtransfer.service import KvService
 from biphase.kvtransfer.signature import KvSignatureValue, RankEndpoint
+from biphase.kvtransfer.wire import FrameSink
+from biphase.kvtransfer.wires import reading, serving
 from biphase.protos.ids import BlockId, Incarnation, InstanceName, TicketId
 from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.values import KvTicket
@@ -88,7 +90,7 @@ class PrefillRanks:
     exports: ExportTable
     followers: list[FollowerExports]
     services: list[KvService]
-    servers: list[GrpcKvServer]
+    listening: list[AsyncExitStack]
     address: str
     ended: "asyncio.Queue[ExportEnded]"
     next_seq: int = 0
@@ -131,6 +133,10 @@ class PrefillRanks:
             else:
                 self.exports.advance(ticket.id, tokens)
 
+    async def stop_rank(self, rank: int) -> None:
+        """It listens no more, and its pulls have ended."""
+        await self.listening[rank].aclose()
+
     def counters(self) -> list[dict[str, int]]:
         return [service.counters() for service in self.services]
 
@@ -143,6 +149,9 @@ async def prefill_ranks(
     memory: MakeMemory = CpuKvMemory,
     lease_s: float = 60.0,
     num_blocks: int = NUM_BLOCKS,
+    wanted: str = "grpc",
+    codecs: tuple[str, ...] = ("raw",),
+    wrap_sink: Callable[[int, FrameSink], FrameSink] = lambda rank, sink: sink,
 ) -> AsyncIterator[PrefillRanks]:
     whole = np.random.default_rng(7).standard_normal(full.pool_shape(num_blocks), dtype=np.float32)
     async with AsyncExitStack() as closing:
@@ -154,15 +163,22 @@ async def prefill_ranks(
             told.attach(exports)
         followers = [FollowerExports(channel) for channel in others]
         services: list[KvService] = []
-        servers: list[GrpcKvServer] = []
+        listening: list[AsyncExitStack] = []
         endpoints: list[RankEndpoint] = []
         for rank in range(plan.num_ranks):
             layers, heads = plan.layers_of(rank, full.num_layers), plan.kv_heads_of(rank, full.num_kv_heads)
             pool = np.ascontiguousarray(whole[layers.start : layers.stop, :, :, heads.start : heads.stop])
             of_rank = RankMemory(memory(pool, local_layout(full, plan, rank)), full, plan, rank)
-            signature = signature_of(full, plan, "prefill-0", ())
+            signature = replace(signature_of(full, plan, "prefill-0", ()), codecs=codecs)
+            wrap = partial(wrap_sink, rank)
             if rank == 0:
-                service = KvService(exports=exports, memory=of_rank, signature=signature, on_ended=ended.put_nowait)
+                service = KvService(
+                    exports=exports,
+                    memory=of_rank,
+                    signature=signature,
+                    on_ended=ended.put_nowait,
+                    wrap_sink=wrap,
+                )
             else:
                 other = followers[rank - 1]
                 service = KvService(
@@ -172,21 +188,27 @@ async def prefill_ranks(
                     on_ended=other.on_ended,
                     on_readers=other.on_readers,
                     leads=False,
+                    wrap_sink=wrap,
                 )
-            service.start()
+            stack = await closing.enter_async_context(AsyncExitStack())
+            wires = serving(
+                service,
+                host=HOST,
+                port=0,
+                address=lambda port: f"{HOST}:{port}",
+                own_host=HOST,
+                device="cpu",
+                wanted=wanted,
+            )
+            endpoints.append(await stack.enter_async_context(wires))
             if rank:
                 followers[rank - 1].follow()
-            server = GrpcKvServer(service)
-            port = await server.start(HOST, 0)
-            closing.push_async_callback(service.stop)
-            closing.push_async_callback(server.stop)
             services.append(service)
-            servers.append(server)
-            endpoints.append(RankEndpoint(grpc=f"{HOST}:{port}"))
+            listening.append(stack)
         for service in services:
             service.signature = replace(service.signature, ranks=tuple(endpoints))
         yield PrefillRanks(
-            plan, full, whole, blocks_pool, exports, followers, services, servers, endpoints[0].grpc, ended
+            plan, full, whole, blocks_pool, exports, followers, services, listening, endpoints[0].grpc, ended
         )
 
 
@@ -219,7 +241,13 @@ class DecodeRanks:
 
 @asynccontextmanager
 async def decode_ranks(
-    plan: ParallelPlan, *, full: KvLayout = FULL, block_size: int | None = None, num_blocks: int = NUM_BLOCKS
+    plan: ParallelPlan,
+    *,
+    full: KvLayout = FULL,
+    block_size: int | None = None,
+    num_blocks: int = NUM_BLOCKS,
+    wanted: str = "grpc",
+    codecs: tuple[str, ...] = ("raw",),
 ) -> AsyncIterator[DecodeRanks]:
     full = replace(full, block_size=block_size or full.block_size)
     async with AsyncExitStack() as closing:
@@ -230,13 +258,16 @@ async def decode_ranks(
             pools.append(np.full(local.pool_shape(num_blocks), np.nan, dtype=np.float32))
             memories.append(WatchedMemory(pools[-1], local))
             of_ranks.append(RankMemory(memories[-1], full, plan, rank))
-        endpoints = [RankEndpoint() for _ in range(plan.num_ranks)]
+        made = [await closing.enter_async_context(reading(own_host=HOST, device="cpu", wanted=wanted)) for _ in pools]
+        signature = signature_of(full, plan, "decode-0", [endpoint for _, endpoint in made])
         puller = KvPuller(
             memory=of_ranks[0],
-            signature=signature_of(full, plan, "decode-0", endpoints),
+            signature=replace(signature, codecs=codecs),
+            transports=made[0][0],
+            choose=partial(order, wanted=wanted),
             followers=None if leader is None else LeaderPulls(leader),
         )
-        pullers = [RankPuller(memory, [GrpcTransport()]) for memory in of_ranks[1:]]
+        pullers = [RankPuller(memory, wires) for memory, (wires, _) in zip(of_ranks[1:], made[1:], strict=True)]
         pulls = [FollowerPulls(channel, of_rank) for channel, of_rank in zip(others, pullers, strict=True)]
         try:
             yield DecodeRanks(plan, full, pools, memories, puller, pullers, pulls)

@@ -1,0 +1,107 @@
+"""Handoffs between ranks over every wire that a CPU has: content, codecs, and what happens when a wire fails."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from support.kv import FIRST_TOKEN
+from support.kv_ranks import FULL, decode_ranks, prefill_ranks, tokens_of
+
+from biphase.kvtransfer.tcp.sink import InlineSink
+from biphase.kvtransfer.wire import FrameSink, Room
+from biphase.protos.errors import HandoffFailed
+from biphase.protos.ids import BlockId
+from biphase.protos.parallel_plan import ParallelPlan
+
+BLOCKS = [BlockId(block) for block in (9, 3, 4, 5, 20, 1, 2)]
+NUM_TOKENS = 100
+ONE, TP2, PP2, TP2PP2 = ParallelPlan(), ParallelPlan(tp=2), ParallelPlan(pp=2), ParallelPlan(tp=2, pp=2)
+
+
+@pytest.mark.parametrize("wanted", ["tcp", "shm", "auto"])
+@pytest.mark.parametrize(("source", "target"), [(ONE, ONE), (TP2PP2, TP2), (TP2, PP2)], ids=str)
+async def test_content_arrives_by_the_wire_that_was_chosen(
+    wanted: str, source: ParallelPlan, target: ParallelPlan
+) -> None:
+    async with prefill_ranks(source, wanted=wanted) as prefill, decode_ranks(target, wanted=wanted) as decode:
+        for epoch in (1, 2):  # connections are used again
+            ticket = await prefill.open(NUM_TOKENS)
+            result = await decode.puller.pull(ticket, epoch, BLOCKS, timeout_s=20)
+            assert result.first_token == FIRST_TOKEN
+            assert decode.holds(prefill, BLOCKS, NUM_TOKENS)
+            for pool in decode.pools:
+                pool[...] = np.nan
+            assert (await prefill.ended.get()).outcome == "released"
+        used = "shm" if wanted == "auto" else wanted
+        own = decode.puller.counters()
+        assert own[f"bytes_by_{used}"] > 0 and own["fallbacks"] == own["bad_pieces"] == 0
+        assert all(text.startswith(f"{used}: ") for text in decode.puller.transports.values())
+
+
+@pytest.mark.parametrize("codec", ["fp8", "int8", "int4"])
+async def test_codecs_between_plans_and_block_sizes(codec: str) -> None:
+    codecs = (codec, "raw")
+    async with prefill_ranks(TP2, codecs=codecs) as prefill:
+        async with decode_ranks(PP2, block_size=32, codecs=codecs) as decode:
+            ticket = await prefill.open(NUM_TOKENS)
+            result = await decode.puller.pull(ticket, 1, BLOCKS, timeout_s=20)
+            wanted = tokens_of(prefill.whole, prefill.blocks_of(NUM_TOKENS), NUM_TOKENS)
+            for stage, pool in enumerate(decode.pools):
+                got = tokens_of(pool, BLOCKS, NUM_TOKENS)
+                worst = np.abs(got - wanted[2 * stage : 2 * stage + 2]).max()
+                assert 0 < worst < {"fp8": 0.3, "int8": 0.05, "int4": 0.6}[codec]
+            sent = (await prefill.ended.get()).bytes
+            assert result.bytes == NUM_TOKENS * FULL.token_bytes and sent < result.bytes / 2
+
+
+class Breaking:
+    """A sink whose wire breaks after some frames, the first time."""
+
+    def __init__(self, sink: FrameSink, after: int) -> None:
+        self._sink = sink
+        self._left = after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sink, name)
+
+    async def send(self, header: bytes, payload: Room | Sequence[memoryview] | bytes) -> None:
+        if self._left == 0:
+            raise ConnectionError("the wire broke")
+        self._left -= 1
+        await self._sink.send(header, payload)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+async def test_a_wire_that_fails_gives_way_to_the_next_once(after: int) -> None:
+    """tcp to rank 1 breaks, at once or after a piece; what had come stays, the rest comes by gRPC."""
+
+    def wrap(rank: int, sink: FrameSink) -> FrameSink:
+        return Breaking(sink, after) if rank == 1 and isinstance(sink, InlineSink) else sink
+
+    async with prefill_ranks(TP2, wanted="tcp", wrap_sink=wrap) as prefill:
+        async with decode_ranks(ONE, wanted="tcp") as decode:
+            ticket = await prefill.open(NUM_TOKENS)
+            await decode.puller.pull(ticket, 1, BLOCKS, timeout_s=20)
+            assert decode.holds(prefill, BLOCKS, NUM_TOKENS)
+            counters = decode.puller.counters()
+            assert counters["fallbacks"] == 1 and counters["bytes_by_grpc"] > 0 and counters["bytes_by_tcp"] > 0
+            ticket = await prefill.open(NUM_TOKENS)
+            await decode.puller.pull(ticket, 1, BLOCKS, timeout_s=20)
+            assert decode.puller.counters()["fallbacks"] == 1  # left aside for a while
+
+
+async def test_a_source_that_is_gone_is_given_up_at_once_whatever_the_wire() -> None:
+    async with prefill_ranks(TP2, wanted="shm") as prefill, decode_ranks(TP2, wanted="shm") as decode:
+        ticket = await prefill.open(NUM_TOKENS, computed=False)
+        prefill.layers_computed(ticket, 16, 4)
+        pulling = asyncio.create_task(decode.puller.pull(ticket, 1, BLOCKS, timeout_s=20))
+        await asyncio.gather(*(decode.wrote(rank) for rank in range(2)))
+        began_s = time.monotonic()
+        await prefill.stop_rank(1)
+        with pytest.raises(HandoffFailed, match="cannot reach prefill-0"):
+            await pulling
+        assert time.monotonic() - began_s < 2.0
+        assert not decode.pulls[0].num_running
