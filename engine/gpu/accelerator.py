@@ -67,7 +67,13 @@ class Accelerator:
         if self._graph_memory is None:
             self._graph_memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory, stream=torch.cuda.current_stream()):
+        # nccl looks at its events in a thread of its own, which the capture of this one may not forbid
+        with torch.cuda.graph(
+            graph,
+            pool=self._graph_memory,
+            stream=torch.cuda.current_stream(),
+            capture_error_mode="thread_local",
+        ):
             work()
         replay: Callable[[], None] = graph.replay
         return replay

@@ -108,10 +108,10 @@ def _group(
 
         of_nccl = ProcessGroupNCCL.Options()
         of_nccl._timeout = timeout
-        group = ProcessGroupNCCL(store, member, size, of_nccl)
         if device is not None:
-            group.eager_connect_single_device(device)
-        return group
+            torch.cuda.set_device(device)
+        # it connects in the warming up, at its first exchange: before a graph is captured
+        return ProcessGroupNCCL(store, member, size, of_nccl)
     from torch.distributed import ProcessGroupGloo
 
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]

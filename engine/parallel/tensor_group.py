@@ -9,7 +9,8 @@ from biphase.engine.parallel.exchange import exchanging
 
 _DIRECT_UP_TO_BYTES = 256 << 10
 """Over gloo a sum of less than this goes straight to every other place: its all-reduce passes each message through a
-queue and two threads, which takes three times as long (docs/decisions/per-phase-parallelism.md)."""
+queue and two threads. 2 KiB between two processes on two cores: 0.24 ms instead of 0.71 (medians); from about 0.5 MiB on
+its ring is faster."""
 
 
 class TensorGroup:
