@@ -7,6 +7,7 @@ others are cancelled, and it is over only when each says that its receives have 
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class KvPuller:
         self._decoding = decoding
         self._own = RankPuller(memory, [GrpcTransport()] if transports is None else transports, decoding)
         self._maker = JobMaker(signature, self._own.memory.layout, choose, codecs)
+        self._theirs: Counter[str] = Counter()
         self._releases: set[asyncio.Task[None]] = set()
         self._counters = {
             "pulls_done": 0,
@@ -125,6 +127,9 @@ class KvPuller:
             self._counters["pulls_cancelled"] += 1
             raise
         done_s = time.monotonic()
+        for part in pulled[1:]:
+            self._theirs.update({"bad_pieces": part.num_bad, "fallbacks": part.fallbacks})
+            self._theirs.update({f"bytes_by_{name}": num for name, num in part.bytes_by_transport.items()})
         num_bytes = sum(part.num_bytes for part in pulled)
         self._maker.observe(ticket, jobs[0].codec, pulled, asked_s)
         self._counters["pulls_done"] += 1
@@ -153,7 +158,10 @@ class KvPuller:
         return self._maker.chosen
 
     def counters(self) -> dict[str, int]:
-        return {**self._counters, **self._own.counters()}
+        """Totals are those of all ranks, as far as the others' pulls were complete."""
+        own = Counter(self._own.counters())
+        own.update(self._theirs)
+        return {**self._counters, **own}
 
     # The steps of a pull.
 

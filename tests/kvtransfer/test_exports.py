@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
-from biphase.kvtransfer.exports import ExportEnded, ExportRefused, ExportTable, Pull, Refusal
+from biphase.kvtransfer.exports import ExportEnded, ExportRefused, ExportTable, Pull, Readable, Refusal
 from biphase.protos.ids import BlockId, TicketId
 
 LEASE_S = 10.0
@@ -190,11 +190,22 @@ class ExportMachine(RuleBasedStateMachine):
         self.sends: list[Pull] = []
         self.idle_since: dict[TicketId, float] = {}
         self.reported: list[TicketId] = []
+        self.reading: dict[tuple[TicketId, int], int] = {}
+        self.unanswered: set[tuple[TicketId, int]] = set()
+
+    def sending(self) -> set[TicketId]:
+        """Ended or not: tickets that some rank still sends of, or has not said that it does not."""
+        self.settle_ends()
+        return {pull.ticket for pull in self.sends} | {ticket for ticket, _ in self.unanswered}
+
+    def settle_ends(self) -> None:
+        """Of several ranks."""
 
     def touch(self) -> None:
         """Model: the lease of tickets that nobody holds, after time or holders have changed."""
         for ticket in self.blocks:
             held = ticket in self.leg or any(pull.ticket == ticket for pull in self.open_pulls)
+            held = held or any(of == ticket and num for (of, _), num in self.reading.items())
             if held:
                 self.idle_since.pop(ticket, None)
             else:
@@ -294,7 +305,7 @@ class ExportMachine(RuleBasedStateMachine):
     def blocks_are_held_exactly_while_needed(self) -> None:
         expected: Counter[BlockId] = Counter()
         for ticket, blocks in self.blocks.items():
-            if ticket not in self.over or any(pull.ticket == ticket for pull in self.sends):
+            if ticket not in self.over or ticket in self.sending():
                 expected.update(blocks)
         assert self.pool.references == expected
 
@@ -303,16 +314,128 @@ class ExportMachine(RuleBasedStateMachine):
         for ended in self.table.take_ended():
             assert ended.outcome == self.over[ended.ticket]
             self.reported.append(ended.ticket)
-        sending = {pull.ticket for pull in self.sends}
-        assert sorted(self.reported) == sorted(set(self.over) - sending)
+        assert sorted(self.reported) == sorted(set(self.over) - self.sending())
 
     @invariant()
     def counters_tell_the_same(self) -> None:
         counters = self.table.counters()
-        sending = {pull.ticket for pull in self.sends}
-        assert counters["tickets"] == len(self.blocks) - len(set(self.over) - sending)
-        assert counters["running_sends"] == len(self.sends)
+        assert counters["tickets"] == len(self.blocks) - len(set(self.over) - self.sending())
+        assert counters["running_sends"] == len(self.sends) + len(self.unanswered)
+
+
+class _Told:
+    """The other ranks: what they were told, as they were told it."""
+
+    ranks = (1, 2)
+
+    def __init__(self) -> None:
+        self.opened_tickets: list[TicketId] = []
+        self.finished_tickets: set[TicketId] = set()
+        self.epochs: dict[TicketId, int] = {}
+        self.ends: list[tuple[TicketId, str]] = []
+
+    def opened(self, ticket: TicketId, seq_id: int, blocks: Sequence[BlockId], num_tokens: int) -> None:
+        self.opened_tickets.append(ticket)
+
+    def finished(self, ticket: TicketId) -> None:
+        self.finished_tickets.add(ticket)
+
+    def superseded(self, ticket: TicketId, epoch: int) -> None:
+        assert epoch > self.epochs.get(ticket, 0)
+        self.epochs[ticket] = epoch
+
+    def ended(self, ticket: TicketId, outcome: str) -> None:
+        self.ends.append((ticket, outcome))
+
+
+class RankedExportMachine(ExportMachine):
+    """The same with two more ranks, whose news come in any order with everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told = _Told()
+        self.table = ExportTable(self.pool, LEASE_S, self.told)
+
+    def settle_ends(self) -> None:
+        """Model: whatever has ended waits for both."""
+        for ticket, outcome in self.told.ends:
+            assert self.over[ticket] == outcome
+            self.unanswered |= {(ticket, rank) for rank in self.told.ranks}
+        self.told.ends.clear()
+
+    @rule(
+        ticket=ExportMachine.tickets, rank=st.sampled_from([1, 2]), num_open=st.integers(0, 2), step=st.integers(0, 1)
+    )
+    def follower_reads(self, ticket: TicketId, rank: int, num_open: int, step: int) -> None:
+        epoch = self.epoch.get(ticket, 0) + step if num_open else 0
+        self.table.follower_reading(ticket, rank, num_open, epoch, self.now_s)
+        if ticket not in self.over:
+            self.reading[ticket, rank] = num_open
+            if epoch > self.epoch.get(ticket, 0):
+                self.epoch[ticket] = epoch
+            self.touch()
+
+    @precondition(lambda self: self.unanswered)
+    @rule(data=st.data())
+    def follower_has_ended(self, data: st.DataObject) -> None:
+        ticket, rank = data.draw(st.sampled_from(sorted(self.unanswered)))
+        self.unanswered.discard((ticket, rank))
+        self.table.follower_ended(ticket, rank, 10)
+
+    @rule(ticket=ExportMachine.tickets, rank=st.sampled_from([1, 2]))
+    def follower_answers_what_nobody_asked(self, ticket: TicketId, rank: int) -> None:
+        if (ticket, rank) not in self.unanswered:
+            self.table.follower_ended(ticket, rank, 10)
+
+    @invariant()
+    def the_other_ranks_are_told(self) -> None:
+        assert self.told.opened_tickets == list(self.blocks)
+        assert {ticket: epoch for ticket, epoch in self.epoch.items() if epoch} == self.told.epochs
+        assert self.told.finished_tickets == self.finished
 
 
 TestExports = ExportMachine.TestCase
-TestExports.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestExports.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestRankedExports = RankedExportMachine.TestCase
+TestRankedExports.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+def test_what_the_ranks_sent_is_one_sum() -> None:
+    pool, told = CountingPool(), _Told()
+    table = ExportTable(pool, LEASE_S, told)
+    ticket = make_ticket()
+    table.open(ticket, [BlockId(0)], 8, now_s=0.0, seq_id=4)
+    table.finish(ticket, first_token=1, now_s=0.0)
+    pull = table.begin_pull(ticket, 1, now_s=1.0)
+    table.begin_send(pull)
+    table.end_send(pull, 5)
+    table.release(ticket, 1, now_s=2.0)
+    table.release(ticket, 1, now_s=2.5)  # asked again while the others are ending
+    assert table.take_ended() == [] and pool.references == {0: 1}
+    table.follower_ended(ticket, 1, 7)
+    table.follower_ended(ticket, 1, 7)
+    assert table.take_ended() == [] and pool.references == {0: 1}
+    table.follower_ended(ticket, 2, 9)
+    assert table.take_ended() == [ExportEnded(ticket=ticket, outcome="released", bytes=21, ms=1000.0)]
+    assert not pool.references
+    assert refusal_of(table.release, ticket, 2, 3.0) is Refusal.RELEASED
+
+
+def test_layers_ahead_never_go_back_and_give_way_to_whole_chunks() -> None:
+    table, _ = make_table()
+    ticket = make_ticket()
+    table.open(ticket, [BlockId(0), BlockId(1)], 16, now_s=0.0)
+    pull = table.begin_pull(ticket, 1, now_s=0.0)
+    table.advance_layers(ticket, 8, 2)
+    table.advance_layers(ticket, 8, 1)
+    assert table.readable(pull) == Readable(tokens=0, ahead_tokens=8, ahead_layers=2)
+    table.advance(ticket, 8)
+    assert table.readable(pull) == Readable(tokens=8, ahead_tokens=8, ahead_layers=0)
+    table.advance_layers(ticket, 8, 3)  # late news of a chunk that is whole
+    table.advance_layers(ticket, 16, 1)
+    assert table.readable(pull) == Readable(tokens=8, ahead_tokens=16, ahead_layers=1)
+    with pytest.raises(ValueError, match="17 tokens computed"):
+        table.advance_layers(ticket, 17, 1)
+    table.revoke(ticket, 0.0)
+    table.advance_layers(ticket, 16, 2)
+    assert refusal_of(table.readable, pull) is Refusal.REVOKED
