@@ -213,7 +213,7 @@ async def test_three_places_and_two_stages_of_smollm2(tmp_path: Path, transport:
 @pytest.mark.parametrize("swap", ["blocks", "heads", "layers"])
 async def test_negative_control_a_swapped_handoff_changes_tokens(tmp_path: Path, llama: Model, swap: str) -> None:
     """Each stage of the source packs wrongly before the digest: only the tokens can show it, so they have to."""
-    source, target = ParallelPlan(pp=2), ParallelPlan(tp=2)
+    source, target = ParallelPlan(pp=2), ParallelPlan()  # both heads in each piece
     tampered = [sys.executable, str(SUPPORT / "tampered_prefill.py"), "--swap", swap]
     with fleet(tmp_path, llama) as made:
         await asyncio.to_thread(made.start, "prefill", [source], "--kv-transport", "grpc", command=tampered)
