@@ -1,5 +1,6 @@
 """Cutting a request's KV into pieces, and counting them at the other end. Pure."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -73,7 +74,7 @@ def contains(outer: KvBox, inner: KvBox) -> bool:
 class Coverage:
     """Which part of a box has arrived: disjoint boxes whose volumes sum to the whole cover every element once.
 
-    Pieces of the same tokens lie in one column; there are few columns, and few pieces in each.
+    Pieces of the same tokens lie in one column; few columns overlap one another, and few pieces lie in each.
     """
 
     def __init__(self, whole: KvBox) -> None:
@@ -81,12 +82,19 @@ class Coverage:
         self.num_pieces = 0
         self._volume = 0
         self._columns: dict[tuple[int, int], list[KvBox]] = {}
+        self._order: list[tuple[int, int]] = []  # of the columns, by their first token
+        self._widest = 0
 
     def add(self, box: KvBox) -> bool:
         """``box`` has arrived: True, or False (and nothing changes) where it lies outside or overlaps what has."""
         if not self.is_free(box):
             return False
-        self._columns.setdefault((box.token_start, box.token_end), []).append(box)
+        column = (box.token_start, box.token_end)
+        if column not in self._columns:
+            self._columns[column] = []
+            insort(self._order, column)
+            self._widest = max(self._widest, box.num_tokens)
+        self._columns[column].append(box)
         self.num_pieces += 1
         self._volume += _volume(box)
         return True
@@ -95,9 +103,12 @@ class Coverage:
         """Whether ``box`` lies inside and nothing of it has arrived."""
         if not contains(self.whole, box):
             return False
+        near = range(
+            bisect_left(self._order, (box.token_start - self._widest, 0)),
+            bisect_left(self._order, (box.token_end, 0)),
+        )
         return not any(
-            token_start < box.token_end and box.token_start < token_end and _meets_any(box, pieces)
-            for (token_start, token_end), pieces in self._columns.items()
+            self._order[at][1] > box.token_start and _meets_any(box, self._columns[self._order[at]]) for at in near
         )
 
     @property
