@@ -1,6 +1,6 @@
 """The memory behind shm: an anonymous file of the source's, which a reader maps for reading only.
 
-    one page or more of generations (u64, one per slot), then the slots
+    whole pages of generations (u64, one per slot), then the slots, each of whole pages, its payload 128 bytes in
 
 It has no name: the reader opens it through /proc/PID/fd of the source, and it is gone with the last process that has it
 mapped, however that ended. A generation is one aligned store; the copies before and after it release and take the
@@ -17,6 +17,11 @@ import msgpack
 
 _PAGE = mmap.PAGESIZE
 _WORD = 8
+
+_SKEW_BYTES = 128
+"""A payload at the start of a page is copied to a pool some bytes into one, at a quarter of the speed: a copy by ``rep
+movsb`` whose target lies 1 to 31 bytes after its source, modulo a page, trips over itself on Zen 3 and 4. Pools lie 16
+(numpy) or 64 (torch) bytes into a page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +57,7 @@ class SharedSlots:
         """Raises OSError where the memory cannot be had."""
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
-        self._at = _slots_at(num_slots)
-        size = self._at + num_slots * slot_bytes
+        self._at, self._stride, size = _places(num_slots, slot_bytes)
         self._fd = os.memfd_create("biphase-kv", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self._fd, size)
@@ -71,7 +75,7 @@ class SharedSlots:
         )
 
     def view(self, index: int, num_bytes: int) -> tuple[memoryview, Any]:
-        slot = (ctypes.c_char * num_bytes).from_buffer(self._map, self._at + index * self.slot_bytes)
+        slot = (ctypes.c_char * num_bytes).from_buffer(self._map, self._at + index * self._stride)
         return memoryview(slot).cast("B"), slot
 
     def mark(self, index: int, generation: int) -> None:
@@ -92,8 +96,7 @@ class MappedSlots:
         """Raises ConnectionError where it cannot be mapped."""
         self.name = name
         self.num_users = 0
-        self._at = _slots_at(name.num_slots)
-        size = self._at + name.num_slots * name.slot_bytes
+        self._at, self._stride, size = _places(name.num_slots, name.slot_bytes)
         try:
             fd = os.open(f"/proc/{name.pid}/fd/{name.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -114,12 +117,19 @@ class MappedSlots:
         """Raises ConnectionError for more than a slot holds."""
         if num_bytes > self.name.slot_bytes:
             raise ConnectionError(f"a payload of {num_bytes} bytes in a slot of {self.name.slot_bytes}")
-        start = self._at + index * self.name.slot_bytes
+        start = self._at + index * self._stride
         return self._view[start : start + num_bytes]
 
     def generation(self, index: int) -> int:
         return self._generations[index]
 
 
-def _slots_at(num_slots: int) -> int:
-    return -(-num_slots * _WORD // _PAGE) * _PAGE
+def _places(num_slots: int, slot_bytes: int) -> tuple[int, int, int]:
+    """Where the first payload lies, how far it is from one to the next, and the size of it all."""
+    slots_at = _whole_pages(num_slots * _WORD)
+    stride = _whole_pages(_SKEW_BYTES + slot_bytes)
+    return slots_at + _SKEW_BYTES, stride, slots_at + num_slots * stride
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // _PAGE) * _PAGE
