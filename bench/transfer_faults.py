@@ -51,6 +51,9 @@ SPEC = (
     "drop=0.012,delay=0.012:20ms,corrupt=0.012,duplicate=0.012,truncate=0.018,reorder=0.02,stall=0.012:700ms,"
     "disconnect=0.02"
 )
+SETTLE_S = {"grpc": 1.0, "tcp": 1.0, "shm": 1.0, "dist": 15.0}
+"""After everything was closed. A pair group that was being built ends in a thread of its own, within its 10 s."""
+
 _WARM_UP = 32
 _POISON = np.float32(-77777.0)
 
@@ -214,11 +217,16 @@ async def campaign(result: report.Report, transport: str, count: int, seed: int,
         reader = Reader(transport, num_blocks, grace_s)
         await run_transfers(reader, source, count, random.Random(seed + 1))
         held = {"reader": await reader.close()}
-        state = await source.ask("settle")
-        held["source"] = state["held"]
-        after = {"source": state["process"], "reader": held_by_process()}
-    for side, process in after.items():
-        held[side] |= {name: max(0, process[name] - before[side][name]) for name in ("fds", "tasks")}
+        until_s = time.monotonic() + SETTLE_S[transport]
+        while True:
+            state = await source.ask("settle")
+            held["source"] = state["held"]
+            after = {"source": state["process"], "reader": held_by_process()}
+            for side, process in after.items():
+                held[side] |= {name: max(0, process[name] - before[side][name]) for name in ("fds", "tasks")}
+            if not any(sum(each.values()) for each in held.values()) or time.monotonic() > until_s:
+                break
+            await asyncio.sleep(0.2)
     leaked = sum(sum(each.values()) for each in held.values())
     tally, faults = reader.tally, state["faults"]
     result.row(
