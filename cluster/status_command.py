@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord, served, started_ticks
@@ -130,9 +131,23 @@ def _print_table(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> None
         )
     console.print(table)
     for process in seen.processes:
-        for peer, transport in sorted(process.transports.items()):
-            console.print(f"{process.name} takes KV of {peer} by {transport}", markup=False)
+        for words in transport_lines(process.name, process.transports):
+            console.print(words, markup=False)
     console.print(f"logs below {run_dir.path}", markup=False)
+
+
+def transport_lines(name: str, transports: Mapping[str, str]) -> list[str]:
+    """What KV of each instance comes by: one line where all pairs of ranks agree, else one for each that differs."""
+    pairs: dict[str, dict[str, list[str]]] = {}
+    for pair, transport in transports.items():
+        ranks, _, peer = pair.rpartition(" of ")
+        pairs.setdefault(peer, {}).setdefault(transport, []).append(ranks)
+    lines = []
+    for peer, by_transport in sorted(pairs.items()):
+        for transport, which_ranks in sorted(by_transport.items()):
+            which = f" ({', '.join(sorted(which_ranks))})" if len(by_transport) > 1 else ""
+            lines.append(f"{name} takes KV of {peer}{which} by {transport}")
+    return lines
 
 
 def stop(arguments: argparse.Namespace) -> int:

@@ -155,6 +155,9 @@ class DecodeWorker(Worker[DecodeScheduler, DecodeLeg]):
         if self._pulls:
             await asyncio.wait(self._pulls)
 
+    def transports(self) -> dict[str, str]:
+        return self._puller.transports
+
     def own_counters(self) -> dict[str, int]:
         scheduler = self.scheduler
         return {

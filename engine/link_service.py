@@ -39,6 +39,8 @@ class LinkHandler(Protocol):
 
     def counters(self) -> dict[str, int]: ...
 
+    def transports(self) -> dict[str, str]: ...
+
 
 Ending = tuple[grpc.StatusCode, str]
 
@@ -68,6 +70,7 @@ class LinkService:
             incarnation=identity.incarnation,
             pid=identity.pid,
             counters={**self._handler.counters(), "links": len(self._links)},
+            transports=self._handler.transports(),
         )
 
     async def Link(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:

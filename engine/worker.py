@@ -287,6 +287,10 @@ class Worker(ABC, Generic[S, L]):
             self._checked_s = self.clock()
             self.scheduler.pool.check()
 
+    def transports(self) -> dict[str, str]:
+        """What KV comes by, and why, by pair of ranks; where none comes: nothing."""
+        return {}
+
     def counters(self) -> dict[str, int]:
         """Live counts and totals, by name."""
         pool, load = self.scheduler.pool, self.scheduler.load()

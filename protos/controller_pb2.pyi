@@ -178,7 +178,7 @@ class ProcessStatus(google.protobuf.message.Message):
 
     @property
     def transports(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """what KV of each prefill instance comes by, and why"""
+        """what KV comes by, and why, by pair of ranks"""
 
     def __init__(
         self,

@@ -647,7 +647,7 @@ class WorkerStats(google.protobuf.message.Message):
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     @property
     def transports(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """of a decode instance: what KV of each prefill instance comes by, and why"""
+        """of a decode instance: what KV comes by, and why, by pair of ranks"""
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class HandPuller:
     """Pulls that end when and how the test says; a cancelled one writes on until ``settled`` is set."""
 
     def __init__(self) -> None:
+        self.transports: dict[str, str] = {}
         self.begun = asyncio.Event()
         self.outcome: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.settled = asyncio.Event()
