@@ -1,158 +1,43 @@
 """How soon a killed or stopped instance is seen, and what its death costs.
 
-    python bench/faults.py [--backend ray|process] [--kills 20] [--stops 4] [--steady 60] [--json FILE] [--check]
+    python bench/faults.py [--backend ray|process] [--parts instances ranks] [--kills 20] [--stops 4] [--steady 60]
+                           [--rank-rounds 1] [--json FILE] [--check]
 
-A fault is *seen* when the router shows the instance as not ready (it dispatches nothing there any more) and every
-stream that needed the instance has ended at its client. Both cores are kept busy throughout: by the requests
+*instances*: a fault is *seen* when the router shows the instance as not ready (it dispatches nothing there any more) and
+every stream that needed the instance has ended at its client. Both cores are kept busy throughout: by the requests
 themselves, or by one busy loop per core while the deployment idles.
+
+*ranks*: kill -9 and SIGSTOP of every rank of a tp 2 x pp 2 instance, idle and in a step; *seen* is when the last of its
+processes is gone (``fault_ranks.py``).
 """
 
 import argparse
 import asyncio
 import contextlib
-import multiprocessing
 import os
 import signal
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 
 import report
+from fault_cluster import Stream, busy_loops, cluster, instance, start_stream, until, wait_back
+from fault_ranks import measure_ranks
 
 from biphase.client import AsyncClient
-from biphase.protos.errors import BiphaseError, Unavailable
+from biphase.protos.errors import Unavailable
 
+FLAGS = ("--model", "smollm2", "--prefill", "1", "--decode", "1")
 LONG_PROMPT = [1000 + position % 20000 for position in range(500)]
 """Two of them fit the queue of a prefill instance, and take it a second."""
 SHORT_PROMPT = [2000 + position % 20000 for position in range(40)]
-BACK_WITHIN_S = 60.0
-
-
-def spin(until: float) -> None:
-    while time.monotonic() < until:
-        pass
-
-
-@contextlib.contextmanager
-def busy_loops(count: int, seconds: float) -> Iterator[None]:
-    """``count`` processes that do nothing but burn a core."""
-    context = multiprocessing.get_context("spawn")
-    loops = [context.Process(target=spin, args=(time.monotonic() + seconds,)) for _ in range(count)]
-    for loop in loops:
-        loop.start()
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.join()
-
-
-@dataclass
-class Outcome:
-    """How one stream ended: its tokens, and the error if there was one."""
-
-    tokens: list[int]
-    error: BiphaseError | None
-    ended_at: float
-    decision: str = ""
-
-
-@dataclass
-class Stream:
-    """One request in flight, and how far it is."""
-
-    task: "asyncio.Task[Outcome]"
-    tokens: list[int]
-
-
-def start_stream(client: AsyncClient, prompt: list[int], max_tokens: int) -> Stream:
-    tokens: list[int] = []
-
-    async def read() -> Outcome:
-        stream = client.generate(token_ids=prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        try:
-            async for delta in stream:
-                tokens.extend(delta.token_ids)
-        except BiphaseError as error:
-            return Outcome(tokens, error, time.monotonic())
-        decision = stream.result.decision if stream.result else ""
-        return Outcome(tokens, None, time.monotonic(), decision)
-
-    return Stream(asyncio.create_task(read()), tokens)
-
-
-async def until(*, seconds: float, check: Callable[[], Awaitable[bool]]) -> None:
-    """Look every few milliseconds until ``check`` (an async function) is true; AssertionError after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if await check():
-            return
-        await asyncio.sleep(0.004)
-    raise AssertionError(f"not seen within {seconds} s")
-
-
-class Cluster:
-    """A deployment started by the `biphase` command, as a user would."""
-
-    def __init__(self, backend: str, mode: str) -> None:
-        self.name, self.backend, self.mode = f"bench-faults-{mode}-{os.getpid()}", backend, mode
-        self.address = ""
-
-    def biphase(self, *arguments: str) -> str:
-        command = [sys.executable, "-m", "biphase.cluster.cli", *arguments]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise SystemExit(f"biphase {arguments[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
-        return done.stdout
-
-    def start(self) -> None:
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        flags = ["--model", "smollm2", "--prefill", "1", "--decode", "1", "--threads", "1", "--mode", self.mode]
-        self.biphase("serve", *flags, "--backend", self.backend, "--port", str(port), "--name", self.name, "--detach")
-        self.address = f"127.0.0.1:{port}"
-
-    def stop(self) -> None:
-        self.biphase("stop", "--name", self.name)
-
-
-@contextlib.asynccontextmanager
-async def cluster(backend: str, mode: str) -> AsyncIterator[tuple[Cluster, AsyncClient]]:
-    running = Cluster(backend, mode)
-    await asyncio.to_thread(running.start)
-    try:
-        async with AsyncClient(running.address) as client:
-            yield running, client
-    finally:
-        await asyncio.to_thread(running.stop)
-
-
-async def instance(client: AsyncClient, role: str) -> tuple[int, int, str]:
-    """(pid, incarnation, state) of the one instance of ``role``; state "absent" when the router knows none."""
-    for view in (await client.server_info()).instances:
-        if view.role == role:
-            return view.pid, view.incarnation, view.state
-    return 0, 0, "absent"
-
-
-async def wait_back(client: AsyncClient, role: str, after: int) -> None:
-    async def back() -> bool:
-        _, incarnation, state = await instance(client, role)
-        return state == "ready" and incarnation > after
-
-    await until(seconds=BACK_WITHIN_S, check=back)
 
 
 async def one_fault(client: AsyncClient, role: str, number: signal.Signals, busy: bool) -> tuple[float, float, int]:
     """Hit the instance of ``role``; (ms until seen, s until a new one serves, streams that ended with it)."""
-    pid, incarnation, _ = await instance(client, role)
+    pid, incarnation, _ = await instance(client, f"{role}-0")
     doomed: list[Stream] = []
     if busy:
         if role == "prefill":  # in the middle of a long prompt
@@ -172,7 +57,7 @@ async def one_fault(client: AsyncClient, role: str, number: signal.Signals, busy
         os.kill(pid, number)
 
         async def seen() -> bool:
-            now_pid, _, state = await instance(client, role)
+            now_pid, _, state = await instance(client, f"{role}-0")
             return now_pid != pid or state != "ready"
 
         await until(seconds=10, check=seen)
@@ -181,7 +66,7 @@ async def one_fault(client: AsyncClient, role: str, number: signal.Signals, busy
     for outcome in outcomes:
         assert isinstance(outcome.error, Unavailable), f"a stream of the dead {role} ended with {outcome.error!r}"
         seen_at = max(seen_at, outcome.ended_at)
-    await wait_back(client, role, incarnation)
+    await wait_back(client, f"{role}-0", incarnation)
     back_s = time.monotonic() - hit_at
     after = await start_stream(client, SHORT_PROMPT, 4).task
     if after.error is not None:
@@ -200,33 +85,33 @@ async def survivors(client: AsyncClient) -> tuple[int, int, int]:
     await until(seconds=30, check=handed_off)
     prefilling = [start_stream(client, LONG_PROMPT, 8) for _ in range(2)]
     await asyncio.sleep(0.3)
-    pid, incarnation, _ = await instance(client, "prefill")
+    pid, incarnation, _ = await instance(client, "prefill-0")
     os.kill(pid, signal.SIGKILL)
     finished = [await stream.task for stream in decoding]
     failed = [await stream.task for stream in prefilling]
     exact = sum(outcome.error is None and outcome.tokens == alone for outcome in finished)
     clear = sum(isinstance(outcome.error, Unavailable) for outcome in failed)
-    await wait_back(client, "prefill", incarnation)
+    await wait_back(client, "prefill-0", incarnation)
     return exact, len(decoding), clear
 
 
 async def goes_local(client: AsyncClient) -> bool:
     """Auto mode: with P away a new request is prefilled by D, and says so."""
-    pid, incarnation, _ = await instance(client, "prefill")
+    pid, incarnation, _ = await instance(client, "prefill-0")
     os.kill(pid, signal.SIGKILL)
 
     async def gone() -> bool:
-        return (await instance(client, "prefill"))[2] != "ready"
+        return (await instance(client, "prefill-0"))[2] != "ready"
 
     await until(seconds=5, check=gone)
     outcome = await start_stream(client, SHORT_PROMPT, 4).task
-    await wait_back(client, "prefill", incarnation)
+    await wait_back(client, "prefill-0", incarnation)
     return outcome.error is None and outcome.decision == "local"
 
 
 async def falsely_dead(client: AsyncClient, seconds: float) -> int:
     """Four busy loops beside a serving deployment; how many instances were replaced or lost meanwhile."""
-    before = [await instance(client, role) for role in ("prefill", "decode")]
+    before = [await instance(client, f"{role}-0") for role in ("prefill", "decode")]
     lost = 0
     with busy_loops(4, seconds + 30):
         deadline = time.monotonic() + seconds
@@ -234,16 +119,25 @@ async def falsely_dead(client: AsyncClient, seconds: float) -> int:
             outcome = await start_stream(client, SHORT_PROMPT, 8).task
             lost += outcome.error is not None
             for role in ("prefill", "decode"):
-                lost += (await instance(client, role))[2] != "ready"
-    after = [await instance(client, role) for role in ("prefill", "decode")]
+                lost += (await instance(client, f"{role}-0"))[2] != "ready"
+    after = [await instance(client, f"{role}-0") for role in ("prefill", "decode")]
     return lost + sum(old[:2] != new[:2] for old, new in zip(before, after, strict=True))
 
 
 async def measure(arguments: argparse.Namespace) -> int:
     found = report.Report("faults", ["fault", "role", "deployment", "seen ms", "back s", "streams ended"])
+    if "ranks" in arguments.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            await measure_ranks(arguments.backend, arguments.rank_rounds, Path(folder), found)
+    if "instances" in arguments.parts:
+        await measure_instances(arguments, found)
+    return found.finish(arguments)
+
+
+async def measure_instances(arguments: argparse.Namespace, found: report.Report) -> None:
     kills: list[float] = []
     stops: list[float] = []
-    async with cluster(arguments.backend, "strict") as (_, client):
+    async with cluster(arguments.backend, "strict", FLAGS) as (_, client):
         await start_stream(client, SHORT_PROMPT, 4).task
         for label, number, count, times in (
             ("kill -9", signal.SIGKILL, arguments.kills, kills),
@@ -270,7 +164,7 @@ async def measure(arguments: argparse.Namespace) -> int:
         )
         dead = await falsely_dead(client, arguments.steady)
         found.row("4 busy loops", "both", f"{arguments.steady:g} s", "", "", dead)
-    async with cluster(arguments.backend, "auto") as (_, client):
+    async with cluster(arguments.backend, "auto", FLAGS) as (_, client):
         local = await goes_local(client)
         found.row("kill -9", "prefill", f"auto: new request {'local' if local else 'not local'}", "", "", "")
     found.goal("kill_seen_p50_ms", statistics.median(kills), 100)
@@ -280,7 +174,6 @@ async def measure(arguments: argparse.Namespace) -> int:
     found.goal("others_unavailable_share", clear / 2, 1, at_least=True)
     found.goal("auto_goes_local", float(local), 1, at_least=True)
     found.goal("falsely_declared_dead", dead, 0)
-    return found.finish(arguments)
 
 
 def at_least_one(text: str) -> int:
@@ -292,6 +185,8 @@ def at_least_one(text: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=["ray", "process"], default="ray")
+    parser.add_argument("--parts", nargs="+", choices=["instances", "ranks"], default=["instances", "ranks"])
+    parser.add_argument("--rank-rounds", type=at_least_one, default=1, help="kills and stops of each rank, each")
     parser.add_argument("--kills", type=at_least_one, default=20)
     parser.add_argument("--stops", type=at_least_one, default=4)
     parser.add_argument("--steady", type=float, default=60.0, help="seconds beside four busy loops")

@@ -15,6 +15,12 @@ def write_dummy_directory(folder: Path, **changes: Any) -> Path:
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(tiny_config(**sizes | changes)))
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A token per byte, and three special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     assert len(vocab) <= VOCAB
@@ -22,4 +28,3 @@ def write_dummy_directory(folder: Path, **changes: Any) -> Path:
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     library.save(str(folder / "tokenizer.json"))
-    return folder
