@@ -10,20 +10,15 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack import KvMemory
-from biphase.kernels.kv_pack.codec import packed_bytes
 from biphase.kvtransfer import frames
 from biphase.kvtransfer.allocator import keep_freed_memory
-from biphase.kvtransfer.due import Due
 from biphase.kvtransfer.exports import ExportEnded, ExportRefused, ExportTable, Pull, Refusal, short
-from biphase.kvtransfer.frames import FrameKind, Trailer
-from biphase.kvtransfer.pieces import split
 from biphase.kvtransfer.rank_memory import RankMemory
-from biphase.kvtransfer.signature import HEADER_DIGEST, SUM_DIGEST, KvSignatureValue, mismatch
+from biphase.kvtransfer.reader import Reader
+from biphase.kvtransfer.signature import SUM_DIGEST, KvSignatureValue, mismatch
 from biphase.kvtransfer.wire import FrameSink, PullOrder
 from biphase.protos.ids import TicketId
 
@@ -31,12 +26,6 @@ _log = logging.getLogger(__name__)
 
 OPENED_WITHIN_S = 1.0
 """A reader may come to one rank before that has heard of its ticket from rank 0: it waits so long."""
-
-MOST_PARTS = 256
-"""In more parts than that a piece is packed: each costs some 0.3 us, and a call takes 1024."""
-
-BEAT_S = 0.5
-"""A waiting reader hears from us at least this often; see pace.SILENCE_S."""
 
 RefusedBecause = Literal["gone", "stale", "invalid"]
 """The ticket is not, or no longer; the call is meant for another life, model or epoch; it could never be served."""
@@ -52,20 +41,6 @@ class KvRefused(Exception):
     @staticmethod
     def of(error: ExportRefused) -> "KvRefused":
         return KvRefused("stale" if error.refusal is Refusal.STALE_EPOCH else "gone", str(error))
-
-
-@dataclass(eq=False, slots=True)
-class _Reader:
-    """One open pull. ``evicted`` is set when its task was cancelled because the pull must end."""
-
-    pull: Pull
-    order: PullOrder
-    sink: FrameSink
-    task: "asyncio.Task[object]"
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    evicted: bool = False
-    num_pieces: int = 0
-    num_bytes: int = 0
 
 
 class KvService:
@@ -102,7 +77,7 @@ class KvService:
         self._wrap_sink = wrap_sink
         self._payload_bytes = signature.max_message_bytes - frames.HEADER_BYTES
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._readers: dict[TicketId, set[_Reader]] = {}
+        self._readers: dict[TicketId, set[Reader]] = {}
         self._settling = False
         self._lease_timer: asyncio.TimerHandle | None = None
         self._counters = {"pulls": 0, "pulls_refused": 0, "pieces_sent": 0, "bytes_sent": 0, "handshakes_refused": 0}
@@ -129,16 +104,21 @@ class KvService:
         """Something about this ticket has changed: its open pulls look again, ended tickets are reported."""
         self._opened.set()
         for reader in self._readers.get(ticket, ()):
-            reader.changed.set()
-            if not reader.evicted and not self._allowed(reader.pull):
-                reader.evicted = True
-                reader.task.cancel()
+            reader.look_again()
+            if not self._allowed(reader.pull):
+                reader.evict()
         if not self._settling and self._loop is not None:
             self._settling = True
             self._loop.call_soon(self._settle)
 
     def counters(self) -> dict[str, int]:
-        return {**self._counters, **self._exports.counters()}
+        """Totals, with those of pulls that are open."""
+        found = {**self._counters, **self._exports.counters()}
+        for readers in self._readers.values():
+            for reader in readers:
+                found["pieces_sent"] += reader.num_pieces
+                found["bytes_sent"] += reader.num_bytes
+        return found
 
     # What a wire calls.
 
@@ -193,25 +173,23 @@ class KvService:
                     await self._opened.wait()
 
     async def _serve_open(self, pull: Pull, order: PullOrder, sink: FrameSink) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        reader = _Reader(pull=pull, order=order, sink=sink, task=task)
+        reader = Reader(pull, order, self._exports, self._memory, sink)
         self._readers.setdefault(order.ticket, set()).add(reader)
         self._tell_readers(order.ticket)
         self._counters["pulls"] += 1
         try:
             self._check_fit(order, pull)
-            await self._frames(reader)
+            await reader.run(self._payload_bytes, overlap=self._overlap)
         except ExportRefused as error:
             if reader.evicted:  # the cancellation is on its way still: it must not hit the wire's answer
                 with suppress(asyncio.CancelledError):
                     await asyncio.sleep(0)
-                task.uncancel()
+                reader.task.uncancel()
             raise self._turned_away(error) from None
         except asyncio.CancelledError:
             if not reader.evicted:
                 raise
-            task.uncancel()
+            reader.task.uncancel()
             try:
                 self._exports.readable_tokens(pull)
             except ExportRefused as error:
@@ -221,115 +199,14 @@ class KvService:
             readers.discard(reader)
             if not readers:
                 del self._readers[order.ticket]
+            self._counters["pieces_sent"] += reader.num_pieces
+            self._counters["bytes_sent"] += reader.num_bytes
             self._exports.end_pull(pull, time.monotonic())
             self._tell_readers(order.ticket)
 
     def _tell_readers(self, ticket: TicketId) -> None:
         readers = self._readers.get(ticket, ())
         self._on_readers(ticket, len(readers), max((reader.pull.epoch for reader in readers), default=0))
-
-    async def _frames(self, reader: _Reader) -> None:
-        exports, pull = self._exports, reader.pull
-        await self._beat(reader)
-        due = Due(reader.order.box, self._memory.part.layer_start, self._memory.layout)
-        while not due.done:
-            readable = exports.readable(pull)
-            due_now = self._overlap or readable.tokens == pull.num_tokens
-            box = due.take(readable) if due_now else None
-            if box is not None:
-                await self._send(reader, box)
-            else:
-                await self._wait(reader)
-        if reader.order.pieces_only:
-            return
-        while (first := exports.first_token(pull)) is None:
-            await self._wait(reader)
-        first_token, sampled_s = first
-        trailer = Trailer(
-            first_token=first_token,
-            total_bytes=reader.num_bytes,
-            num_pieces=reader.num_pieces,
-            age_ms=(time.monotonic() - sampled_s) * 1000.0,
-        )
-        await reader.sink.send(*frames.trailer(pull.ticket, pull.epoch, trailer, pull.num_tokens))
-
-    async def _send(self, reader: _Reader, box: KvBox) -> None:
-        """Send a box that may be read now, in pieces."""
-        order, sink, layout = reader.order, reader.sink, self._memory.layout
-        in_place = sink.gathers and order.codec == "raw" and order.digest != SUM_DIGEST
-        for piece in split(layout, box, self._payload_bytes, by_block=in_place):
-            parts = self._memory.parts(reader.pull.blocks, piece) if in_place else None
-            if parts is not None and len(parts) <= MOST_PARTS:
-                num_bytes = await self._send_in_place(reader, piece, parts)
-            else:
-                num_bytes = await self._send_packed(reader, piece)
-            reader.num_pieces += 1
-            reader.num_bytes += num_bytes
-            self._counters["pieces_sent"] += 1
-            self._counters["bytes_sent"] += num_bytes
-
-    async def _send_packed(self, reader: _Reader, piece: KvBox) -> int:
-        """From memory of the sink's: the blocks are read only while the piece is packed."""
-        exports, pull, order = self._exports, reader.pull, reader.order
-        num_bytes = packed_bytes(self._memory.layout, piece, order.codec)
-        room = await reader.sink.room(num_bytes)
-        computed = exports.readable_tokens(pull)  # a pull that must end ends here, within one piece
-        exports.begin_send(pull)
-        try:
-            content_sum = self._memory.pack(pull.blocks, piece, room.payload, order.codec)
-        finally:
-            exports.end_send(pull, num_bytes)
-        header = self._seal(reader, piece, num_bytes, computed, [room.payload], content_sum)
-        await reader.sink.send(header, room)
-        return num_bytes
-
-    async def _send_in_place(self, reader: _Reader, piece: KvBox, parts: list[memoryview]) -> int:
-        """From the blocks themselves, which are held until the sink has really done with them."""
-        exports, pull = self._exports, reader.pull
-        num_bytes = piece.num_bytes(self._memory.layout)
-        computed = exports.readable_tokens(pull)
-        sent = 0
-        exports.begin_send(pull)
-        try:
-            await reader.sink.send(self._seal(reader, piece, num_bytes, computed, parts, None), parts)
-            sent = num_bytes
-        finally:
-            exports.end_send(pull, sent)
-        return num_bytes
-
-    def _seal(
-        self,
-        reader: _Reader,
-        piece: KvBox,
-        num_bytes: int,
-        computed_tokens: int,
-        contents: list[Any],
-        content_sum: int | None,
-    ) -> bytes:
-        digest = reader.order.digest
-        return frames.seal(
-            reader.pull.ticket,
-            FrameKind.PIECE,
-            epoch=reader.pull.epoch,
-            box=piece,
-            payload_bytes=num_bytes,
-            computed_tokens=computed_tokens,
-            contents=() if digest == HEADER_DIGEST else contents,
-            content_sum=content_sum if digest == SUM_DIGEST else None,
-        )
-
-    async def _wait(self, reader: _Reader) -> None:
-        """Until something has changed, or it is time for a beat."""
-        try:
-            async with asyncio.timeout(BEAT_S):
-                await reader.changed.wait()
-            reader.changed.clear()
-        except TimeoutError:
-            await self._beat(reader)
-
-    async def _beat(self, reader: _Reader) -> None:
-        pull = reader.pull
-        await reader.sink.send(frames.beat(pull.ticket, pull.epoch, self._exports.readable_tokens(pull)), b"")
 
     # Checks.
 

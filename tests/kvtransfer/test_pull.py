@@ -101,7 +101,7 @@ async def test_pieces_travel_while_later_chunks_are_computed() -> None:
 
 
 async def test_a_source_that_computes_slowly_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("biphase.kvtransfer.service.BEAT_S", 0.02)
+    monkeypatch.setattr("biphase.kvtransfer.reader.BEAT_S", 0.02)
     monkeypatch.setattr("biphase.kvtransfer.pace.SILENCE_S", 0.5)
     monkeypatch.setattr("biphase.kvtransfer.pace._TICK_S", 0.05)
     async with prefill_side() as prefill, decode_side() as decode:

@@ -1,0 +1,143 @@
+"""One open pull at the serving end: what may leave leaves, in pieces, with beats while there is nothing, then the trailer."""
+
+import asyncio
+import time
+from typing import Any
+
+from biphase.kernels.kv_layout import KvBox
+from biphase.kernels.kv_pack.codec import packed_bytes
+from biphase.kvtransfer import frames
+from biphase.kvtransfer.due import Due
+from biphase.kvtransfer.exports import ExportTable, Pull
+from biphase.kvtransfer.frames import FrameKind, Trailer
+from biphase.kvtransfer.pieces import split
+from biphase.kvtransfer.rank_memory import RankMemory
+from biphase.kvtransfer.signature import HEADER_DIGEST, SUM_DIGEST
+from biphase.kvtransfer.wire import FrameSink, PullOrder
+
+MOST_PARTS = 256
+"""In more parts than that a piece is packed: each costs some 0.3 us, and a call takes 1024."""
+
+BEAT_S = 0.5
+"""A waiting reader hears from us at least this often; see pace.SILENCE_S."""
+
+
+class Reader:
+    """Owned by the service, run in the pull's task. ``evicted``: that was cancelled because the pull must end."""
+
+    def __init__(self, pull: Pull, order: PullOrder, exports: ExportTable, memory: RankMemory, sink: FrameSink) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.pull = pull
+        self.task: asyncio.Task[Any] = task
+        self.evicted = False
+        self.num_pieces = 0
+        self.num_bytes = 0
+        self._changed = asyncio.Event()
+        self._order = order
+        self._exports = exports
+        self._memory = memory
+        self._sink = sink
+
+    def look_again(self) -> None:
+        """Something about the ticket has changed."""
+        self._changed.set()
+
+    def evict(self) -> None:
+        if not self.evicted:
+            self.evicted = True
+            self.task.cancel()
+
+    async def run(self, payload_bytes: int, *, overlap: bool) -> None:
+        """Serve the whole order, in pieces of at most ``payload_bytes``; see KvService for ``overlap``. Raises
+        ExportRefused and whatever the sink raises."""
+        exports, pull, layout = self._exports, self.pull, self._memory.layout
+        await self._beat()
+        due = Due(self._order.box, self._memory.part.layer_start, layout)
+        while not due.done:
+            readable = exports.readable(pull)
+            box = due.take(readable) if overlap or readable.tokens == pull.num_tokens else None
+            if box is not None:
+                await self._send(box, payload_bytes)
+            else:
+                await self._wait()
+        if self._order.pieces_only:
+            return
+        while (first := exports.first_token(pull)) is None:
+            await self._wait()
+        first_token, sampled_s = first
+        trailer = Trailer(
+            first_token=first_token,
+            total_bytes=self.num_bytes,
+            num_pieces=self.num_pieces,
+            age_ms=(time.monotonic() - sampled_s) * 1000.0,
+        )
+        await self._sink.send(*frames.trailer(pull.ticket, pull.epoch, trailer, pull.num_tokens))
+
+    async def _send(self, box: KvBox, payload_bytes: int) -> None:
+        """Send a box that may be read now."""
+        order = self._order
+        in_place = self._sink.gathers and order.codec == "raw" and order.digest != SUM_DIGEST
+        for piece in split(self._memory.layout, box, payload_bytes, by_block=in_place):
+            parts = self._memory.parts(self.pull.blocks, piece) if in_place else None
+            if parts is not None and len(parts) <= MOST_PARTS:
+                num_bytes = await self._send_in_place(piece, parts)
+            else:
+                num_bytes = await self._send_packed(piece)
+            self.num_pieces += 1
+            self.num_bytes += num_bytes
+
+    async def _send_packed(self, piece: KvBox) -> int:
+        """From memory of the sink's: the blocks are read only while the piece is packed."""
+        exports, pull, codec = self._exports, self.pull, self._order.codec
+        num_bytes = packed_bytes(self._memory.layout, piece, codec)
+        room = await self._sink.room(num_bytes)
+        computed = exports.readable_tokens(pull)  # a pull that must end ends here, within one piece
+        exports.begin_send(pull)
+        try:
+            content_sum = self._memory.pack(pull.blocks, piece, room.payload, codec)
+        finally:
+            exports.end_send(pull, num_bytes)
+        await self._sink.send(self._seal(piece, num_bytes, computed, [room.payload], content_sum), room)
+        return num_bytes
+
+    async def _send_in_place(self, piece: KvBox, parts: list[memoryview]) -> int:
+        """From the blocks themselves, which are held until the sink has really done with them."""
+        exports, pull = self._exports, self.pull
+        num_bytes, sent = piece.num_bytes(self._memory.layout), 0
+        computed = exports.readable_tokens(pull)
+        exports.begin_send(pull)
+        try:
+            await self._sink.send(self._seal(piece, num_bytes, computed, parts, None), parts)
+            sent = num_bytes
+        finally:
+            exports.end_send(pull, sent)
+        return num_bytes
+
+    def _seal(
+        self, piece: KvBox, num_bytes: int, computed_tokens: int, contents: list[Any], content_sum: int | None
+    ) -> bytes:
+        digest = self._order.digest
+        return frames.seal(
+            self.pull.ticket,
+            FrameKind.PIECE,
+            epoch=self.pull.epoch,
+            box=piece,
+            payload_bytes=num_bytes,
+            computed_tokens=computed_tokens,
+            contents=() if digest == HEADER_DIGEST else contents,
+            content_sum=content_sum if digest == SUM_DIGEST else None,
+        )
+
+    async def _wait(self) -> None:
+        """Until something has changed, or it is time for a beat."""
+        try:
+            async with asyncio.timeout(BEAT_S):
+                await self._changed.wait()
+            self._changed.clear()
+        except TimeoutError:
+            await self._beat()
+
+    async def _beat(self) -> None:
+        pull = self.pull
+        await self._sink.send(frames.beat(pull.ticket, pull.epoch, self._exports.readable_tokens(pull)), b"")
