@@ -200,9 +200,6 @@ def _contradiction(deployment: Deployment) -> str | None:
         return "decode.replicas is 0: at least 1 decode instance is needed, prefill alone ends no request"
     if deployment.mode == "strict" and deployment.prefill.replicas == 0:
         return "mode is strict with prefill.replicas 0: strict needs at least 1 prefill instance"
-    if deployment.prefill.replicas and deployment.prefill.block_size != deployment.decode.block_size:
-        sizes = [size or "the default" for size in (deployment.prefill.block_size, deployment.decode.block_size)]
-        return f"prefill.block_size and decode.block_size are {sizes[0]} and {sizes[1]}: they must be equal"
     for role, plan in (("prefill", deployment.prefill), ("decode", deployment.decode)):
         if plan.parallel.num_ranks > 1 and plan.gpus not in (None, 0, 1):
             return (

@@ -45,7 +45,7 @@ class RolePlan:
     """None: on the CPU 20 % of free memory / ranks on the host, at most 4 GiB; on a GPU 90 % of its share less what
     model and buffers take."""
     block_size: int | None = None
-    """Tokens per KV block, equal in both roles for now; None: 32 on the CPU, 64 on a GPU."""
+    """Tokens per KV block; None: 32 on the CPU, 64 on a GPU."""
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     """Token budget of one engine step."""

@@ -66,7 +66,6 @@ def test_a_full_deployment_survives_json() -> None:
         ({"model": "m", "start_timeout_s": 0}, "here: start_timeout_s is 0: it must be above 0"),
         ({"model": "m", "decode": {"replicas": 0}}, "decode.replicas is 0: at least 1 decode instance is needed"),
         ({"model": "m", "mode": "strict", "prefill": {"replicas": 0}}, "strict needs at least 1 prefill instance"),
-        ({"model": "m", "prefill": {"block_size": 16}}, "are 16 and the default: they must be equal"),
         (
             {"model": "m", "decode": {"gpus": 2.0}},
             "here: decode.gpus is 2: the most is 1, of each rank: an instance of several has tensor_parallel_size",
@@ -154,6 +153,10 @@ def test_a_mistake_under_a_short_name_has_its_line(tmp_path: Path) -> None:
     path.write_text("model: m\ndecode:\n  replicas: 1\n  pp: -2\n")
     with pytest.raises(SetupError, match=r":4: decode.pipeline_parallel_size is -2: the least is 1"):
         load_deployment(path)
+
+
+def test_block_sizes_of_the_roles_may_differ() -> None:
+    assert deployment_from({"model": "m", "prefill": {"block_size": 16}}).decode.block_size is None
 
 
 def test_merge_goes_into_mappings() -> None:
