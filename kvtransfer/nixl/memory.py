@@ -19,6 +19,7 @@ WORD_BYTES = 8
 class SlotsAt:
     """Where a reader finds a source's slots: plain numbers, and the library's own description of how to connect."""
 
+    name: str
     agent: bytes
     slots_at: int
     marks_at: int
@@ -37,8 +38,10 @@ class SlotsAt:
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise ConnectionError(f"no description of a source's slots: {error}") from None
         numbers = (slots.slots_at, slots.marks_at, slots.salt, slots.num_slots, slots.slot_bytes)
-        if not isinstance(slots.agent, bytes) or not all(
-            type(value) is int and 0 <= value < 2**64 for value in numbers
+        if (
+            not isinstance(slots.agent, bytes)
+            or not isinstance(slots.name, str)
+            or not all(type(value) is int and 0 <= value < 2**64 for value in numbers)
         ):
             raise ConnectionError("no description of a source's slots: a field of another type")
         return slots
@@ -82,8 +85,9 @@ class StagingSlots:
         self._marks = self._memory.bytes[: num_slots * WORD_BYTES].view(np.uint64)
         self._marks[:] = self.salt
 
-    def description(self, agent: bytes) -> SlotsAt:
+    def description(self, name: str, agent: bytes) -> SlotsAt:
         return SlotsAt(
+            name=name,
             agent=agent,
             slots_at=self._memory.address + self._at,
             marks_at=self._memory.address,

@@ -54,14 +54,15 @@ class NixlPlane:
         per_pull: int | None = None,
         wait_s: float = WAIT_S,
     ) -> None:
-        self._agent, self._backend = new_agent(f"biphase-{secrets.token_hex(8)}", host)
+        self._name = f"biphase-{secrets.token_hex(8)}"
+        self._agent, self._backend = new_agent(self._name, host)
         self._num_slots, self._slot_bytes = num_slots, slot_bytes
         self._per_pull, self._wait_s = per_pull, wait_s
         self._staging: Staging | None = None
         self._answer = b""
         self.reader = Reader(self._agent, self._backend)
         self._landing: Landing | None = None
-        self._sources: OrderedDict[bytes, _Connected] = OrderedDict()
+        self._sources: OrderedDict[str, _Connected] = OrderedDict()
         self._closed = False
 
     async def sender(self, hello: bytes, peer: str) -> StagedSender:
@@ -69,7 +70,7 @@ class NixlPlane:
         if self._staging is None:
             memory = StagingSlots(self._agent, self._backend, self._num_slots, self._slot_bytes)
             self._staging = Staging(memory, per_pull=self._per_pull, wait_s=self._wait_s)
-            self._answer = memory.description(self._agent.getLocalMD()).packed()
+            self._answer = memory.description(self._name, self._agent.getLocalMD()).packed()
         return self._staging.sender(self._answer)
 
     async def receiver(self, peer: str) -> "NixlReceiver":
@@ -95,17 +96,18 @@ class NixlPlane:
             self._landing = Landing(self._agent, self._backend, self._num_slots, self._slot_bytes)
         return self._landing
 
-    def connect(self, described: bytes) -> _Connected:
+    def connect(self, slots: SlotsAt) -> _Connected:
         """For one user more. Raises ConnectionError."""
         self._check()
-        source = self._sources.pop(described, None)
+        source = self._sources.pop(slots.name, None)
         if source is None:
             try:
-                name = self._agent.loadRemoteMD(described)
+                if slots.name != self._name:
+                    self._agent.loadRemoteMD(slots.agent)
             except errors() as error:
                 raise ConnectionError(f"nixl cannot connect to the source: {error}") from None
-            source = _Connected(name.decode() if isinstance(name, bytes) else str(name))
-        self._sources[described] = source
+            source = _Connected(slots.name)
+        self._sources[slots.name] = source
         source.users += 1
         for old, each in list(self._sources.items()):
             if len(self._sources) <= _MOST_SOURCES:
@@ -115,13 +117,15 @@ class NixlPlane:
                 self._disconnect(each)
         return source
 
-    def lost(self, described: bytes) -> None:
+    def lost(self, source: _Connected) -> None:
         """A read failed: the next pull connects again."""
-        source = self._sources.pop(described, None)
-        if source is not None:
+        if self._sources.get(source.name) is source:
+            del self._sources[source.name]
             self._disconnect(source)
 
     def _disconnect(self, source: _Connected) -> None:
+        if source.name == self._name:
+            return
         with suppress(*errors()):
             self._agent.invalidateRemoteMD(source.name)
 
@@ -210,7 +214,7 @@ class NixlReceiver:
 
     async def start(self, answer: bytes) -> None:
         slots = SlotsAt.unpacked(answer)
-        self._source = self._plane.connect(slots.agent)
+        self._source = self._plane.connect(slots)
         self._slots = slots
 
     async def fetch(self, reference: bytes, num_bytes: int) -> memoryview:
@@ -239,7 +243,7 @@ class NixlReceiver:
                 await read(slots.slots_at + slot.index * slots.slot_bytes, landing.payload_at(index), num_bytes)
             await read(slots.marks_at + slot.index * WORD_BYTES, landing.word_at(index), WORD_BYTES)
         except ConnectionError:
-            self._plane.lost(slots.agent)
+            self._plane.lost(source)
             raise
         intact = landing.word(index) == slots.salt + slot.generation
         return landing.payload(index, num_bytes), intact

@@ -8,7 +8,9 @@ builds another.
 import asyncio
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +18,12 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from biphase.kvtransfer.pair_groups.backends import Backend
 from biphase.kvtransfer.pair_groups.buffers import Buffers
-from biphase.kvtransfer.pair_groups.window import WINDOW, DueWindow, SentWindow, WindowError
+from biphase.kvtransfer.pair_groups.window import WINDOW, DueWindow, Payload, SentWindow, WindowError
 
 _HELLO_BYTES = 8
+_MOST_OVER = 4096
+_PATIENCE = 2.0
+"""After so many deadlines a payload is given up whose pull has not begun here."""
 
 
 class Pair:
@@ -148,6 +153,7 @@ class SendingPair(Pair):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._window = SentWindow()
+        self._pulls = 0
         self._waiting: set[asyncio.Future[None]] = set()
         super().__init__(*args, **kwargs)
 
@@ -159,7 +165,12 @@ class SendingPair(Pair):
         """What a reader must know before it uses the pair: what is under way on it."""
         return self._window.reference()
 
-    def send(self, buffer: torch.Tensor, num_bytes: int) -> tuple[int, bytes]:
+    def new_pull(self) -> int:
+        """A number for one more pull."""
+        self._pulls += 1
+        return self._pulls
+
+    def send(self, buffer: torch.Tensor, num_bytes: int, pull: int) -> tuple[int, bytes]:
         """Post the first bytes of a buffer, which is the pair's from now on; its number and reference."""
         self.check()
         if self.full:
@@ -171,7 +182,7 @@ class SendingPair(Pair):
                 self._buffers.put(buffer)
                 self.half(number)
 
-        number, reference = self._window.add(part.numel())
+        number, reference = self._window.add(part.numel(), pull)
         self._post(lambda: self._group.send([part], 1, _tag(number)), ended)
         return number, reference
 
@@ -205,19 +216,44 @@ class SendingPair(Pair):
                 turn.set_result(None)
 
 
+@dataclass(slots=True, eq=False)
+class _Arrival:
+    """A payload that is due or there, until its pull comes for it. ``buffer`` is set when it is there."""
+
+    pull: int
+    since_s: float
+    ready: "asyncio.Future[None]"
+    buffer: torch.Tensor | None = None
+    unwanted: bool = False
+
+
 class ReceivingPair(Pair):
-    """The reading end. Receives what is due in the pair's order, for whichever pull comes to fetch it."""
+    """The reading end. Receives what is due in the pair's order, and keeps it for its pull."""
 
     rank = 1
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._window = DueWindow()
-        self._arrivals: dict[int, asyncio.Future[torch.Tensor]] = {}
+        self._arrivals: dict[int, _Arrival] = {}
+        self._pulls: set[int] = set()
+        self._over: OrderedDict[int, None] = OrderedDict()
         super().__init__(*args, **kwargs)
 
     @property
     def last(self) -> int:
         return self._window.last
+
+    def begin(self, pull: int) -> None:
+        self._pulls.add(pull)
+
+    def end(self, pull: int) -> None:
+        """What has come for it and what is still under way is nobody's."""
+        self._pulls.discard(pull)
+        self._over[pull] = None
+        if len(self._over) > _MOST_OVER:
+            self._over.popitem(last=False)
+        for number in [number for number, arrival in self._arrivals.items() if arrival.pull == pull]:
+            self._give_up(number)
 
     def learn(self, reference: bytes) -> None:
         """Post the receives that a reference (or a sender's standing) says are due."""
@@ -227,50 +263,60 @@ class ReceivingPair(Pair):
         except WindowError as error:
             self._broke(str(error))
             raise ConnectionError(str(error)) from None
-        for number, num_bytes in due:
-            self._receive(number, num_bytes)
-        for number in [number for number in self._arrivals if number <= self._window.last - 2 * WINDOW]:
-            self._give_back(number)  # nobody came: the pull that would have has broken off
+        for payload in due:
+            self._receive(payload)
+        # a pull may break off before it has begun here: nobody will say that it is over
+        before_s = self._loop.time() - _PATIENCE * self._deadline_s
+        for number, arrival in list(self._arrivals.items()):
+            if arrival.since_s > before_s:
+                break
+            if arrival.pull not in self._pulls:
+                self._give_up(number)
 
     async def fetch(self, number: int) -> torch.Tensor:
         """Its buffer, which is the caller's from now on."""
         arrival = self._arrivals.get(number)
-        if arrival is None:
-            raise ConnectionError(f"payload {number} of the pair group has been fetched before, or given up")
-        buffer = await asyncio.shield(arrival)
-        if self._arrivals.pop(number, None) is None:
-            raise ConnectionError(f"payload {number} of the pair group has been fetched before, or given up")
-        return buffer
+        if arrival is not None:
+            await asyncio.shield(arrival.ready)
+            arrival = self._arrivals.pop(number, None)
+        if arrival is None or arrival.buffer is None:
+            raise ConnectionError(f"payload {number} of the pair group has been fetched before")
+        return arrival.buffer
 
-    def _receive(self, number: int, num_bytes: int) -> None:
-        buffer = self._buffers.get(num_bytes)
-        arrival = self._arrivals[number] = self._loop.create_future()
-        arrival.add_done_callback(_seen)
-        part = buffer[:num_bytes]
+    def _receive(self, payload: Payload) -> None:
+        buffer = self._buffers.get(payload.num_bytes)
+        arrival = _Arrival(payload.pull, self._loop.time(), self._loop.create_future())
+        arrival.unwanted = payload.pull in self._over
+        arrival.ready.add_done_callback(_seen)
+        if not arrival.unwanted:
+            self._arrivals[payload.number] = arrival
+        part = buffer[: payload.num_bytes]
 
         def ended(error: str | None) -> None:
-            if arrival.done():
-                if error is None and arrival.cancelled():
-                    self._buffers.put(buffer)
-            elif error is None:
-                arrival.set_result(buffer)
-            else:
-                arrival.set_exception(ConnectionError(error))
+            if error is not None:
+                if not arrival.ready.done():
+                    arrival.ready.set_exception(ConnectionError(error))
+            elif arrival.unwanted:
+                self._buffers.put(buffer)
+            elif not arrival.ready.done():
+                arrival.buffer = buffer
+                arrival.ready.set_result(None)
 
-        self._post(lambda: self._group.recv([part], 0, _tag(number)), ended)
+        self._post(lambda: self._group.recv([part], 0, _tag(payload.number)), ended)
 
-    def _give_back(self, number: int) -> None:
+    def _give_up(self, number: int) -> None:
         arrival = self._arrivals.pop(number)
-        if not arrival.done():
-            arrival.cancel()
-        elif not arrival.cancelled() and arrival.exception() is None:
-            self._buffers.put(arrival.result())
+        arrival.unwanted = True
+        if arrival.buffer is not None:
+            self._buffers.put(arrival.buffer)
+        elif not arrival.ready.done():
+            arrival.ready.set_exception(ConnectionError("the pull is closed"))
 
     def _end(self, reason: str) -> None:
         super()._end(reason)
         for arrival in self._arrivals.values():
-            if not arrival.done():
-                arrival.set_exception(ConnectionError(reason))
+            if not arrival.ready.done():
+                arrival.ready.set_exception(ConnectionError(reason))
 
 
 def _tag(number: int) -> int:

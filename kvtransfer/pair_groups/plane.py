@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import msgpack
 import torch
 
-from biphase.kvtransfer.pair_groups import window
 from biphase.kvtransfer.pair_groups.backends import make_backend
 from biphase.kvtransfer.pair_groups.buffers import Buffers, view
 from biphase.kvtransfer.pair_groups.pair import Pair, ReceivingPair, SendingPair
 from biphase.kvtransfer.pair_groups.rendezvous import Rendezvous
+from biphase.kvtransfer.pair_groups.window import WindowError, payload_of
 from biphase.kvtransfer.until_closed import UntilClosed
 from biphase.kvtransfer.wire import Room
 
@@ -94,8 +94,9 @@ class DistPlane:
         assert isinstance(pair, SendingPair)
         self._pairs.move_to_end(("to", reader))
         pair.acknowledge(last)
-        answer = {"store": self._rendezvous.address, "pair": pair.key, "standing": pair.standing()}
-        return DistSender(pair, self._buffers, msgpack.packb(answer), wait_s=self._deadline_s * _WAIT)
+        pull = pair.new_pull()
+        answer = {"store": self._rendezvous.address, "pair": pair.key, "pull": pull, "standing": pair.standing()}
+        return DistSender(pair, pull, self._buffers, msgpack.packb(answer), wait_s=self._deadline_s * _WAIT)
 
     async def receiver(self, peer: str) -> "DistReceiver":
         pair = self._pairs.get(("from", peer))
@@ -103,12 +104,12 @@ class DistPlane:
         wish = {"reader": self._id, "life": self._lives[peer], "last": last, "backend": self._backend.name}
         return DistReceiver(self, self._buffers, peer, msgpack.packb(wish))
 
-    async def join(self, peer: str, answer: bytes) -> ReceivingPair:
-        """The group that a sender's answer names, built if it must be; its user now is the caller."""
+    async def join(self, peer: str, answer: bytes) -> tuple[ReceivingPair, int]:
+        """The group that a sender's answer names, built if it must be, and the pull's number on it, for ``leave``."""
         try:
             said = msgpack.unpackb(answer)
             host, port = said["store"]
-            key, standing = str(said["pair"]), bytes(said["standing"])
+            key, pull, standing = str(said["pair"]), int(said["pull"]), bytes(said["standing"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConnectionError(f"an answer of {peer} that dist cannot read: {error!r}") from None
         pair = self._pairs.get(("from", peer))
@@ -120,17 +121,22 @@ class DistPlane:
         assert isinstance(pair, ReceivingPair)
         self._pairs.move_to_end(("from", peer))
         pair.users += 1
+        pair.begin(pull)
         try:
             async with asyncio.timeout(self._patience_s):
                 await asyncio.shield(pair.built)
             pair.learn(standing)
         except TimeoutError:
-            pair.users -= 1
+            self.leave(pair, pull)
             raise ConnectionError(f"the pair group with {peer} is still being built") from None
         except BaseException:
-            pair.users -= 1
+            self.leave(pair, pull)
             raise
-        return pair
+        return pair, pull
+
+    def leave(self, pair: ReceivingPair, pull: int) -> None:
+        pair.users -= 1
+        pair.end(pull)
 
     async def close(self) -> None:
         """Groups that are still in use end within the deadline, in threads of their own."""
@@ -203,9 +209,10 @@ class _DistRoom:
 class DistSender:
     """A PayloadSender (wire.py)."""
 
-    def __init__(self, pair: SendingPair, buffers: Buffers, answer: bytes, *, wait_s: float) -> None:
+    def __init__(self, pair: SendingPair, pull: int, buffers: Buffers, answer: bytes, *, wait_s: float) -> None:
         self.answer = answer
         self._pair = pair
+        self._pull = pull
         self._buffers = buffers
         self._wait_s = wait_s
         self._untaken: set[int] = set()
@@ -231,14 +238,14 @@ class DistSender:
         while self._pair.full:  # others have filled it since
             await self._pair.changed()
             self._check()
-        number, reference = self._pair.send(room.buffer, room.num_bytes)
+        number, reference = self._pair.send(room.buffer, room.num_bytes, self._pull)
         self._untaken.add(number)
         return reference
 
     def taken(self, reference: bytes) -> None:
         try:
-            number = window.number_of(reference)
-        except window.WindowError as error:
+            number = payload_of(reference).number
+        except WindowError as error:
             raise ConnectionError(str(error)) from None
         if number in self._untaken:
             self._untaken.discard(number)
@@ -265,24 +272,25 @@ class DistReceiver:
         self._buffers = buffers
         self._peer = peer
         self._pair: ReceivingPair | None = None
+        self._pull = 0
         self._fetched: dict[bytes, torch.Tensor] = {}
         self._until_closed = UntilClosed()
 
     async def start(self, answer: bytes) -> None:
         assert self._pair is None
-        self._pair = await self._plane.join(self._peer, answer)
+        self._pair, self._pull = await self._plane.join(self._peer, answer)
 
     async def fetch(self, reference: bytes, num_bytes: int) -> Any:
         if self._pair is None:
             raise ConnectionError("the pull is closed, or was not started")
         try:
-            number, size = window.number_of(reference), window.size_of(reference)
-        except window.WindowError as error:
+            meant = payload_of(reference)
+        except WindowError as error:
             raise ConnectionError(str(error)) from None
-        if size != max(1, num_bytes):
-            raise ConnectionError(f"a payload of {num_bytes} bytes whose reference says {size}")
+        if meant.num_bytes != max(1, num_bytes):
+            raise ConnectionError(f"a payload of {num_bytes} bytes whose reference says {meant.num_bytes}")
         self._pair.learn(reference)
-        buffer = self._fetched[reference] = await self._until_closed.run(self._pair.fetch(number))
+        buffer = self._fetched[reference] = await self._until_closed.run(self._pair.fetch(meant.number))
         return view(buffer, num_bytes)
 
     def intact(self, reference: bytes) -> bool:
@@ -299,5 +307,5 @@ class DistReceiver:
         self._fetched.clear()
         self._until_closed.close()
         if self._pair is not None:
-            self._pair.users -= 1
+            self._plane.leave(self._pair, self._pull)
             self._pair = None

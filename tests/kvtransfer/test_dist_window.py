@@ -1,34 +1,35 @@
 """What is under way on a pair group, whatever order the references come in and whichever never come."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biphase.kvtransfer.pair_groups.window import WINDOW, DueWindow, SentWindow, WindowError, number_of, size_of
+from biphase.kvtransfer.pair_groups.window import WINDOW, DueWindow, Payload, SentWindow, WindowError, payload_of
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_every_receive_is_posted_once_in_order(data: st.DataObject) -> None:
     sent, due = SentWindow(), DueWindow()
-    posted: list[tuple[int, int]] = []
-    all_sent: list[tuple[int, int]] = []
+    posted: list[Payload] = []
+    all_sent: list[Payload] = []
     on_their_way: list[bytes] = []
     for _ in range(data.draw(st.integers(1, 120))):
         if sent.num_open < WINDOW and data.draw(st.booleans()):
-            size = data.draw(st.integers(0, 2**32 - 1))
-            number, reference = sent.add(size)
-            assert len(reference) <= 255 and (number_of(reference), size_of(reference)) == (number, size)
-            all_sent.append((number, size))
+            size, pull = data.draw(st.integers(0, 2**32 - 1)), data.draw(st.integers(0, 2**32 - 1))
+            number, reference = sent.add(size, pull)
+            assert len(reference) <= 255 and payload_of(reference) == Payload(number, size, pull)
+            all_sent.append(Payload(number, size, pull))
             on_their_way.append(reference)
         elif on_their_way:
             reference = on_their_way.pop(data.draw(st.integers(0, len(on_their_way) - 1)))
             match data.draw(st.sampled_from(("comes", "never comes", "skipped"))):
                 case "comes":
                     posted += due.learn(reference)
-                    sent.half(number_of(reference))  # the send has ended
-                    sent.half(number_of(reference))  # and the reader has done with it
+                    sent.half(payload_of(reference).number)  # the send has ended
+                    sent.half(payload_of(reference).number)  # and the reader has done with it
                 case "skipped":
-                    sent.half(number_of(reference))
+                    sent.half(payload_of(reference).number)
         elif sent.num_open == WINDOW:  # nothing comes any more: the next pull's reader says where it is
             sent.acknowledge(due.last)
             posted += due.learn(sent.reference())
@@ -38,7 +39,7 @@ def test_every_receive_is_posted_once_in_order(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "reference", [b"", b"\1" * 8, bytes(8) + b"\1" + bytes(4), b"\5" + bytes(7) + b"\2" + bytes(4)]
+    "reference", [b"", b"\1" * 8, bytes(8) + b"\1" + bytes(8), b"\5" + bytes(7) + b"\2" + bytes(8)]
 )
 def test_what_is_no_reference(reference: bytes) -> None:
     with pytest.raises(WindowError, match="is no reference"):
@@ -47,9 +48,9 @@ def test_what_is_no_reference(reference: bytes) -> None:
 
 def test_a_reference_beyond_what_is_known() -> None:
     sent = SentWindow()
-    sent.add(1)
+    sent.add(1, 1)
     sent.acknowledge(1)
     with pytest.raises(WindowError, match="payload 1 of the pair is due, the reference begins at 2"):
-        DueWindow().learn(sent.add(1)[1])
+        DueWindow().learn(sent.add(1, 1)[1])
     with pytest.raises(WindowError, match="no payload"):
-        size_of(SentWindow().reference())
+        payload_of(SentWindow().reference())

@@ -159,7 +159,8 @@ async def _serve_pull(plane: DataPlane, reader: asyncio.StreamReader, writer: as
     try:
         for number, (seed, size) in enumerate(order["payloads"], 1):
             room = await sender.room(size)
-            room.payload[:] = payload_bytes(seed, size)
+            if seed is not None:  # else whatever lies there: for measuring
+                room.payload[:] = payload_bytes(seed, size)
             reference = await sender.send(room)
             del room
             if number not in order.get("silent", ()):
@@ -183,7 +184,7 @@ async def _main(make: Callable[[], DataPlane]) -> None:
     plane = make()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
+        with suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             await _serve_pull(plane, reader, writer)
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
