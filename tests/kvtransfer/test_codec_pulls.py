@@ -1,0 +1,77 @@
+"""A pull packed by a codec brings what that codec keeps of the source's KV, whatever the blocks of either end."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.kv import LAYOUT, NUM_BLOCKS, make_signature, prefill_side, tokens_of
+
+from biphase.kernels.kv_pack import CpuKvMemory
+from biphase.kernels.kv_pack.codec import CODECS, packed_bytes
+from biphase.kvtransfer.codec_choice import CodecChooser, CodecTimes
+from biphase.kvtransfer.codec_times import speakable
+from biphase.kvtransfer.puller import KvPuller
+from biphase.protos.ids import BlockId
+
+TOKENS = 100
+SPOKEN = speakable("float32")
+
+
+def what_it_keeps(source: np.ndarray, blocks: list[BlockId], codec: str) -> np.ndarray:  # type: ignore[type-arg]
+    """Of a ticket's whole box, packed at once: groups are blocks, so pieces do not matter."""
+    memory, box = CpuKvMemory(source, LAYOUT), LAYOUT.box(TOKENS)
+    data = bytearray(packed_bytes(LAYOUT, box, codec))
+    memory.pack(blocks, box, data, codec)
+    pool = np.zeros_like(source)
+    CpuKvMemory(pool, LAYOUT).unpack(blocks, box, data, codec)
+    return tokens_of(pool, blocks, TOKENS)
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+@pytest.mark.parametrize("codec", CODECS)
+async def test_a_pull_brings_what_the_codec_keeps(codec: str, block_size: int) -> None:
+    layout = replace(LAYOUT, block_size=block_size)
+    pool = np.full(layout.pool_shape(NUM_BLOCKS), np.nan, dtype=np.float32)
+    signature = replace(make_signature("decode-0", layout=layout), codecs=SPOKEN)
+    puller = KvPuller(memory=CpuKvMemory(pool, layout), signature=signature, codecs=CodecChooser(wanted=codec))
+    async with prefill_side(signature=replace(make_signature("prefill-0"), codecs=SPOKEN)) as prefill:
+        ticket = prefill.open(TOKENS)
+        blocks = [BlockId(block) for block in range(NUM_BLOCKS - 1, NUM_BLOCKS - 1 - layout.blocks_for(TOKENS), -1)]
+        pulled = await puller.pull(ticket, 1, blocks, timeout_s=10.0)
+        wanted = what_it_keeps(prefill.pool, prefill.blocks_of(TOKENS), codec)
+        sent = puller.counters()["bytes_by_grpc"]
+        await puller.close()
+    assert np.array_equal(tokens_of(pool, blocks, TOKENS), wanted)
+    assert not np.array_equal(wanted, prefill.content(TOKENS))
+    assert pulled.bytes == LAYOUT.box(TOKENS).num_bytes(LAYOUT)
+    assert sent < 0.3 * pulled.bytes
+
+
+async def test_a_source_that_speaks_raw_only_sends_raw() -> None:
+    pool = np.full(LAYOUT.pool_shape(NUM_BLOCKS), np.nan, dtype=np.float32)
+    signature = replace(make_signature("decode-0"), codecs=SPOKEN)
+    puller = KvPuller(memory=CpuKvMemory(pool, LAYOUT), signature=signature, codecs=CodecChooser(wanted="int4"))
+    async with prefill_side() as prefill:
+        ticket = prefill.open(TOKENS)
+        await puller.pull(ticket, 1, [BlockId(block) for block in range(7)], timeout_s=10.0)
+        await puller.close()
+        assert np.array_equal(tokens_of(pool, range(7), TOKENS), prefill.content(TOKENS))
+
+
+async def test_auto_packs_once_a_wire_was_seen_to_be_slow() -> None:
+    pool = np.full(LAYOUT.pool_shape(NUM_BLOCKS), np.nan, dtype=np.float32)
+    signature = replace(make_signature("decode-0"), codecs=SPOKEN)
+    at_once = {codec: CodecTimes(pack=1e-12, unpack=1e-12) for codec in SPOKEN}
+    chooser = CodecChooser(wanted="auto", budget=1.0, times=at_once)
+    puller = KvPuller(memory=CpuKvMemory(pool, LAYOUT), signature=signature, codecs=chooser)
+    async with prefill_side(signature=replace(make_signature("prefill-0"), codecs=SPOKEN)) as prefill:
+        blocks = [BlockId(block) for block in range(7)]
+        sent = []
+        for _ in range(2):
+            before = puller.counters().get("bytes_by_grpc", 0)
+            await puller.pull(prefill.open(TOKENS), 1, blocks, timeout_s=10.0)
+            sent.append(puller.counters()["bytes_by_grpc"] - before)
+            chooser.observe("prefill-0", "raw", raw_bytes=1 << 20, wire_bytes=1 << 20, seconds=1.0)
+        await puller.close()
+    assert sent[0] == LAYOUT.box(TOKENS).num_bytes(LAYOUT)
+    assert sent[1] == packed_bytes(LAYOUT, LAYOUT.box(TOKENS), "int4")
