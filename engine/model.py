@@ -17,7 +17,7 @@ from biphase.engine.batch import StepBatch
 from biphase.engine.checkpoint.shard import Shard
 from biphase.engine.model_config import ModelConfig
 from biphase.engine.parallel.group import RankGroups
-from biphase.engine.parallel.local_config import local_config
+from biphase.engine.parallel.local_config import layer_marks, local_config
 from biphase.kernels.ops import Kernels
 
 
@@ -222,12 +222,6 @@ class LlamaModel:
             self._buffers.clear()  # they would keep the smaller buffer alive
             flat = self._flat[name] = torch.zeros(num_features * num_tokens)
         return flat[: num_features * num_tokens].view(num_features, num_tokens)
-
-
-def layer_marks(num_layers: int) -> frozenset[int]:
-    """After how many layers a step says so: about four times, lastly after all."""
-    group = max(1, round(num_layers / 4))
-    return frozenset(range(group, num_layers, group)) | {num_layers}
 
 
 def _layer(tensors: dict[str, torch.Tensor], i: int) -> Layer:

@@ -19,10 +19,9 @@ from biphase.engine.checkpoint.shard import Shard
 from biphase.engine.gpu.feed_forward import feed_forward_of
 from biphase.engine.gpu.step_inputs import StepInputs
 from biphase.engine.gpu.vocabulary import Vocabulary
-from biphase.engine.model import layer_marks
 from biphase.engine.model_config import ModelConfig
 from biphase.engine.parallel.group import RankGroups
-from biphase.engine.parallel.local_config import local_config
+from biphase.engine.parallel.local_config import layer_marks, local_config
 from biphase.kernels.kv_layout import KvLayout
 from biphase.kernels.kv_pack.gpu_memory import GpuKvMemory
 from biphase.kernels.ops import PagedKernels

@@ -1,4 +1,4 @@
-"""The model that one rank runs, in numbers: fewer layers, heads and features. Pure."""
+"""The model that one rank runs, in numbers: fewer layers, heads and features; how often it tells of them. Pure."""
 
 from dataclasses import replace
 
@@ -18,3 +18,9 @@ def local_config(config: ModelConfig, plan: ParallelPlan, rank: int) -> ModelCon
         num_kv_heads=len(plan.kv_heads_of(rank, config.num_kv_heads)),
         intermediate_size=config.intermediate_size if config.num_experts else config.intermediate_size // plan.tp,
     )
+
+
+def layer_marks(num_layers: int) -> frozenset[int]:
+    """After how many layers a step says so: about four times, lastly after all."""
+    group = max(1, round(num_layers / 4))
+    return frozenset(range(group, num_layers, group)) | {num_layers}

@@ -12,6 +12,7 @@ from biphase.engine.checkpoint.dummy import dummy_config
 from biphase.engine.checkpoint.layout import engine_tensors
 from biphase.engine.checkpoint.shard import Cut, Shard
 from biphase.engine.model_config import ModelConfig
+from biphase.engine.parallel.local_config import layer_marks
 from biphase.protos.errors import SetupError
 from biphase.protos.parallel_plan import ParallelPlan
 
@@ -142,3 +143,8 @@ def test_a_plan_is_refused_before_weights_are_read(
     with pytest.raises(SetupError, match=message):
         opened(model, Shard(plan=plan, rank=0), load_format)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_step_tells_about_four_times_how_far_it_is() -> None:
+    assert [sorted(layer_marks(count)) for count in (1, 3, 4, 8)] == [[1], [1, 2, 3], [1, 2, 3, 4], [2, 4, 6, 8]]
+    assert sorted(layer_marks(30)) == [8, 16, 24, 30] and sorted(layer_marks(5)) == [1, 2, 3, 4, 5]
