@@ -66,8 +66,11 @@ class GpuKvMemory:
     def pack(self, blocks: Sequence[int], box: KvBox, out: Any, codec: str = "raw") -> int:
         """Write the packed box to ``out``, a writable buffer of that size; returns its sum.
 
-        See KvMemory. Staging grows to the largest box asked for.
+        See KvMemory. ``out`` may be a tensor on the pool's device: then nothing but the sum comes to the host. Staging grows
+        to the largest box asked for.
         """
+        if isinstance(out, torch.Tensor):
+            return self._pack_on_device(blocks, box, out, codec)
         target = self._bytes(blocks, box, out, self.layout, codec)
         if target.size == 0:
             return 0
@@ -84,12 +87,15 @@ class GpuKvMemory:
 
     def unpack(
         self, blocks: Sequence[int], box: KvBox, data: Any, codec: str = "raw", group_size: int | None = None
-    ) -> None:
-        """The inverse of pack: write a packed box into the request's blocks. See KvMemory."""
+    ) -> int | None:
+        """The inverse of pack: write a packed box into the request's blocks. See KvMemory. Of a tensor on the pool's device
+        it returns the sum, which nobody on the host could take first."""
         size = group_size or self.layout.block_size
+        if isinstance(data, torch.Tensor):
+            return self._unpack_on_device(blocks, box, data, codec, size)
         source = self._bytes(blocks, box, data, replace(self.layout, block_size=size), codec)
         if source.size == 0:
-            return
+            return None
         table, box = self._own_blocks(blocks, box, size)
         with self._incoming as lane:
             lane.reserve(source.size, len(table))
@@ -98,6 +104,46 @@ class GpuKvMemory:
             lane.send()
             unpack(self._pool, lane.table, box, lane.data, lane.total, codec=codec, group_size=size)
             lane.finish()
+        return None
+
+    def _pack_on_device(self, blocks: Sequence[int], box: KvBox, out: torch.Tensor, codec: str) -> int:
+        self._check_on_device(blocks, box, out, self.layout, codec)
+        if out.numel() == 0:
+            return 0
+        table, box = self._own_blocks(blocks, box)
+        with self._outgoing as lane:
+            lane.reserve(0, len(table))
+            lane.wait_for(self._after() if self._after is not None else None)
+            lane.host_table[:] = table
+            lane.send_table()
+            pack(self._pool, lane.table, box, out, lane.total, codec=codec)
+            lane.fetch()
+            return int(lane.host_total[0]) & MASK
+
+    def _unpack_on_device(
+        self, blocks: Sequence[int], box: KvBox, data: torch.Tensor, codec: str, group_size: int
+    ) -> int:
+        self._check_on_device(blocks, box, data, replace(self.layout, block_size=group_size), codec)
+        if data.numel() == 0:
+            return 0
+        table, box = self._own_blocks(blocks, box, group_size)
+        with self._incoming as lane:
+            lane.reserve(0, len(table))
+            lane.host_table[:] = table
+            lane.send_table()
+            unpack(self._pool, lane.table, box, data, lane.total, codec=codec, group_size=group_size)
+            lane.fetch()
+            return int(lane.host_total[0]) & MASK
+
+    def _check_on_device(
+        self, blocks: Sequence[int], box: KvBox, buffer: torch.Tensor, packed: KvLayout, codec: str
+    ) -> None:
+        check_box(self.layout, box, len(blocks))
+        size = packed_bytes(packed, box, codec)
+        if buffer.device != self._pool.device:
+            raise ValueError(f"a buffer on {buffer.device} for a pool on {self._pool.device}")
+        if buffer.numel() != size or buffer.dtype != torch.uint8:
+            raise ValueError(f"a buffer of {buffer.numel()} {buffer.dtype} for a box of {size} bytes")
 
     def _bytes(
         self, blocks: Sequence[int], box: KvBox, buffer: Any, packed: KvLayout, codec: str

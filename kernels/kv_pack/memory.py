@@ -32,7 +32,8 @@ class KvMemory(Protocol):
 
     def unpack(
         self, blocks: Sequence[int], box: KvBox, data: Any, codec: str = "raw", group_size: int | None = None
-    ) -> None:
+    ) -> int | None:
         """The inverse: write a packed box into the request's blocks. When it returns, ``data`` is no longer read and
         every later computation on the pool's device sees them. ``group_size``: the block size of the pool that was
-        packed, where a codec quantised and that is not this pool's."""
+        packed, where a codec quantised and that is not this pool's. Returns the sum of ``data`` where that lies on a
+        device, None where the host can take it before."""

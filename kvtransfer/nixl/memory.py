@@ -14,6 +14,15 @@ from biphase.kvtransfer.nixl.library import bindings, errors
 
 WORD_BYTES = 8
 
+SKEW_BYTES = 128
+"""Where in its first page a slot begins: copies between a page's very start and a pool, which lies some bytes into one,
+are slow on some processors."""
+
+
+def slot_stride(slot_bytes: int) -> int:
+    """From one slot to the next: whole pages."""
+    return -(-(SKEW_BYTES + slot_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotsAt:
@@ -26,6 +35,7 @@ class SlotsAt:
     salt: int
     num_slots: int
     slot_bytes: int
+    stride: int
 
     def packed(self) -> bytes:
         return bytes(msgpack.packb(asdict(self)))
@@ -37,7 +47,7 @@ class SlotsAt:
             slots = SlotsAt(**msgpack.unpackb(data))
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise ConnectionError(f"no description of a source's slots: {error}") from None
-        numbers = (slots.slots_at, slots.marks_at, slots.salt, slots.num_slots, slots.slot_bytes)
+        numbers = (slots.slots_at, slots.marks_at, slots.salt, slots.num_slots, slots.slot_bytes, slots.stride)
         if (
             not isinstance(slots.agent, bytes)
             or not isinstance(slots.name, str)
@@ -80,8 +90,9 @@ class StagingSlots:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self.salt = secrets.randbits(62)
-        self._at = -(-num_slots * WORD_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._memory = RegisteredMemory(agent, backend, self._at + num_slots * slot_bytes)
+        self._stride = slot_stride(slot_bytes)
+        self._at = -(-num_slots * WORD_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE + SKEW_BYTES
+        self._memory = RegisteredMemory(agent, backend, self._at + num_slots * self._stride)
         self._marks = self._memory.bytes[: num_slots * WORD_BYTES].view(np.uint64)
         self._marks[:] = self.salt
 
@@ -94,10 +105,11 @@ class StagingSlots:
             salt=self.salt,
             num_slots=self.num_slots,
             slot_bytes=self.slot_bytes,
+            stride=self._stride,
         )
 
     def view(self, index: int, num_bytes: int) -> tuple[memoryview, Any]:
-        start = self._at + index * self.slot_bytes
+        start = self._at + index * self._stride
         part = self._memory.bytes[start : start + num_bytes]
         return part.data, part
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from biphase.kvtransfer.nixl.library import errors, new_agent, why_not
-from biphase.kvtransfer.nixl.memory import WORD_BYTES, RegisteredMemory, SlotsAt, StagingSlots
+from biphase.kvtransfer.nixl.memory import SKEW_BYTES, WORD_BYTES, RegisteredMemory, SlotsAt, StagingSlots, slot_stride
 from biphase.kvtransfer.nixl.reader import Reader
 from biphase.kvtransfer.slots import Slot, read_reference
 from biphase.kvtransfer.staging import WAIT_S, StagedSender, Staging
@@ -140,7 +140,7 @@ class Landing:
     def __init__(self, agent: Any, backend: Any, num_slots: int, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
         self._loop = asyncio.get_running_loop()
-        self._stride = slot_bytes + WORD_BYTES
+        self._stride = slot_stride(slot_bytes)
         self._memory = RegisteredMemory(agent, backend, num_slots * self._stride)
         self._free = deque(range(num_slots))
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -172,14 +172,14 @@ class Landing:
                 return
 
     def payload_at(self, index: int) -> int:
-        return self._memory.address + index * self._stride
+        return self._memory.address + self._start(index)
 
     def word_at(self, index: int) -> int:
-        return self.payload_at(index) + self.slot_bytes
+        return self._memory.address + self._start(index) - WORD_BYTES
 
     def payload(self, index: int, num_bytes: int) -> memoryview:
         """The slot is given back when nobody has a view of it: an unpack in a thread outlives a pull that is broken off."""
-        start = index * self._stride
+        start = self._start(index)
         part = self._memory.bytes[start : start + num_bytes]
         weakref.finalize(part, self._last_view_is_gone, index).atexit = False
         return part.data
@@ -191,9 +191,13 @@ class Landing:
         except RuntimeError:  # the loop is closed, and the slots with it
             pass
 
+    def _start(self, index: int) -> int:
+        """The word lies before the payload."""
+        return index * self._stride + SKEW_BYTES
+
     def word(self, index: int) -> int:
-        start = index * self._stride + self.slot_bytes
-        return int(self._memory.bytes[start : start + WORD_BYTES].view(np.uint64)[0])
+        start = self._start(index)
+        return int(self._memory.bytes[start - WORD_BYTES : start].view(np.uint64)[0])
 
     def close(self) -> None:
         self._memory.close()
@@ -240,7 +244,7 @@ class NixlReceiver:
         read = partial(self._plane.reader.read, source.name, timeout_s=self._wait_s, given_up=given_up)
         try:
             if num_bytes:
-                await read(slots.slots_at + slot.index * slots.slot_bytes, landing.payload_at(index), num_bytes)
+                await read(slots.slots_at + slot.index * slots.stride, landing.payload_at(index), num_bytes)
             await read(slots.marks_at + slot.index * WORD_BYTES, landing.word_at(index), WORD_BYTES)
         except ConnectionError:
             self._plane.lost(source)

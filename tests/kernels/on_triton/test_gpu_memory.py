@@ -188,3 +188,20 @@ def test_a_pool_that_is_not_the_layouts_is_refused(device: torch.device) -> None
     ):
         with pytest.raises(ValueError, match=message):
             GpuKvMemory(wrong, LAYOUT)
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_a_buffer_on_the_device_never_comes_to_the_host(codec: str, device: torch.device) -> None:
+    _, gpu, _, _ = both(LAYOUT, device)
+    size = packed_bytes(LAYOUT, BOX, codec)
+    expected, packed = bytearray(size), torch.zeros(size + 16, dtype=torch.uint8, device=device)[16:]
+    total = gpu.pack(BLOCKS, BOX, expected, codec)
+    assert gpu.pack(BLOCKS, BOX, packed, codec) == total
+    assert packed.cpu().numpy().tobytes() == expected
+    _, through_host, _, expected_pool = both(LAYOUT, device, fill=False)
+    _, on_device, _, pool = both(LAYOUT, device, fill=False)
+    assert through_host.unpack(BLOCKS, BOX, bytes(expected), codec) is None
+    assert on_device.unpack(BLOCKS, BOX, packed, codec) == total
+    assert torch.equal(pool.view(torch.uint8), expected_pool.view(torch.uint8))
+    with pytest.raises(ValueError, match=f"a buffer of {size - 1} torch.uint8 for a box of {size} bytes"):
+        on_device.unpack(BLOCKS, BOX, packed[1:], codec)
