@@ -114,4 +114,7 @@ class KvBox:
         return self.token_end - self.token_start
 
     def num_bytes(self, layout: KvLayout) -> int:
-        return self.num_layers * 2 * self.num_heads * self.num_tokens * layout.head_dim * layout.itemsize
+        # not by the properties above: this is asked several times for every piece of a handoff
+        elements = (self.layer_end - self.layer_start) * (self.head_end - self.head_start)
+        elements *= (self.token_end - self.token_start) * layout.head_dim
+        return 2 * elements * layout.itemsize

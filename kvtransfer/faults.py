@@ -132,6 +132,9 @@ class FaultySink:
     def gathers(self) -> bool:
         return self._sink.gathers
 
+    def piece_bytes(self, message_bytes: int) -> int:
+        return self._sink.piece_bytes(message_bytes)
+
     async def room(self, num_bytes: int) -> Room:
         self._check()
         return _Scratch(memoryview(bytearray(num_bytes)))

@@ -102,6 +102,9 @@ class GrpcSink:
 
     gathers = False
 
+    def piece_bytes(self, message_bytes: int) -> int:
+        return message_bytes
+
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self._context = context
 

@@ -77,6 +77,8 @@ class RankMemory:
         if not self.holds(box):
             raise ValueError(f"{box} lies outside {self.part}")
         part = self.part
+        if part.layer_start == part.head_start == 0:
+            return box
         return replace(
             box,
             layer_start=box.layer_start - part.layer_start,

@@ -49,9 +49,10 @@ class Reader:
             self.task.cancel()
 
     async def run(self, payload_bytes: int, *, overlap: bool) -> None:
-        """Serve the whole order, in pieces of at most ``payload_bytes``; see KvService for ``overlap``. Raises
-        ExportRefused and whatever the sink raises."""
+        """Serve the whole order, in pieces of at most ``payload_bytes`` or what pays on this wire; see KvService for
+        ``overlap``. Raises ExportRefused and whatever the sink raises."""
         exports, pull, layout = self._exports, self.pull, self._memory.layout
+        payload_bytes = self._sink.piece_bytes(payload_bytes)
         await self._beat()
         due = Due(self._order.box, self._memory.part.layer_start, layout)
         while not due.done:

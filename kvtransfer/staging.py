@@ -15,6 +15,9 @@ from biphase.kvtransfer.wire import Room
 WAIT_S = 5.0
 """How long a pull waits for a slot: as long as a reader may take nothing before it is cut."""
 
+_LARGER = 4
+"""Pieces of four messages: what a piece costs beside its copies is then a fifth of them."""
+
 
 class StagingMemory(Protocol):
     """What readers can reach: ``num_slots`` slots of ``slot_bytes``, and a generation number for each."""
@@ -36,11 +39,13 @@ class StagingMemory(Protocol):
 class StagedRoom:
     """A slot to write, until it is sent or dropped."""
 
-    __slots__ = ("payload", "slot")
+    __slots__ = ("dropped", "payload", "slot")
 
-    def __init__(self, slot: Slot, payload: Any) -> None:
+    def __init__(self, slot: Slot, payload: Any, dropped: "weakref.finalize[[Slot], Any]") -> None:
         self.slot = slot
         self.payload = payload
+        self.dropped = dropped
+        """What becomes of the slot with its last view, unless it is shown before."""
 
 
 class Staging:
@@ -84,8 +89,9 @@ class Staging:
             raise ConnectionError("the pull is closed")
         payload, alive = self.memory.view(slot.index, num_bytes)
         # whoever still writes (a pack in a thread outlives the pull that was cancelled) holds a view of it
-        weakref.finalize(alive, self._let_go, slot).atexit = False
-        return StagedRoom(slot, payload)
+        dropped = weakref.finalize(alive, self._let_go, slot)
+        dropped.atexit = False
+        return StagedRoom(slot, payload, dropped)
 
     def close_pull(self, pull: object) -> None:
         self.slots.close(pull)
@@ -127,6 +133,9 @@ class StagedSender:
         self._on_close = on_close
         self._closed = False
 
+    def piece_bytes(self, message_bytes: int) -> int:
+        return max(message_bytes, min(_LARGER * message_bytes, self._staging.memory.slot_bytes))
+
     async def room(self, num_bytes: int) -> StagedRoom:
         if self._closed:
             raise ConnectionError("the pull is closed")
@@ -136,6 +145,7 @@ class StagedSender:
         assert isinstance(room, StagedRoom)
         if self._closed or not self._staging.slots.show(room.slot):
             raise ConnectionError("the pull is closed")
+        room.dropped.detach()
         return room.slot.reference()
 
     def taken(self, reference: bytes) -> None:

@@ -126,6 +126,10 @@ class FrameSink(Protocol):
         """Whether ``send`` takes the pool's own memory in parts, so that nothing needs packing."""
         ...
 
+    def piece_bytes(self, message_bytes: int) -> int:
+        """How large pieces pay on this wire, where messages of ``message_bytes`` do on any."""
+        ...
+
     async def room(self, num_bytes: int) -> Room:
         """Waits until there is room: this is the back-pressure."""
         ...
@@ -144,6 +148,10 @@ class PayloadSender(Protocol):
 
     answer: bytes
     """What the reader must know before the first payload (msgpack)."""
+
+    def piece_bytes(self, message_bytes: int) -> int:
+        """As FrameSink's; no room is asked for that is larger."""
+        ...
 
     async def room(self, num_bytes: int) -> Room: ...
 

@@ -219,6 +219,9 @@ class DistSender:
         self._closed = False
         pair.users += 1
 
+    def piece_bytes(self, message_bytes: int) -> int:
+        return message_bytes
+
     async def room(self, num_bytes: int) -> _DistRoom:
         self._check()
         try:

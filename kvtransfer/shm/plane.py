@@ -10,11 +10,11 @@ import msgpack
 
 from biphase.kvtransfer.shm.host import host_id
 from biphase.kvtransfer.shm.memory import MappedSlots, MemoryName, SharedSlots
-from biphase.kvtransfer.slots import read_reference
+from biphase.kvtransfer.slots import Slot, read_reference
 from biphase.kvtransfer.staging import WAIT_S, StagedSender, Staging
 
-SLOT_BYTES = 1024 * 1024
-NUM_SLOTS = 16
+SLOT_BYTES = 4 * 1024 * 1024
+NUM_SLOTS = 8
 """Of one process; their pages are there once they have been used."""
 
 MOST_MAPPED = 16
@@ -91,6 +91,7 @@ class ShmReceiver:
         self.hello: bytes = msgpack.packb({"host": host_id()})
         self._plane = plane
         self._mapped: MappedSlots | None = None
+        self._last: tuple[bytes, Slot] = (b"", Slot(0, 0))
 
     async def start(self, answer: bytes) -> None:
         self._mapped = self._plane.map(MemoryName.unpacked(answer))
@@ -98,15 +99,11 @@ class ShmReceiver:
 
     async def fetch(self, reference: bytes, num_bytes: int) -> memoryview:
         mapped = self._live()
-        try:
-            slot = read_reference(reference, mapped.name.num_slots)
-        except ValueError as error:
-            raise ConnectionError(str(error)) from None
-        return mapped.payload(slot.index, num_bytes)
+        return mapped.payload(self._slot(mapped, reference).index, num_bytes)
 
     def intact(self, reference: bytes) -> bool:
         mapped = self._live()
-        slot = read_reference(reference, mapped.name.num_slots)
+        slot = self._slot(mapped, reference)
         return mapped.generation(slot.index) == slot.generation
 
     def done(self, reference: bytes) -> None:
@@ -116,6 +113,14 @@ class ShmReceiver:
         mapped, self._mapped = self._mapped, None
         if mapped is not None:
             mapped.num_users -= 1
+
+    def _slot(self, mapped: MappedSlots, reference: bytes) -> Slot:
+        if reference != self._last[0]:
+            try:
+                self._last = reference, read_reference(reference, mapped.name.num_slots)
+            except ValueError as error:
+                raise ConnectionError(str(error)) from None
+        return self._last[1]
 
     def _live(self) -> MappedSlots:
         if self._mapped is None:

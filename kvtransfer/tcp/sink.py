@@ -7,6 +7,9 @@ from biphase.kvtransfer.tcp.connection import Connection
 from biphase.kvtransfer.tcp.messages import MOST_REFERENCE_BYTES, Kind, prefix
 from biphase.kvtransfer.wire import PayloadSender, Room
 
+_LARGER = 2
+"""A socket takes pieces of two messages: fewer of them, and still in the cache between digest and send."""
+
 
 class BufferRoom:
     """Memory for one payload, the same for every payload of a connection: it is sent before the next one is packed."""
@@ -25,6 +28,9 @@ class InlineSink:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._began = self._due = connection.num_sent
+
+    def piece_bytes(self, message_bytes: int) -> int:
+        return _LARGER * message_bytes
 
     @property
     def aligned(self) -> bool:
@@ -71,6 +77,9 @@ class PlaneSink:
         self._void = False
         self.num_shown = 0
         """Payloads that the reader has not said to have done with."""
+
+    def piece_bytes(self, message_bytes: int) -> int:
+        return self._sender.piece_bytes(message_bytes)
 
     @property
     def aligned(self) -> bool:

@@ -24,6 +24,9 @@ class ListSink:
 
     gathers = True
 
+    def piece_bytes(self, message_bytes: int) -> int:
+        return message_bytes
+
     def __init__(self) -> None:
         self.frames: list[tuple[bytes, bytes]] = []
         self.rooms_out = 0

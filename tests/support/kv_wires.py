@@ -50,7 +50,7 @@ async def wired_prefill(
 
 
 def small_shm(**arguments: Any) -> ShmPlane:
-    return ShmPlane(**{"num_slots": 4, "slot_bytes": 64 * 1024, **arguments})
+    return ShmPlane(**{"num_slots": 4, "slot_bytes": 128 * 1024, **arguments})
 
 
 def order_of(ticket: KvTicket, *, epoch: int = 1, box: KvBox | None = None, pieces_only: bool = False) -> PullOrder:
