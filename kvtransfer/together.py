@@ -9,11 +9,11 @@ T = TypeVar("T")
 
 async def together(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """All results in their order. Raises what failed first, or CancelledError, and only when every part has ended: however
-    often the caller is cancelled meanwhile."""
+    often the caller is cancelled meanwhile. Each is cancelled once at most."""
     if len(parts) == 1:
         return [await parts[0]]
     tasks = [asyncio.ensure_future(part) for part in parts]
-    cancelled = False
+    cancelled = ending = False
     pending = set(tasks)
     failed: asyncio.Future[T] | None = None
     while pending:
@@ -24,7 +24,8 @@ async def together(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
             done = set()
         if failed is None:
             failed = next((task for task in tasks if task in done and _broke(task)), None)
-        if cancelled or failed is not None:
+        if (cancelled or failed is not None) and not ending:
+            ending = True
             for task in pending:
                 task.cancel()
     if cancelled:

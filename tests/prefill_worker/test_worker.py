@@ -10,10 +10,11 @@ from support.link_client import ClientLeg, LinkClient
 from support.worker_server import BLOCK_SIZE, LIMITS, RuleEngine, serving
 
 from biphase.engine.block_pool import BlockPool
-from biphase.kvtransfer.exports import ExportTable
+from biphase.engine.step import SeqStep, StepPlan
+from biphase.kvtransfer.exports import ExportTable, Readable
 from biphase.prefill_worker.scheduler import PrefillScheduler
 from biphase.prefill_worker.worker import PrefillWorker
-from biphase.protos.ids import TicketId
+from biphase.protos.ids import SeqId, TicketId
 from biphase.protos.values import Sampling
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -94,6 +95,25 @@ async def test_computed_chunks_may_be_read_while_later_ones_are_computed(bench: 
     assert bench.exports.readable_tokens(pull) == 40
     await leg.cancel()
     assert await leg.end() == "cancelled"
+
+
+async def test_layers_of_a_running_step_may_be_read(bench: Bench) -> None:
+    bench.engine.hold()
+    leg, ticket = await bench.started(40)
+    pull = bench.exports.begin_pull(ticket, 1, 0.0)
+    seq_id = next(iter(bench.worker.legs)).seq_id
+    of_nobody = SeqStep(seq_id=SeqId(seq_id + 1), token_ids=[5] * 4, start=0, blocks=[])
+    step = StepPlan(seqs=(of_nobody, SeqStep(seq_id=seq_id, token_ids=[5] * 16, start=0, blocks=[])))
+    bench.worker.layers_computed(step, 1)
+    bench.worker.layers_computed(step, 2)
+    assert bench.exports.readable(pull) == Readable(tokens=0, ahead_tokens=16, ahead_layers=2)
+    bench.engine.let_go()
+    await leg.until(lambda leg: leg.tokens)
+    bench.worker.layers_computed(step, 3)  # news of a step that is over
+    assert bench.exports.readable(pull) == Readable(tokens=40, ahead_tokens=40, ahead_layers=0)
+    await leg.cancel()
+    assert await leg.end() == "cancelled"
+    bench.worker.layers_computed(step, 3)
 
 
 async def test_a_cancel_waits_for_the_running_send(bench: Bench) -> None:
