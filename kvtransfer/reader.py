@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 from biphase.kernels.kv_layout import KvBox
@@ -78,8 +79,11 @@ class Reader:
     async def _send(self, box: KvBox, payload_bytes: int) -> None:
         """Send a box that may be read now."""
         order = self._order
+        layout = self._memory.layout
         in_place = self._sink.gathers and order.codec == "raw" and order.digest != SUM_DIGEST
-        for piece in split(self._memory.layout, box, payload_bytes, by_block=in_place):
+        # a block that is large enough for a piece is copied in few runs, those of several blocks head by head
+        block = replace(box, token_start=0, token_end=layout.block_size).num_bytes(layout)
+        for piece in split(layout, box, payload_bytes, by_block=in_place or block >= payload_bytes // 4):
             parts = self._memory.parts(self.pull.blocks, piece) if in_place else None
             if parts is not None and len(parts) <= MOST_PARTS:
                 num_bytes = await self._send_in_place(piece, parts)
