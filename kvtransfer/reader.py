@@ -19,6 +19,9 @@ from biphase.kvtransfer.wire import FrameSink, PullOrder
 MOST_PARTS = 256
 """In more parts than that a piece is packed: each costs some 0.3 us, and a call takes 1024."""
 
+LARGE_BLOCK_BYTES = 512 * 1024
+"""Such a block is a piece of its own, in as few runs as it has layers, rather than one of several, head by head."""
+
 BEAT_S = 0.5
 """A waiting reader hears from us at least this often; see pace.SILENCE_S."""
 
@@ -81,9 +84,8 @@ class Reader:
         order = self._order
         layout = self._memory.layout
         in_place = self._sink.gathers and order.codec == "raw" and order.digest != SUM_DIGEST
-        # a block that is large enough for a piece is copied in few runs, those of several blocks head by head
         block = replace(box, token_start=0, token_end=layout.block_size).num_bytes(layout)
-        for piece in split(layout, box, payload_bytes, by_block=in_place or block >= payload_bytes // 4):
+        for piece in split(layout, box, payload_bytes, by_block=in_place or block >= LARGE_BLOCK_BYTES):
             parts = self._memory.parts(self.pull.blocks, piece) if in_place else None
             if parts is not None and len(parts) <= MOST_PARTS:
                 num_bytes = await self._send_in_place(piece, parts)
