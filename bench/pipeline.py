@@ -123,7 +123,8 @@ def start(config: WorkerConfig, rank: int, announced: Path) -> "subprocess.Popen
     command += ["--max-model-len", str(engine.max_model_len), "--num-kv-blocks", str(engine.num_kv_blocks)]
     command += ["--max-num-batched-tokens", str(config.max_num_batched_tokens), "--rank", str(rank)]
     command += ["--rank-key", config.rank_key, "--leader", str(announced), "--log-level", "ERROR"]
-    return subprocess.Popen(command)
+    # in a session of its own, as in a deployment: Linux shares the processor between sessions first
+    return subprocess.Popen(command, start_new_session=True)
 
 
 async def seconds(engine: Engine, thread: EngineThread, arm: Arm, prompts: int) -> float:
