@@ -25,6 +25,8 @@ STREAMS, TOKENS = 4, 200
 RANKS = 4
 FLAGS = ("--cpus", "0", "--prefill", "1", "--decode", "2", "--decode-tp", "2", "--decode-pp", "2")
 GONE_WITHIN_S = 10.0
+STEADY_S = 10.5
+"""An instance that was ready for ten seconds is started again at once; one that dies sooner waits longer each time."""
 OTHERS = ("prefill-0", "decode-1", "router-0", "controller")
 
 
@@ -53,12 +55,15 @@ async def measure_ranks(backend: str, rounds: int, folder: Path, found: report.R
     faults = [("kill -9", signal.SIGKILL, seen.kill_ms), ("SIGSTOP", signal.SIGSTOP, seen.stop_ms)]
     async with cluster(backend, "strict", ("--model", str(model), "--kv-memory", "32MiB", *FLAGS)) as (running, client):
         alone = (await start_stream(client, PROMPT, TOKENS).task).tokens
+        ready_at = time.monotonic()
         for label, number, times in faults * rounds:
             for rank in range(RANKS):
                 for busy in (False, True):
+                    await asyncio.sleep(max(0.0, ready_at + STEADY_S - time.monotonic()))
                     gone_ms, back_s, ended = await _one_fault(
                         running, client, rank, number, alone if busy else None, seen
                     )
+                    ready_at = time.monotonic()
                     times.append(gone_ms)
                     after = await start_stream(client, PROMPT, TOKENS).task
                     seen.failed_after += after.error is not None or after.tokens != alone
@@ -91,7 +96,7 @@ async def _one_fault(
     async def all_run() -> bool:
         return all(len(stream.tokens) >= 3 for stream in streams)
 
-    await until(seconds=30, check=all_run)
+    await until(seconds=60, check=all_run)
     hit_at = time.monotonic()
     os.kill(pids[rank], number)
     gone_at = await asyncio.to_thread(_all_gone, descriptors, hit_at + GONE_WITHIN_S)

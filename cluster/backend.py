@@ -33,7 +33,7 @@ class ProcessSpec:
     run_dir: str
     controller_address: str
     host: str = "127.0.0.1"
-    """Where an instance listens; a backend of several hosts fills in the host's own address."""
+    """Where an instance listens; empty: at the own address of its host, which a cluster of several hosts needs."""
     cpus: float = 0.0
     """CPUs each rank asks the placing backend for."""
     gpus: float | None = None

@@ -6,6 +6,7 @@ Plain Python, turned into an actor by ``ray_backend``. Ray calls place, watch an
 import asyncio
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from biphase.cluster.backend import ProcessSpec
@@ -22,11 +23,20 @@ def host_id() -> str:
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
+def _own_address() -> str:
+    """Where other hosts of the cluster reach this one."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
 class ProcessActor:
     """One life of one process. ``announcement`` is a long poll, so that an idle deployment exchanges next to nothing."""
 
     def __init__(self, spec_json: str) -> None:
         spec = ProcessSpec.from_json(spec_json)
+        if not spec.host:
+            spec = replace(spec, host=_own_address())
         os.environ.update(dict(spec.env))
         set_up_logging(spec.log_file)
         self._changed = threading.Condition()

@@ -148,6 +148,7 @@ class RayBackend:
     def _create(self, spec: ProcessSpec) -> list[Any]:
         """All actors of a life, in the order of their ranks. Ray starts them when their bundles are there."""
         share = self._parts(spec.deployment).get(spec.name, GpuPart()).share
+        spec = replace(spec, gpus=share, host=spec.host if len(_all_there()) == 1 else "")
         key = secrets.token_hex(16) if spec.plan.num_ranks > 1 else ""
         try:
             place = self._placement(spec, share)
@@ -163,7 +164,7 @@ class RayBackend:
                     max_concurrency=ACTOR_CONCURRENCY,
                     scheduling_strategy=place(spec.plan.stage_of(rank)),
                 )
-                .remote(replace(spec, gpus=share, rank=rank, rank_key=key).to_json())
+                .remote(replace(spec, rank=rank, rank_key=key).to_json())
                 for rank in range(spec.plan.num_ranks)
             ]
         except Exception as error:

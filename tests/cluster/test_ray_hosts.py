@@ -1,0 +1,72 @@
+"""An instance over several hosts: a stage stays on one, the next may lie on another. Two raylets of this machine play them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.served import BIPHASE, LIGHT, Served, is_ready
+
+from biphase.cluster.run_dir import started_ticks
+
+pytestmark = [pytest.mark.ray, pytest.mark.model, pytest.mark.long]
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+SECOND = "127.0.0.2"
+TWO_HOSTS = f"""
+import sys
+from ray.cluster_utils import Cluster
+hosts = Cluster(initialize_head=True, head_node_args={{"num_cpus": 2}})
+hosts.add_node(num_cpus=2, node_ip_address={SECOND!r})
+print(hosts.address, flush=True)
+sys.stdin.read()
+hosts.shutdown()
+"""
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Of a cluster of two hosts with two CPUs each, ended with the test."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWO_HOSTS],
+        env={**os.environ, **TOKEN, "PYTHONPATH": str(LIGHT)},  # of the actors too
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    yield next(line.strip() for line in lines if ":" in line and line[0].isdigit())
+    process.communicate(timeout=60)
+
+
+def test_stages_spread_over_hosts_and_places_stay_together(address: str, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        **TOKEN,
+        "RAY_ADDRESS": address,
+        "BIPHASE_RUN_DIR": str(tmp_path),
+        "PYTHONPATH": str(LIGHT),
+    }
+    command = [*BIPHASE, "serve", "--model", "smollm2", "--port", "0", "--prefill", "0", "--decode-tp", "3"]
+    command += ["--decode-pp", "2", "--cpus", "0.6"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    served = Served(tmp_path, process)
+    try:
+        served.wait_ready(120.0)
+        (decode,) = [one for one in served.wait_for(is_ready("decode-0", 1)).processes if one.name == "decode-0"]
+        on_second = [_is_on_second(pid) for pid in decode.rank_pids]
+        assert on_second in ([False] * 3 + [True] * 3, [True] * 3 + [False] * 3), "1.8 CPUs a stage: one on each host"
+        host, _, _ = decode.address.rpartition(":")
+        assert (host == SECOND) == on_second[0] and host != "127.0.0.1"
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert [pid for pid in decode.rank_pids if started_ticks(pid) is not None] == []
+
+
+def _is_on_second(pid: int) -> bool:
+    """By the raylet that started it."""
+    parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    return SECOND in Path(f"/proc/{parent}/cmdline").read_text()
