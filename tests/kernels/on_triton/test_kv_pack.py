@@ -139,7 +139,7 @@ QUICK = {
     "raw fp8": Case(dtype="fp8", head_dim=64, tokens=(15, 17), heads=(1, 3)),
     "raw, one token": Case(dtype="fp16", tokens=(31, 32)),
     "int8 bf16": Case(codec="int8", dtype="bf16", head_dim=32, tokens=(3, 35), layers=(1, 2)),
-    "int4 fp32": Case(codec="int4", tokens=(0, 33), heads=(2, 3)),
+    "int4 fp32, dim 48, from inside a block": Case(codec="int4", head_dim=48, tokens=(3, 33), heads=(1, 3)),
     "fp8 bf16": Case(codec="fp8", dtype="bf16", tokens=(7, 20), layers=(2, 3)),
 }
 
@@ -253,12 +253,13 @@ def test_int4_has_a_coarse_value_and_a_step_for_each_dim(device: torch.device) -
     values[:, 3] = 12.0  # 24 / 16: coarse 2, so -4 remain
     values[:, 4] = torch.tensor([500.0, 507.0] * 8, device=device)  # coarse 63
     values[:, 5] = torch.tensor([-1016.0, 1016.0] * 8, device=device)  # step 146
+    values[:, 6] = torch.tensor([-20.0, 12.0] * 8, device=device)  # -8 / 16: coarse 0, so -20 remain: step 3
     size = packed_bytes(torch_pool.layout_of(pool), case.box, "int4")
     packed = torch.zeros(size, dtype=torch.uint8, device=device)
     run(triton_gpu, "pack", case, pool, packed)
     coarse, step = packed[16 * 16 :][:32].view(2, 16).cpu()
-    assert coarse.view(torch.int8)[:6].tolist() == [-127, 0, 2, 2, 63, 0]
-    assert step[:6].tolist() == [1, 2, 1, 1, 1, 146]
+    assert coarse.view(torch.int8)[:7].tolist() == [-127, 0, 2, 2, 63, 0, 0]
+    assert step[:7].tolist() == [1, 2, 1, 1, 1, 146, 3]
     received = poison(torch.empty_like(pool))
     run(triton_gpu, "unpack", case, received, packed)
     written = received[0, case.table[0], 0, 0].cpu()
