@@ -11,6 +11,7 @@ from typing import Any
 from gpu_run import CUT, Check, Outcome, Part, tables
 
 _TESTS = (
+    "tests/kvtransfer/test_gpu_planes.py",
     *(
         f"tests/kernels/on_triton/test_{name}.py"
         for name in (
@@ -29,7 +30,7 @@ _TESTS = (
     ),
     "tests/engine/gpu/test_gpu_engine.py",
 )
-"""Files whose tests launch kernels; those that compile most come first."""
+"""Files whose tests launch kernels or copy between processes; those that take longest come first."""
 _TESTS_AT_ONCE = 12
 _TESTS_PER_PROCESS = 16
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-c", "tests/gpu_pytest.ini", "--rootdir", ".")

@@ -63,10 +63,11 @@ class RankMemory:
 
     def unpack(
         self, blocks: Sequence[int], box: KvBox, data: Any, codec: str = "raw", group_size: int | None = None
-    ) -> None:
-        """``group_size``: the block size of the pool that was packed, which codecs that quantise need."""
+    ) -> int | None:
+        """``group_size``: the block size of the pool that was packed, which codecs that quantise need. The sum of data that
+        lies on a device."""
         sizes: dict[str, Any] = {} if codec == "raw" else {"group_size": group_size}
-        self._memory.unpack(blocks, self._local(box), data, **_codec(codec), **sizes)
+        return self._memory.unpack(blocks, self._local(box), data, **_codec(codec), **sizes)
 
     def parts(self, blocks: Sequence[int], box: KvBox) -> list[memoryview] | None:
         """The pool's own memory of a box in the order of its canonical bytes; None where the pool cannot show it."""

@@ -109,5 +109,11 @@ def _dist(host: str, device: str) -> DataPlane:
     return DistPlane(host, device=device)
 
 
-_MAKERS: dict[str, Callable[[str, str], DataPlane]] = {"shm": _shm, "nixl": _nixl, "dist": _dist}
+def _cuda_ipc(host: str, device: str) -> DataPlane:
+    from biphase.kvtransfer.cuda_ipc.plane import CudaIpcPlane
+
+    return CudaIpcPlane(device)
+
+
+_MAKERS: dict[str, Callable[[str, str], DataPlane]] = {"cuda_ipc": _cuda_ipc, "shm": _shm, "nixl": _nixl, "dist": _dist}
 """Some import what not every installation has, or what takes long: only when they are made."""

@@ -7,6 +7,7 @@ pipeline parallelism) neither see them nor wait for them. Each call here may blo
 import os
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -30,6 +31,14 @@ class Backend(Protocol):
 
     def build(self, store: Store, rank: int, timeout_s: float) -> Any:
         """The group, once its other end is there. Raises RuntimeError."""
+        ...
+
+    def buffer(self, num_bytes: int) -> torch.Tensor:
+        """New memory for what is sent and received."""
+        ...
+
+    def posting(self) -> AbstractContextManager[Any]:
+        """What sends and receives are posted in."""
         ...
 
     def wait(self, work: Any, timeout_s: float) -> None:
@@ -58,6 +67,12 @@ class Gloo:
         options._threads = 1
         return dist.ProcessGroupGloo(store, rank, 2, options)
 
+    def buffer(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def posting(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def wait(self, work: Any, timeout_s: float) -> None:
         work.wait(timedelta(seconds=max(0.001, timeout_s)))
 
@@ -74,6 +89,8 @@ class Nccl:
         self.device = torch.device(device)
         if not dist.is_nccl_available():
             raise RuntimeError("this torch was built without nccl")
+        # nccl waits for what the current stream holds: on the engine's that would be whole steps
+        self._stream = torch.cuda.Stream(self.device, priority=-1)
 
     def build(self, store: Store, rank: int, timeout_s: float) -> Any:
         group_type: Any = vars(dist)["ProcessGroupNCCL"]
@@ -95,6 +112,15 @@ class Nccl:
                     else:
                         os.environ[name] = value
         return group
+
+    def buffer(self, num_bytes: int) -> torch.Tensor:
+        with self.posting():
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def posting(self) -> AbstractContextManager[Any]:
+        """A stream of their own, whose device it makes current. What is sent has been packed to the end before."""
+        context: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
+        return context
 
     def wait(self, work: Any, timeout_s: float) -> None:
         """By asking: nccl's own wait only orders streams. Returns when the bytes are in memory, not when posted."""

@@ -1,5 +1,6 @@
 """Packed buffers of the pair groups, used again: fresh memory costs more page faults than the bytes cost copying."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ _LEAST_BYTES = 1 << 16
 class Buffers:
     """Owns the buffers that nobody uses, at most ``keep_bytes`` of them."""
 
-    def __init__(self, device: torch.device, keep_bytes: int) -> None:
-        self._device = device
+    def __init__(self, keep_bytes: int, make: Callable[[int], torch.Tensor]) -> None:
+        """``make``: a new buffer of that many bytes."""
+        self._make = make
         self._keep_bytes = keep_bytes
         self._free: dict[int, list[torch.Tensor]] = {}
         self._free_bytes = 0
@@ -23,7 +25,7 @@ class Buffers:
         if free:
             self._free_bytes -= size
             return free.pop()
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._make(size)
 
     def put(self, buffer: torch.Tensor) -> None:
         """Nobody writes or reads it any more. One that may still be in use is dropped instead: it dies with its user."""

@@ -80,7 +80,8 @@ class Pair:
     def _post(self, post: Callable[[], Any], done: Callable[[str | None], None]) -> None:
         """``done(error)`` is called in the loop when the operation has ended and its memory is nobody's."""
         try:
-            work = post()
+            with self._backend.posting():
+                work = post()
         except RuntimeError as error:
             self._broke(_first_line(error))
             raise ConnectionError(self.broken) from None
@@ -119,9 +120,11 @@ class Pair:
     def _greet(self, build_s: float) -> None:
         """Both ways once: the connections are made now, not with the first payload."""
         for sender in (0, 1):
-            hello = torch.zeros(_HELLO_BYTES, dtype=torch.uint8, device=self._backend.device)
+            hello = self._backend.buffer(_HELLO_BYTES)
             post = self._group.send if sender == self.rank else self._group.recv
-            self._backend.wait(post([hello], 1 - self.rank, 0), build_s)
+            with self._backend.posting():
+                work = post([hello], 1 - self.rank, 0)
+            self._backend.wait(work, build_s)
 
     def _finish(self, *, broken: bool) -> None:
         group, self._group = self._group, None

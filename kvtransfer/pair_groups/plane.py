@@ -59,7 +59,7 @@ class DistPlane:
     ) -> None:
         self._backend = make_backend(host, device)
         self._rendezvous = Rendezvous(host, timeout_s=build_s)
-        self._buffers = Buffers(self._backend.device, _KEEP_BYTES)
+        self._buffers = Buffers(_KEEP_BYTES, self._backend.buffer)
         self._max_pairs = max_pairs
         self._patience_s = _PATIENCE_S[self._backend.name] if patience_s is None else patience_s
         self._build_s = build_s

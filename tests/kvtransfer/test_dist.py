@@ -11,7 +11,7 @@ from support.payload_peer import Peer, fetch_all, serving_peer
 from biphase.kvtransfer.pair_groups.plane import DistPlane
 
 SIZES = (1, 4096, 100_001, 1 << 20)
-DEADLINE_S = 0.5
+DEADLINE_S = 1.5
 
 NewPlane = Callable[..., DistPlane]
 
@@ -78,7 +78,7 @@ async def test_a_stopped_reader_costs_its_pair_within_the_deadline(peer: Peer, n
         with pytest.raises(ConnectionError, match=r"Timed out|taken nothing|closed"):
             while True:
                 await pull.reference()
-        assert time.monotonic() - started_s < DEADLINE_S + 2.0
+        assert time.monotonic() - started_s < DEADLINE_S + 3.0
     async with peer.pull(plane, payloads=payloads(7)) as again:
         await fetch_all(again, 8)
 
@@ -92,7 +92,7 @@ async def test_a_stopped_source_costs_its_pair_within_the_deadline(peer: Peer, n
             started_s = time.monotonic()
             with pytest.raises(ConnectionError):
                 await pull.receiver.fetch(reference, size)
-            assert time.monotonic() - started_s < DEADLINE_S + 2.0
+            assert time.monotonic() - started_s < DEADLINE_S + 3.0
         finally:
             peer.go_on()
     async with peer.pull(plane, payloads=payloads(7)) as again:

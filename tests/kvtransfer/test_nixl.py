@@ -17,7 +17,7 @@ from biphase.kvtransfer.nixl.plane import NixlPlane
 installed = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 SIZES = (0, 1, 4096, 100_001, 1 << 20)
-WAIT_S = 1.0
+WAIT_S = 2.0
 
 
 @pytest.fixture(scope="module")

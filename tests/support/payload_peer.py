@@ -16,13 +16,27 @@ from typing import Any
 
 import msgpack
 import numpy as np
-import psutil
 
 from biphase.kvtransfer.wire import DataPlane, PayloadReceiver
 
 
 def payload_bytes(seed: int, num_bytes: int) -> bytes:
     return np.random.Generator(np.random.PCG64(seed)).bytes(num_bytes)
+
+
+def as_bytes(payload: Any) -> bytes:
+    """Of a buffer or a tensor."""
+    return bytes(payload.cpu().numpy()) if hasattr(payload, "cpu") else bytes(payload)
+
+
+def fill(payload: Any, data: bytes) -> None:
+    if not hasattr(payload, "cpu"):
+        payload[:] = data
+        return
+    import torch
+
+    payload.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    torch.cuda.synchronize()
 
 
 async def write(writer: asyncio.StreamWriter, message: Any) -> None:
@@ -88,6 +102,8 @@ class Peer:
 
     async def stop(self) -> None:
         """Returns when no thread of it runs any more."""
+        import psutil  # not on every machine that lends a GPU
+
         self.process.send_signal(signal.SIGSTOP)
         while psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
             await asyncio.sleep(0.001)
@@ -113,7 +129,11 @@ def serving_peer(plane: str, *arguments: str) -> Iterator[Peer]:
         [sys.executable, "-m", "support.payload_peer", plane, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(tests), os.environ.get("PYTHONPATH", ""))),
+            "OMP_NUM_THREADS": "1",
+        },
     )
     with process:
         assert process.stdin is not None and process.stdout is not None
@@ -130,7 +150,7 @@ async def fetch_all(pull: Pull, count: int) -> None:
     for _ in range(count):
         reference, seed, size = await pull.reference()
         payload = await pull.receiver.fetch(reference, size)
-        assert bytes(payload) == payload_bytes(seed, size)
+        assert as_bytes(payload) == payload_bytes(seed, size)
         assert pull.receiver.intact(reference)
         await pull.done(reference)
 
@@ -160,7 +180,7 @@ async def _serve_pull(plane: DataPlane, reader: asyncio.StreamReader, writer: as
         for number, (seed, size) in enumerate(order["payloads"], 1):
             room = await sender.room(size)
             if seed is not None:  # else whatever lies there: for measuring
-                room.payload[:] = payload_bytes(seed, size)
+                fill(room.payload, payload_bytes(seed, size))
             reference = await sender.send(room)
             del room
             if number not in order.get("silent", ()):

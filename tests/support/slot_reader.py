@@ -79,7 +79,10 @@ async def slot_reader(plane: str, *arguments: str) -> AsyncIterator[SlotReader]:
         *arguments,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", ""))),
+        },
     )
     try:
         yield SlotReader(process)
