@@ -28,7 +28,9 @@ def split(layout: KvLayout, box: KvBox, max_bytes: int, *, by_block: bool = Fals
     tokens = min(rows, size) if by_block else _blocks_across(box.num_layers, rows // size) * size or min(rows, size)
     token = box.token_start
     while token < box.token_end:
-        stop = min(box.token_end, token + tokens - (token % size if by_block else 0))
+        stop = min(box.token_end, token + tokens)
+        if by_block:
+            stop = min(stop, token - token % size + size)
         aligned = stop - stop % size
         if stop < box.token_end and aligned > token:
             stop = aligned

@@ -15,7 +15,7 @@ One connection carries one call at a time, any number one after the other.
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -42,12 +42,14 @@ class Kind(IntEnum):
     END = 6
 
 
+_KINDS = {kind.value: kind for kind in Kind}
+
+
 class WireError(ConnectionError):
     """Bytes that are none of ours; one line. The connection they came over is of no further use."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(NamedTuple):
     kind: Kind
     reference_bytes: int
     size: int
@@ -68,12 +70,13 @@ def prefix(kind: Kind, size: int = 0, reference_bytes: int = 0) -> bytes:
 
 def read_prefix(data: Any, at: int = 0) -> Prefix:
     """Raises WireError."""
-    kind, reference_bytes, size = _PREFIX.unpack_from(data, at)
-    if kind not in Kind._value2member_map_:
-        raise WireError(f"a message of unknown kind {kind}")
-    if kind in (Kind.CALL, Kind.REPLY) and size > MOST_CALL_BYTES:
+    number, reference_bytes, size = _PREFIX.unpack_from(data, at)
+    kind = _KINDS.get(number)
+    if kind is None:
+        raise WireError(f"a message of unknown kind {number}")
+    if size > MOST_CALL_BYTES and (kind is Kind.CALL or kind is Kind.REPLY):
         raise WireError(f"a call of {size} bytes, {MOST_CALL_BYTES} are the most")
-    return Prefix(Kind(kind), reference_bytes, size)
+    return Prefix(kind, reference_bytes, size)
 
 
 def message(kind: Kind, body: dict[str, Any]) -> bytes:

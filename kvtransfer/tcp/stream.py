@@ -115,7 +115,8 @@ class TcpFrameStream:
     async def _next(self) -> "_Inline | _Shown":
         head = await self._prefix()
         if head.kind is Kind.FRAME or head.kind is Kind.SHOWN:
-            await self._need(HEADER_BYTES + head.reference_bytes)
+            if self._end - self._start < HEADER_BYTES + head.reference_bytes:
+                await self._need(HEADER_BYTES + head.reference_bytes)
             header = bytes(self._view[self._start : self._start + HEADER_BYTES])
             self._start += HEADER_BYTES
             if head.kind is Kind.FRAME:
@@ -135,7 +136,8 @@ class TcpFrameStream:
         raise WireError(f"a {head.kind.name} in place of a frame")
 
     async def _prefix(self) -> Prefix:
-        await self._need(PREFIX_BYTES)
+        if self._end - self._start < PREFIX_BYTES:
+            await self._need(PREFIX_BYTES)
         head = read_prefix(self._ahead, self._start)
         self._start += PREFIX_BYTES
         return head

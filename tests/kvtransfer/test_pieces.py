@@ -52,11 +52,13 @@ def elements(box: KvBox) -> set[tuple[int, int, int]]:
     }
 
 
-@given(boxes(), st.sampled_from([1, 4, 16]), st.integers(1, 40_000))
+@given(boxes(), st.sampled_from([1, 4, 16]), st.integers(1, 40_000), st.booleans())
 @settings(max_examples=300, deadline=None)
-def test_pieces_make_up_the_box_within_the_size(box: KvBox, block_size: int, max_bytes: int) -> None:
+def test_pieces_make_up_the_box_within_the_size(box: KvBox, block_size: int, max_bytes: int, by_block: bool) -> None:
     layout = KvLayout(num_layers=5, num_kv_heads=4, head_dim=16, block_size=block_size)
-    pieces = list(split(layout, box, max_bytes))
+    pieces = list(split(layout, box, max_bytes, by_block=by_block))
+    if by_block:
+        assert all(piece.token_start // block_size == (piece.token_end - 1) // block_size for piece in pieces)
     counted = [element for piece in pieces for element in elements(piece)]
     assert len(counted) == len(set(counted)) and set(counted) == elements(box)
     least = 2 * layout.head_dim * layout.itemsize
