@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from biphase.engine.ranks.connection import BEAT_S, Connection, Message
 from biphase.engine.ranks.dispatch import Dispatch
 from biphase.engine.ranks.greeting import Membership, Stranger, greet_follower, greet_leader
+from biphase.engine.ranks.sockets import connected, listening
 from biphase.protos.errors import SetupError, one_line
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class LeaderChannel:
         self._dispatch = Dispatch(asyncio.get_running_loop(), self.lose)
         self._connections: dict[int, Connection] = {}
         self._complete = asyncio.Event()
-        self._listener = _listen(host, port)
+        self._listener = listening(host, port)
         self.port: int = self._listener.getsockname()[1]
         self._beats = _Beats()
 
@@ -196,7 +197,7 @@ class FollowerChannel:
                     address = await find_leader()
                     host, _, port = address.rpartition(":")
                     try:
-                        connection = await _connect(host.strip("[]"), int(port))
+                        connection = await connected(host.strip("[]"), int(port))
                     except OSError as error:
                         reason = error.strerror or one_line(error)
                         await asyncio.sleep(_RETRY_S)
@@ -240,34 +241,3 @@ class FollowerChannel:
         """Idempotent."""
         self._beats.stop()
         self._connection.close()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(128)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise SetupError(f"rank 0 cannot listen on {host}:{port}: {error.strerror}") from error
-    listener.setblocking(False)
-    return listener
-
-
-async def _connect(host: str, port: int) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    family, kind, protocol, _, address = found[0]
-    connection = socket.socket(family, kind, protocol)
-    try:
-        connection.setblocking(False)
-        await loop.sock_connect(connection, address)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
