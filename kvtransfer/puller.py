@@ -19,7 +19,7 @@ from biphase.kvtransfer.exports import short
 from biphase.kvtransfer.grpc_transport import GrpcTransport
 from biphase.kvtransfer.jobs import Choose, JobMaker
 from biphase.kvtransfer.peers import Peer
-from biphase.kvtransfer.pull_job import PartsPulled, PullJob
+from biphase.kvtransfer.pull_job import PartsPulled, PullJob, Route
 from biphase.kvtransfer.rank_memory import RankMemory
 from biphase.kvtransfer.rank_pull import RankPuller
 from biphase.kvtransfer.signature import KvSignatureValue, mismatch
@@ -115,7 +115,7 @@ class KvPuller:
                 )
                 asked_s = time.monotonic()
                 pulled = await together([self._part(rank, job) for rank, job in enumerate(jobs)])
-                released = await self._release(peer, ticket, epoch, timeout_s)
+                released = await self._release(self._nearest(jobs[0], ticket), ticket, epoch, timeout_s)
         except SourceUnreachable as error:
             self._own.peers.forget("grpc", ticket.kv_address)
             self._counters["pulls_failed"] += 1
@@ -191,10 +191,17 @@ class KvPuller:
         assert self._followers is not None, f"{self._signature.plan}, and nobody to reach rank {rank} by"
         return await self._followers.pull(rank, job)
 
-    async def _release(self, peer: Peer, ticket: KvTicket, epoch: int, timeout_s: float) -> bool:
-        """Acknowledge. Where no answer comes the KV is ours all the same; the source is told again beside us."""
+    def _nearest(self, job: PullJob, ticket: KvTicket) -> Route:
+        """The way to the source's rank 0 that its KV came by, if any did: over sockets an answer comes in a third of the
+        time that gRPC takes."""
+        routes = [part.routes for part in job.parts if part.source_rank == 0 and part.routes]
+        return next(self._own.in_order(routes[0])) if routes else Route(transport="grpc", address=ticket.kv_address)
+
+    async def _release(self, route: Route, ticket: KvTicket, epoch: int, timeout_s: float) -> bool:
+        """Acknowledge. Where no answer comes the KV is ours all the same; the source is told again beside us, by gRPC."""
         try:
-            await peer.source.release(ticket.id, epoch, ticket.incarnation, min(RELEASE_S, timeout_s))
+            with self._own.peers.using(route.transport, route.address) as peer:
+                await peer.source.release(ticket.id, epoch, ticket.incarnation, min(RELEASE_S, timeout_s))
         except SourceUnreachable as error:
             _log.warning("%s at %s has not answered Release: %s", ticket.instance, ticket.kv_address, error)
             self._counters["releases_unanswered"] += 1
