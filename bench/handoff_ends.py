@@ -37,8 +37,8 @@ from biphase.kvtransfer.wire import DataPlane, FrameSink, Room, Transport
 from biphase.protos.ids import BlockId, TicketId
 from biphase.protos.parallel_plan import ParallelPlan
 
-LLAMA = KvLayout(num_layers=16, num_kv_heads=8, head_dim=64, block_size=32)
-"""Llama-3.2-1B's, in float32: its heads go round on four ranks."""
+LLAMA = KvLayout(num_layers=32, num_kv_heads=8, head_dim=128, block_size=32, dtype="float16")
+"""Llama-3.1-8B's, in 16 bits: its heads go round on four ranks."""
 
 SMOLLM2 = KvLayout(num_layers=30, num_kv_heads=3, head_dim=64, block_size=32)
 LAYOUTS = {"llama": LLAMA, "smollm2": SMOLLM2}
@@ -65,11 +65,12 @@ def rank_pool(
 ) -> tuple[np.ndarray[Any, Any], RankMemory]:
     layers, heads = plan.layers_of(rank, layout.num_layers), plan.kv_heads_of(rank, layout.num_kv_heads)
     local = replace(layout, num_layers=len(layers), num_kv_heads=len(heads))
+    dtype = np.dtype(f"u{layout.itemsize}")
+    shape = local.pool_shape(num_blocks)
     if full:
-        pool = np.random.default_rng(rank).standard_normal(local.pool_shape(num_blocks), dtype=np.float32)
+        pool = np.random.default_rng(rank).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
     else:
-        pool = np.zeros(local.pool_shape(num_blocks), dtype=np.float32)
-        pool[:] = 1.0  # its pages are there
+        pool = np.ones(shape, dtype=dtype)  # its pages are there
     return pool, RankMemory(CpuKvMemory(pool, local), layout, plan, rank)
 
 

@@ -19,7 +19,7 @@ from biphase.kvtransfer.wire import FrameSink, PullOrder
 MOST_PARTS = 256
 """In more parts than that a piece is packed: each costs some 0.3 us, and a call takes 1024."""
 
-LARGE_BLOCK_BYTES = 1024 * 1024
+LARGE_BLOCK_BYTES = 2 * 1024 * 1024
 """Such a block is a piece of its own, in as few runs as it has layers, rather than one of several, head by head."""
 
 BEAT_S = 0.5

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from biphase.kvtransfer.frames import HEADER_BYTES
 from biphase.kvtransfer.slots import Slot, Slots, Waiting, read_reference
 from biphase.kvtransfer.wire import Room
 
@@ -134,7 +135,8 @@ class StagedSender:
         self._closed = False
 
     def piece_bytes(self, message_bytes: int) -> int:
-        return max(message_bytes, min(_LARGER * message_bytes, self._staging.memory.slot_bytes))
+        larger = _LARGER * (message_bytes + HEADER_BYTES)  # the header is not in the slot
+        return max(message_bytes, min(larger, self._staging.memory.slot_bytes))
 
     async def room(self, num_bytes: int) -> StagedRoom:
         if self._closed:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from biphase.kvtransfer.frames import HEADER_BYTES
 from biphase.kvtransfer.tcp.connection import Connection
 from biphase.kvtransfer.tcp.messages import MOST_REFERENCE_BYTES, Kind, prefix
 from biphase.kvtransfer.wire import PayloadSender, Room
@@ -30,7 +31,7 @@ class InlineSink:
         self._began = self._due = connection.num_sent
 
     def piece_bytes(self, message_bytes: int) -> int:
-        return _LARGER * message_bytes
+        return _LARGER * (message_bytes + HEADER_BYTES)
 
     @property
     def aligned(self) -> bool:

@@ -127,6 +127,7 @@ class TcpFrameStream:
             reference = bytes(self._view[self._start : self._start + head.reference_bytes])
             self._start += head.reference_bytes
             self._arrival = _Shown(self._receiver, header, head.size, reference)
+            self._look_ahead(self._receiver)
             return self._arrival
         if head.kind is Kind.END:
             self._end_well()
@@ -134,6 +135,24 @@ class TcpFrameStream:
         if head.kind is Kind.REPLY:
             await self._reply(head)
         raise WireError(f"a {head.kind.name} in place of a frame")
+
+    def _look_ahead(self, receiver: PayloadReceiver) -> None:
+        """Payloads whose references are here already may come while this one is used, where the plane can have that."""
+        expect = getattr(receiver, "expect", None)
+        if expect is None:
+            return
+        if len(self._ahead) - self._end >= _AHEAD_BYTES // 4:
+            self._end += self._live().receive_some([self._view[self._end :]])
+        at, last = self._start, b""
+        while self._end - at >= PREFIX_BYTES:
+            head = read_prefix(self._ahead, at)
+            until = at + _HEAD_BYTES + head.reference_bytes
+            if head.kind is not Kind.SHOWN or until > self._end:
+                break
+            last = bytes(self._view[until - head.reference_bytes : until])
+            at = until
+        if last:
+            expect(last)
 
     async def _prefix(self) -> Prefix:
         if self._end - self._start < PREFIX_BYTES:
