@@ -283,6 +283,11 @@ class DistReceiver:
         assert self._pair is None
         self._pair, self._pull = await self._plane.join(self._peer, answer)
 
+    def expect(self, reference: bytes) -> None:
+        """Receive it while an earlier one is used: a payload travels only when somebody is there to receive it."""
+        if self._pair is not None:
+            self._pair.learn(reference)
+
     async def fetch(self, reference: bytes, num_bytes: int) -> Any:
         if self._pair is None:
             raise ConnectionError("the pull is closed, or was not started")
