@@ -80,7 +80,8 @@ def e4m3_codes(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     low, high = size - known[above - 1], known[above] - size
     nearest: np.ndarray[Any, Any] = np.where((low < high) | ((low == high) & (above % 2 == 1)), above - 1, above)
     signs = np.signbit(values).astype(np.uint8) << 7
-    return nearest.astype(np.uint8) | signs
+    codes: np.ndarray[Any, Any] = nearest.astype(np.uint8) | signs
+    return codes
 
 
 def _int4(group: np.ndarray[Any, Any], amax: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
