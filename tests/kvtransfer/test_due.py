@@ -69,6 +69,12 @@ def test_groups_of_layers_leave_while_the_others_are_computed() -> None:
     assert way.done
 
 
+def test_a_later_stage_counts_its_own_layers() -> None:
+    way = Due(box((4, 8), (0, 512)), 4, LAYOUT)
+    assert way.take(Readable(tokens=0, ahead_tokens=512, ahead_layers=2)) == box((4, 6), (0, 512))
+    assert way.take(Readable(tokens=0, ahead_tokens=512, ahead_layers=4)) == box((6, 8), (0, 512))
+
+
 def test_a_group_too_small_for_a_frame_waits_for_its_chunk() -> None:
     way = Due(box((0, 8), (0, 16)), 0, LAYOUT)
     assert way.take(Readable(tokens=0, ahead_tokens=16, ahead_layers=4)) is None

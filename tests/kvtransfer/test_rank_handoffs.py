@@ -12,6 +12,7 @@ from support.kv import FIRST_TOKEN
 from support.kv_ranks import FULL, DecodeRanks, PrefillRanks, decode_ranks, prefill_ranks
 
 from biphase.kernels.kv_layout import KvBox
+from biphase.kvtransfer.exports import ExportRefused, Refusal
 from biphase.protos.errors import HandoffFailed
 from biphase.protos.ids import BlockId, TicketId
 from biphase.protos.parallel_plan import ParallelPlan
@@ -125,6 +126,30 @@ async def test_the_lease_counts_no_pull_of_any_rank() -> None:
         follower.on_readers(ticket.id, 0, 0)
         assert (await prefill.ended.get()).outcome == "expired"
         await until(lambda: quiet(prefill))
+        with pytest.raises(ExportRefused, match="LEASE_EXPIRED"):  # a late reader is told the same at every rank
+            follower.table.begin_pull(ticket.id, 1, 0.0)
+
+
+async def test_a_newer_epoch_at_rank_0_ends_a_reader_that_only_another_rank_has() -> None:
+    async with prefill_ranks(TP2) as prefill:
+        ticket = await prefill.open(NUM_TOKENS)
+        table = prefill.followers[0].table
+        older = table.begin_pull(ticket.id, 1, 0.0)
+        assert table.readable_tokens(older) >= 0
+        newer = prefill.exports.begin_pull(ticket.id, 2, time.monotonic())
+
+        def superseded() -> bool:
+            try:
+                table.readable(older)
+            except ExportRefused as error:
+                return error.refusal is Refusal.STALE_EPOCH
+            return False
+
+        await until(superseded)
+        table.end_pull(older, 0.0)
+        prefill.exports.end_pull(newer, time.monotonic())
+        prefill.exports.revoke(ticket.id, time.monotonic())
+        await until(lambda: quiet(prefill))
 
 
 async def test_a_newer_epoch_at_any_rank_ends_older_readers_on_all() -> None:
@@ -170,7 +195,8 @@ async def test_cancelled_in_any_phase_no_rank_writes_any_more_and_nothing_leaks(
         await asyncio.sleep(0)
         pulling.cancel()  # again, while the other ranks are ending
         with pytest.raises(asyncio.CancelledError):
-            await pulling
+            async with asyncio.timeout(10):  # far below what a rank that nobody tells would wait
+                await pulling
         assert not any(pulls.num_running for pulls in decode.pulls)
         for pool in decode.pools:
             pool[...] = np.nan
