@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +10,12 @@ from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack.codec import packed_bytes
 from biphase.kvtransfer import frames
 from biphase.kvtransfer.due import Due
-from biphase.kvtransfer.exports import ExportTable, Pull
+from biphase.kvtransfer.exports import ExportRefused, ExportTable, Pull
 from biphase.kvtransfer.frames import FrameKind, Trailer
 from biphase.kvtransfer.pieces import split
 from biphase.kvtransfer.rank_memory import RankMemory
 from biphase.kvtransfer.signature import HEADER_DIGEST, SUM_DIGEST
-from biphase.kvtransfer.wire import FrameSink, PullOrder
+from biphase.kvtransfer.wire import FrameSink, PullOrder, Room
 
 MOST_PARTS = 256
 """In more parts than that a piece is packed: each costs some 0.3 us, and a call takes 1024."""
@@ -98,7 +99,7 @@ class Reader:
         """From memory of the sink's: the blocks are read only while the piece is packed."""
         exports, pull, codec = self._exports, self.pull, self._order.codec
         num_bytes = packed_bytes(self._memory.layout, piece, codec)
-        room = await self._sink.room(num_bytes)
+        room = await self._room(num_bytes)
         computed = exports.readable_tokens(pull)  # a pull that must end ends here, within one piece
         exports.begin_send(pull)
         try:
@@ -107,6 +108,35 @@ class Reader:
             exports.end_send(pull, num_bytes)
         await self._sink.send(self._seal(piece, num_bytes, computed, [room.payload], content_sum), room)
         return num_bytes
+
+    async def _room(self, num_bytes: int) -> Room:
+        """Of the sink. It may come only when other readers have gone on, and ours must not take us for dead meanwhile."""
+        loop = asyncio.get_running_loop()
+        beating: asyncio.Task[None] | None = None
+
+        def beat() -> None:
+            nonlocal beating, timer
+            if beating is None or beating.done():
+                beating = loop.create_task(self._beat_beside())
+            timer = loop.call_later(BEAT_S, beat)
+
+        timer = loop.call_later(BEAT_S, beat)
+        try:
+            room = await self._sink.room(num_bytes)
+        except BaseException:
+            timer.cancel()
+            if beating is not None:
+                beating.cancel()
+                await asyncio.wait([beating])
+            raise
+        timer.cancel()
+        if beating is not None:  # one task at a time may use the sink's stream
+            await beating
+        return room
+
+    async def _beat_beside(self) -> None:
+        with suppress(ConnectionError, ExportRefused):  # whatever is sent next meets the same
+            await self._beat()
 
     async def _send_in_place(self, piece: KvBox, parts: list[memoryview]) -> int:
         """From the blocks themselves, which are held until the sink has really done with them."""

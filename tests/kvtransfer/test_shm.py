@@ -111,6 +111,35 @@ async def test_a_reader_stopped_for_less_goes_on() -> None:
     assert (told["stream"], told["again"]) == ("ended well", "ended well")
 
 
+async def test_a_reader_that_waits_for_slots_of_others_hears_that_the_source_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it takes the source for dead while the slots of readers that have stopped come free, and its handoff fails."""
+    monkeypatch.setattr("biphase.kvtransfer.reader.BEAT_S", 0.02)
+    async with wired_prefill(small_shm) as prefill:
+        source, stopped = prefill.source(), []
+        for _ in range(2):  # each with half of the slots
+            stream = source.pull(order_of(prefill.side.open(NUM_TOKENS)))
+            while not (await anext(stream)).num_bytes:
+                pass
+            stopped.append(stream)
+        assert prefill.plane is not None
+        async with asyncio.timeout(5):
+            while prefill.plane._staging.slots.num_free:  # type: ignore[attr-defined]
+                await asyncio.sleep(0.001)
+        order, reader = order_of(prefill.side.open(NUM_TOKENS)), Reader()
+        waiting = source.pull(order)
+        async with asyncio.timeout(5):
+            for _ in range(5):
+                assert not (await anext(waiting)).num_bytes
+            for stream in stopped:
+                stream.break_off("gone")
+            async for arrival in waiting:
+                await reader.take(arrival, order)
+        assert np.array_equal(reader.content(NUM_TOKENS), prefill.side.content(NUM_TOKENS))
+        await source.close()
+
+
 async def test_the_last_slots_of_a_pull_that_ended_well_wait_for_their_reader() -> None:
     async with wired_prefill(small_shm) as prefill:
         source = prefill.source()
