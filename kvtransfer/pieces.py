@@ -105,13 +105,7 @@ class Coverage:
         """Whether ``box`` lies inside and nothing of it has arrived."""
         if not contains(self.whole, box):
             return False
-        near = range(
-            bisect_left(self._order, (box.token_start - self._widest, 0)),
-            bisect_left(self._order, (box.token_end, 0)),
-        )
-        return not any(
-            self._order[at][1] > box.token_start and _meets_any(box, self._columns[self._order[at]]) for at in near
-        )
+        return not any(_meets_any(box, column) for column in self._meeting(box.token_start, box.token_end))
 
     @property
     def complete(self) -> bool:
@@ -126,6 +120,7 @@ class Coverage:
         layers = _cuts(whole.layer_start, whole.layer_end, [(p.layer_start, p.layer_end) for p in pieces])
         heads = _cuts(whole.head_start, whole.head_end, [(p.head_start, p.head_end) for p in pieces])
         tokens = _cuts(whole.token_start, whole.token_end, list(self._columns))
+        near = {cut: [piece for column in self._meeting(*cut) for piece in column] for cut in tokens}
         boxes: list[KvBox] = []
         for (layer_start, layer_end), (head_start, head_end), (token_start, token_end) in product(
             layers, heads, tokens
@@ -138,7 +133,7 @@ class Coverage:
                 token_start=token_start,
                 token_end=token_end,
             )
-            if any(contains(piece, cell) for piece in pieces):
+            if any(contains(piece, cell) for piece in near[token_start, token_end]):
                 continue
             joined = _join(boxes[-1], cell) if boxes else None
             if joined is not None:
@@ -146,6 +141,12 @@ class Coverage:
             else:
                 boxes.append(cell)
         return boxes
+
+    def _meeting(self, token_start: int, token_end: int) -> Iterator[list[KvBox]]:
+        """The columns that have some of these tokens."""
+        first = bisect_left(self._order, (token_start - self._widest, 0))
+        last = bisect_left(self._order, (token_end, 0))
+        return (self._columns[column] for column in self._order[first:last] if column[1] > token_start)
 
 
 def _cuts(start: int, end: int, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -113,6 +113,7 @@ class Reader:
         """Of the sink. It may come only when other readers have gone on, and ours must not take us for dead meanwhile."""
         loop = asyncio.get_running_loop()
         beating: asyncio.Task[None] | None = None
+        timer: asyncio.TimerHandle
 
         def beat() -> None:
             nonlocal beating, timer

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
+from biphase.kvtransfer import pieces as pieces_module
 from biphase.kvtransfer.frames import (
     HEADER_BYTES,
     FrameError,
@@ -82,6 +83,24 @@ def test_pieces_of_a_long_prompt_fill_messages_with_few_blocks_and_many_layers()
     pieces = list(split(layout, whole, 1 << 20))
     assert {(piece.num_tokens // 32, piece.num_layers) for piece in pieces} == {(2, 10)}
     assert {piece.num_bytes(layout) for piece in pieces} == {983_040}
+
+
+def test_what_is_missing_of_a_long_prompt_is_found_by_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for in the worker's loop, after one bad piece among thousands."""
+    layout = KvLayout(num_layers=32, num_kv_heads=8, head_dim=128, block_size=16)
+    arriving = list(split(layout, layout.box(8192), 1 << 20))
+    coverage, bad = Coverage(layout.box(8192)), arriving.pop(len(arriving) // 2)
+    assert all(coverage.add(piece) for piece in arriving)
+    asked = 0
+
+    def counting(outer: KvBox, inner: KvBox) -> bool:
+        nonlocal asked
+        asked += 1
+        return contains(outer, inner)
+
+    monkeypatch.setattr(pieces_module, "contains", counting)
+    assert coverage.missing() == [bad]
+    assert len(arriving) > 1000 and asked < 20 * len(arriving)
 
 
 @given(boxes(), st.lists(boxes(), max_size=8))
