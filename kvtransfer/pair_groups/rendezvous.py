@@ -24,7 +24,8 @@ class Rendezvous:
             )
 
     def ours(self, key: str) -> Store:
-        return PrefixStore(key, self._store)
+        """By a client of its own: one that waits for a reader holds up every other use of the same client."""
+        return self.theirs(self.address, key)
 
     def theirs(self, address: tuple[str, int], key: str) -> Store:
         """Blocks; raises OSError or RuntimeError where nobody listens."""
