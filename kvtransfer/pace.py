@@ -38,14 +38,14 @@ class Pace:
 
 
 class Watch:
-    """Breaks a stream off when its source falls silent or gets nowhere; ``fired`` says whether it has.
+    """Breaks a stream off when its source falls silent or gets nowhere; ``fired`` says that it has, and why.
 
     Counts ticks, not seconds: while our own loop is held up no tick passes, so frames that wait to be read are never
     taken for silence.
     """
 
     def __init__(self, timeout_s: float, break_off: Callable[[str], None]) -> None:
-        self.fired = False
+        self.fired = ""
         self._loop = asyncio.get_running_loop()
         self._timeout_s = timeout_s
         self._break_off = break_off
@@ -73,5 +73,5 @@ class Watch:
             self._timer = self._loop.call_later(_TICK_S, self._tick)
 
     def _fire(self, reason: str) -> None:
-        self.fired = True
+        self.fired = reason
         self._break_off(reason)

@@ -5,7 +5,8 @@ in the cache. While the instance decodes, the pull leaves the loop, and with it 
 
 A stream ends when its source has stopped: by the wire's own means, and by silence where the source should have sent a
 piece or, while it computes, a beat. A source that computes slowly is left alone as long as it beats and gets on. A wire
-that fails gives way to the next one to the same rank, once per pull, and is left aside for a while.
+that fails, or keeps back a payload that was announced, gives way to the next one to the same rank, once per pull, and is
+left aside for a while.
 """
 
 import asyncio
@@ -210,14 +211,18 @@ class _Run:
             stream = peer.source.pull(order)
             watch = Watch(self._job.timeout_s, stream.break_off)
             num_bad_before = handoff.num_bad
+            beside = False  # whether a payload is on its way beside the stream
             try:
                 async for arrival in stream:
                     watch.heard()
                     before = handoff.computed_tokens
                     try:
                         header = frames.parse_header(arrival.header, arrival.num_bytes)
+                        beside = not arrival.scatters
                         await self._take(arrival, header, part, order)
+                        beside = False
                     except FrameError as error:
+                        beside = False
                         handoff.reject(str(error))
                         if handoff.num_bad - num_bad_before > _MOST_BAD:
                             raise SourceRefused(f"{_MOST_BAD} bad frames in one stream, the last: {error}") from None
@@ -230,8 +235,12 @@ class _Run:
                     elif handoff.computed_tokens > before:
                         watch.progressed()
                     await self._pace.rest()
-            except SourceUnreachable as error:
-                raise SourceSilent(str(error)) if watch.fired else error from None
+            except SourceUnreachable:
+                if not watch.fired:
+                    raise
+                if beside:  # the source has spoken, and its payload does not come: another wire may bring it
+                    raise SourceUnreachable(f"a payload did not come: {watch.fired}") from None
+                raise SourceSilent(watch.fired) from None
             finally:
                 watch.end()
                 stream.break_off("the reader has ended it")

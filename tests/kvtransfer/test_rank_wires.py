@@ -10,6 +10,8 @@ import pytest
 from support.kv import FIRST_TOKEN
 from support.kv_ranks import FULL, decode_ranks, prefill_ranks, tokens_of
 
+from biphase.kvtransfer import pace as pace_module
+from biphase.kvtransfer.shm.plane import ShmReceiver
 from biphase.kvtransfer.tcp.sink import InlineSink
 from biphase.kvtransfer.wire import FrameSink, Room
 from biphase.protos.errors import HandoffFailed
@@ -91,6 +93,29 @@ async def test_a_wire_that_fails_gives_way_to_the_next_once(after: int) -> None:
             ticket = await prefill.open(NUM_TOKENS)
             await decode.puller.pull(ticket, 1, BLOCKS, timeout_s=20)
             assert decode.puller.counters()["fallbacks"] == 1  # left aside for a while
+
+
+async def test_a_wire_that_keeps_a_payload_back_gives_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source lives and says so; its payloads, beside the stream, do not come: as with a group whose network is gone."""
+    closed: dict[ShmReceiver, asyncio.Event] = {}
+
+    async def hang(receiver: ShmReceiver, reference: bytes, num_bytes: int) -> memoryview:
+        await closed.setdefault(receiver, asyncio.Event()).wait()
+        raise ConnectionError("the pull is closed")
+
+    def close(receiver: ShmReceiver) -> None:
+        closed.setdefault(receiver, asyncio.Event()).set()
+
+    monkeypatch.setattr(ShmReceiver, "fetch", hang)
+    monkeypatch.setattr(ShmReceiver, "close", close)
+    monkeypatch.setattr(pace_module, "SILENCE_S", 0.5)
+    async with prefill_ranks(TP2, wanted="shm") as prefill, decode_ranks(ONE, wanted="shm") as decode:
+        for _ in range(2):  # by the second it is left aside
+            ticket = await prefill.open(NUM_TOKENS)
+            await decode.puller.pull(ticket, 1, BLOCKS, timeout_s=20)
+            assert decode.holds(prefill, BLOCKS, NUM_TOKENS)
+        counters = decode.puller.counters()
+        assert counters["fallbacks"] == 2 and "bytes_by_shm" not in counters  # one for each rank
 
 
 async def test_a_source_that_is_gone_is_given_up_at_once_whatever_the_wire() -> None:
