@@ -101,6 +101,9 @@ def judge_rates(result: report.Report, megabytes: int, transports: Sequence[str]
                 share = rate(arms[name + suffix]) / rate(arms[f"bare {PEERS[name]}"])
                 label = f"{name}_of_bare_{PEERS[name]}{'_no_digests' if suffix else ''}_{megabytes}mb"
                 result.goal(label, share, bound, at_least=True)
+    if "shm" in transports:
+        share = rate(arms["shm, no digests"]) / rate(arms["bare ring, kept"])
+        result.goal(f"shm_of_bare_ring_kept_no_digests_{megabytes}mb", share, 0.8, at_least=True)
     if megabytes >= 256:
         if "shm" in transports:
             result.goal("shm_of_memory_copy", rate(arms["shm"]) / rate(arms["memory copy"]), 0.45, at_least=True)

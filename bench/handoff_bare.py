@@ -7,7 +7,8 @@ block; both are given the sizes of the messages. A sender calls ``begin`` when t
     grpc   a stream of raw messages
     gloo   sends and receives of torch.distributed over a process group of two
     ring   memory of both processes, in slots: the sender copies a message in from where it lies, the receiver copies it
-           out into a buffer of its own; each waits for the other by an eventfd
+           out into a buffer of its own, the same for all; each waits for the other by an eventfd. "ring, kept": out to
+           memory of its own for all messages, as one who wants the bytes does
 """
 
 import mmap
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-RING_SLOTS = 8
+RING_SLOTS = 4
 _SKEW_BYTES = 128  # as kvtransfer/shm: copies between equal offsets in a page can be slow
 
 

@@ -83,7 +83,7 @@ class Slots:
         self._generations = [0] * num_slots
         self._pulls: list[Hashable] = [None] * num_slots
         self._held: dict[Hashable, int] = {}
-        self._free = deque(range(num_slots))  # the longest free first, so that a late reader is seldom overtaken
+        self._free = list(range(num_slots))  # the last freed first: it is still in the cache
         self._line: deque[Waiting] = deque()
 
     @property
@@ -166,7 +166,7 @@ class Slots:
             if turn is None:
                 return
             self._line.remove(turn)
-            index = self._free.popleft()
+            index = self._free.pop()
             self._states[index], self._pulls[index] = _State.WRITING, turn.pull
             self._held[turn.pull] = self._held.get(turn.pull, 0) + 1
             self._change_generation(index)

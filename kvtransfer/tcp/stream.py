@@ -22,7 +22,6 @@ from biphase.kvtransfer.wire import DataPlane, PayloadReceiver, PullOrder, Sourc
 
 _HEAD_BYTES = PREFIX_BYTES + HEADER_BYTES
 _AHEAD_BYTES = 4096
-_ACKS_AT_ONCE = 2
 
 
 class TcpFrameStream:
@@ -51,7 +50,6 @@ class TcpFrameStream:
         self._over: SourceUnreachable | SourceRefused | None = None
         self._ended = False
         self._arrival: _Inline | _Shown | None = None
-        self._acks: list[bytes] = []
         # What was received beyond what was asked for: heads, and with a plane references.
         self._ahead = bytearray(_AHEAD_BYTES)
         self._view = memoryview(self._ahead)
@@ -180,9 +178,7 @@ class TcpFrameStream:
         arrival, self._arrival = self._arrival, None
         if isinstance(arrival, _Shown):
             arrival.finish()
-            self._acks.append(arrival.reference)
-            if len(self._acks) >= _ACKS_AT_ONCE:
-                self._acknowledge()
+            self._acknowledge(arrival.reference)
         elif arrival is not None and arrival.left:
             await self._skip(arrival.num_bytes)
 
@@ -193,10 +189,9 @@ class TcpFrameStream:
             await self.receive([part])
             num_bytes -= len(part)
 
-    def _acknowledge(self) -> None:
-        if self._acks and self._connection is not None:
-            acks, self._acks = self._acks, []
-            self._connection.send_now(b"".join(prefix(Kind.TAKEN, 0, len(each)) + each for each in acks))
+    def _acknowledge(self, reference: bytes) -> None:
+        if self._connection is not None:
+            self._connection.send_now(prefix(Kind.TAKEN, 0, len(reference)) + reference)
 
     # Bytes.
 
@@ -248,7 +243,6 @@ class TcpFrameStream:
             received = connection.receive_some([self._view[self._end : min(until, len(self._ahead))]])
             self._end += received
             if not received:
-                self._acknowledge()
                 await connection.wait_readable()
 
     def _scratch(self, num_bytes: int) -> bytearray:
@@ -270,7 +264,6 @@ class TcpFrameStream:
 
     def _end_well(self) -> None:
         """The source has said its last word; the connection may serve another call."""
-        self._acknowledge()
         self._ended = True
         connection, self._connection = self._connection, None
         self._close_receiver()
