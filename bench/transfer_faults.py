@@ -45,11 +45,10 @@ from biphase.protos.errors import HandoffFailed
 from biphase.protos.ids import BlockId, Incarnation, InstanceName, TicketId
 from biphase.protos.values import KvTicket
 
-DEADLINE_S = 0.5
 AT_A_TIME = 16
 TRANSPORTS = ("grpc", "tcp", "shm", "dist")
 SPEC = (
-    "drop=0.012,delay=0.012:20ms,corrupt=0.012,duplicate=0.012,truncate=0.018,reorder=0.02,stall=0.012:700ms,"
+    "drop=0.012,delay=0.012:20ms,corrupt=0.012,duplicate=0.012,truncate=0.018,reorder=0.02,stall=0.012:{stall_ms:g}ms,"
     "disconnect=0.02"
 )
 SETTLE_S = {"grpc": 1.0, "tcp": 1.0, "shm": 1.0, "dist": 15.0}
@@ -57,6 +56,7 @@ SETTLE_S = {"grpc": 1.0, "tcp": 1.0, "shm": 1.0, "dist": 15.0}
 
 _BEAT_S = 0.01
 _WARM_UP = 32
+_WARM_UP_DEADLINE_S = 10.0
 _POISON = np.float32(-77777.0)
 
 
@@ -140,7 +140,8 @@ async def running_source(transport: str, spec: str, num_blocks: int) -> AsyncIte
 class Reader:
     """This process: a pool whose free blocks hold poison, and a puller over one wire."""
 
-    def __init__(self, transport: str, num_blocks: int, grace_s: float = 60.0) -> None:
+    def __init__(self, transport: str, num_blocks: int, deadline_s: float, grace_s: float) -> None:
+        self._deadline_s = deadline_s
         self._grace_s = grace_s
         self._held_up = HeldUp()
         self._pool = np.full(LAYOUT.pool_shape(num_blocks), _POISON, dtype=np.float32)
@@ -173,8 +174,8 @@ class Reader:
         self._expect_poison(blocks)
         began_s, held_up_s = time.monotonic(), self._held_up.seconds
         try:
-            async with asyncio.timeout(DEADLINE_S):
-                pulled = await self._puller.pull(ticket, 1, blocks, timeout_s=DEADLINE_S)
+            async with asyncio.timeout(self._deadline_s):
+                pulled = await self._puller.pull(ticket, 1, blocks, timeout_s=self._deadline_s)
             outcome = "done"
         except HandoffFailed as error:
             outcome = "failed"
@@ -184,9 +185,9 @@ class Reader:
         took_s = time.monotonic() - began_s
         tally.outcomes[outcome] += 1
         tally.longest_s = max(tally.longest_s, took_s)
-        if took_s > DEADLINE_S + self._grace_s:
+        if took_s > self._deadline_s + self._grace_s:
             await asyncio.sleep(2 * _BEAT_S)  # let the beat that was held up tell
-            tally.late += took_s - (self._held_up.seconds - held_up_s) > DEADLINE_S + self._grace_s
+            tally.late += took_s - (self._held_up.seconds - held_up_s) > self._deadline_s + self._grace_s
         if outcome == "done":
             data = bytearray(LAYOUT.box(num_tokens).num_bytes(LAYOUT))
             self._memory.pack(blocks, LAYOUT.box(num_tokens), data)
@@ -228,19 +229,25 @@ async def run_transfers(reader: Reader, source: Source, count: int, rng: random.
     reader.tally.seconds = time.monotonic() - began_s
 
 
-async def campaign(result: report.Report, transport: str, count: int, seed: int, grace_s: float) -> None:
+async def campaign(
+    result: report.Report, transport: str, count: int, *, seed: int, deadline_s: float, grace_s: float
+) -> None:
     num_blocks = LAYOUT.blocks_for(MOST_TOKENS) * AT_A_TIME * 2
-    async with running_source(transport, f"{SPEC},seed={seed}", num_blocks) as source:
-        warm = Reader(transport, num_blocks)
+    async with running_source(
+        transport, f"{SPEC.format(stall_ms=deadline_s * 1.4e3)},seed={seed}", num_blocks
+    ) as source:
+        warm = Reader(transport, num_blocks, _WARM_UP_DEADLINE_S, grace_s)
         await run_transfers(warm, source, _WARM_UP, random.Random(seed))
         if warm.tally.outcomes["done"] != _WARM_UP or warm.tally.wrong:
             raise RuntimeError(f"{transport} without faults: {dict(warm.tally.outcomes)}, {dict(warm.tally.reasons)}")
         await warm.close()
+        del warm
         before = {"source": (await source.ask("settle"))["process"], "reader": held_by_process()}
         await source.ask("faults", on=True)
-        reader = Reader(transport, num_blocks, grace_s)
+        reader = Reader(transport, num_blocks, deadline_s, grace_s)
         await run_transfers(reader, source, count, random.Random(seed + 1))
-        held = {"reader": await reader.close()}
+        held, tally = {"reader": await reader.close()}, reader.tally
+        del reader  # a closed plane goes with its last reference
         until_s = time.monotonic() + SETTLE_S[transport]
         while True:
             state = await source.ask("settle")
@@ -252,7 +259,7 @@ async def campaign(result: report.Report, transport: str, count: int, seed: int,
                 break
             await asyncio.sleep(0.2)
     leaked = sum(sum(each.values()) for each in held.values())
-    tally, faults = reader.tally, state["faults"]
+    faults = state["faults"]
     result.row(
         transport,
         count,
@@ -287,6 +294,7 @@ def main() -> int:
     parser.add_argument("--transport", default=",".join(TRANSPORTS), help="which, separated by commas (default all)")
     parser.add_argument("--transfers", type=int, default=10_000, help="per wire, of dist a fifth (default 10000)")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--deadline-ms", type=float, default=500.0, help="of a transfer (default 500)")
     parser.add_argument(
         "--grace-ms", type=float, default=250.0, help="of a deadline; the machine is shared (default 250)"
     )
@@ -304,7 +312,8 @@ def main() -> int:
     began_s = time.monotonic()
     for transport in transports:
         count = max(1, arguments.transfers // 5) if transport == "dist" else arguments.transfers
-        asyncio.run(campaign(result, transport, count, arguments.seed, arguments.grace_ms / 1e3))
+        deadline_s, grace_s = arguments.deadline_ms / 1e3, arguments.grace_ms / 1e3
+        asyncio.run(campaign(result, transport, count, seed=arguments.seed, deadline_s=deadline_s, grace_s=grace_s))
         result.write(arguments)
     result.goal("minutes", (time.monotonic() - began_s) / 60, 20)
     return result.finish(arguments)

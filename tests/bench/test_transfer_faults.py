@@ -15,7 +15,18 @@ NUM_KINDS = 8
 @pytest.mark.parametrize("transport", ["grpc", "tcp", "shm"])
 def test_no_wrong_byte_none_late_nothing_leaks(transport: str, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    flags = ["--transport", transport, "--transfers", "120", "--grace-ms", "2000", "--json", str(out)]
+    flags = [
+        "--transport",
+        transport,
+        "--transfers",
+        "120",
+        "--deadline-ms",
+        "1500",
+        "--grace-ms",
+        "2000",
+        "--json",
+        str(out),
+    ]
     done = subprocess.run(
         [sys.executable, "-W", "error", str(PROGRAM), *flags], check=False, capture_output=True, text=True, timeout=110
     )
@@ -26,7 +37,7 @@ def test_no_wrong_byte_none_late_nothing_leaks(transport: str, tmp_path: Path) -
     assert not missed, figures["wires"][transport]
     faults = figures["wires"][transport]["faults"]
     assert len(faults) == NUM_KINDS and min(faults.values()) >= 1
-    assert figures["rows"][0][2] >= 40, figures["rows"]
+    assert figures["rows"][0][2] >= 24, figures["rows"]
 
 
 def test_an_unknown_wire_is_refused_in_a_line() -> None:
