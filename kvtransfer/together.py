@@ -22,8 +22,9 @@ async def together(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         except asyncio.CancelledError:
             cancelled = True
             done = set()
-        if failed is None:
-            failed = next((task for task in tasks if task in done and _broke(task)), None)
+        broken = [task for task in tasks if task in done and _broke(task)]  # whoever is not asked complains of it later
+        if failed is None and broken:
+            failed = broken[0]
         if (cancelled or failed is not None) and not ending:
             ending = True
             for task in pending:

@@ -1,6 +1,7 @@
 """Things that end together: nobody leaves before the last has ended, whatever happens meanwhile."""
 
 import asyncio
+import gc
 
 import pytest
 
@@ -57,6 +58,22 @@ async def test_the_first_failure_cancels_the_others_and_waits_for_them() -> None
     with pytest.raises(ValueError, match="part -1"):
         await running
     assert second.ended
+
+
+async def test_a_second_failure_is_not_told_as_an_error_of_ours() -> None:
+    """Where a ticket is revoked every rank of a pull fails: asyncio would log each of them with its stack."""
+    told: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+    parts = [Part() for _ in range(3)]
+    running = asyncio.create_task(together([part.run(-1) for part in parts]))
+    await begun(*parts)
+    for part in parts:
+        part.go.set()
+    with pytest.raises(ValueError, match="part -1"):
+        await running
+    del running
+    gc.collect()
+    assert not told
 
 
 async def test_cancelled_over_and_over_it_still_waits_for_all() -> None:
