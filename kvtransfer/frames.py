@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -47,6 +47,9 @@ class FrameKind(IntEnum):
     TRAILER = 3
 
 
+_KINDS = {kind.value: kind for kind in FrameKind}
+
+
 class FrameError(Exception):
     """Bytes that are no frame, or a frame that does not fit its request; one line."""
 
@@ -61,8 +64,7 @@ class Trailer:
     age_ms: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
+class Header(NamedTuple):
     """A received header that makes sense in itself; nothing of it is to be believed before ``digest_fits``."""
 
     kind: FrameKind
@@ -120,13 +122,14 @@ def parse_header(data: bytes, num_bytes: int) -> Header:
     magic, kind, epoch, *ranges, payload_bytes, computed_tokens, _ = _FIELDS.unpack_from(data)
     if magic != _MAGIC:
         raise FrameError(f"a frame begins with {magic.hex()}, not {_MAGIC.hex()}")
-    if kind not in FrameKind._value2member_map_:
+    known = _KINDS.get(kind)
+    if known is None:
         raise FrameError(f"a frame of unknown kind {kind}")
     if num_bytes != payload_bytes:
         raise FrameError(f"a frame announces {payload_bytes} payload bytes and has {num_bytes}")
     layer_start, layer_end, head_start, head_end, token_start, token_end = ranges
     return Header(
-        kind=FrameKind(kind),
+        kind=known,
         epoch=epoch,
         box=KvBox(
             layer_start=layer_start,

@@ -128,6 +128,10 @@ class CpuKvMemory:
                 count = 1
                 while count < whole and blocks[index + count] == block + count:
                     count += 1
+                if count == 1:
+                    yield canonical[:, :, :, at : at + size], pool[:, block]
+                    token += size
+                    continue
                 self._block(block + count - 1)
                 run = canonical[:, :, :, at : at + count * size]
                 layers, two, heads, _, dim = run.shape
