@@ -17,7 +17,8 @@ JOIN_TIMEOUT_S = 600.0
 def open_store(host: str, *, port: int = 0, timeout_s: float = JOIN_TIMEOUT_S) -> tuple[Store, int]:
     """Rank 0's: a store that listens on ``host``, and its port. Raises SetupError when that address cannot be bound."""
     try:
-        listener = socket.create_server((host, port), backlog=64)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=64)
     except OSError as error:
         raise SetupError(f"no store for the ranks on {host}:{port} ({error.strerror})") from error
     bound: int = listener.getsockname()[1]

@@ -13,7 +13,8 @@ class Rendezvous:
         self._timeout_s = timeout_s
         self._timeout = timedelta(seconds=timeout_s)
         # torch would listen on every address of the machine: it gets a socket that is bound already
-        with socket.create_server((host, 0)) as listener:
+        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+        with socket.create_server((host, 0), family=family) as listener:
             self.address = (host, int(listener.getsockname()[1]))
             self._store = TCPStore(
                 *self.address,

@@ -1,6 +1,7 @@
 """Pair groups between real processes: order across pulls, ends of peers, bounds."""
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -9,6 +10,7 @@ import torch
 from support.payload_peer import Peer, fetch_all, serving_peer
 
 from biphase.kvtransfer.pair_groups.plane import DistPlane
+from biphase.kvtransfer.pair_groups.rendezvous import Rendezvous
 
 SIZES = (1, 4096, 100_001, 1 << 20)
 DEADLINE_S = 1.5
@@ -41,6 +43,13 @@ async def new_plane() -> AsyncIterator[NewPlane]:
     yield new
     for plane in planes:
         await plane.close()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_ends_meet_at_an_address_of_either_kind() -> None:
+    ours = Rendezvous("::1", timeout_s=5.0)
+    ours.theirs(ours.address, "pair").set("a", "b")
+    assert ours.ours("pair").get("a") == b"b"
 
 
 def payloads(first_seed: int, count: int = 8) -> list[tuple[int, int]]:

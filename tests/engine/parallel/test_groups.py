@@ -1,5 +1,6 @@
 """Sums, gathers and pipes between ranks, over gloo on loopback; and what a lost rank looks like from another."""
 
+import socket
 import threading
 
 import psutil
@@ -118,14 +119,18 @@ def test_ranks_that_do_not_come_are_a_set_up_error() -> None:
         open_store(HOST, port=port)
 
 
-def test_the_store_listens_on_its_address_alone() -> None:
+@pytest.mark.parametrize("host", [HOST, "::1"])
+def test_the_store_listens_on_its_address_alone(host: str) -> None:
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+
     def listening() -> set[tuple[str, int]]:
         found = psutil.Process().net_connections(kind="tcp")
-        return {tuple(one.laddr) for one in found if one.status == psutil.CONN_LISTEN}
+        return {tuple(one.laddr[:2]) for one in found if one.status == psutil.CONN_LISTEN}
 
     before = listening()
-    store, port = open_store(HOST)
-    assert listening() - before == {(HOST, port)}
-    other = join_store(HOST, port)
+    store, port = open_store(host)
+    assert listening() - before == {(host, port)}
+    other = join_store(host, port)
     other.set("a", "b")
     assert store.get("a") == b"b"
