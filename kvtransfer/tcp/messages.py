@@ -119,7 +119,7 @@ def read_pull(body: dict[str, Any]) -> PullCall:
         raise WireError(f"a pull of box {bounds!r}")
     order = PullOrder(
         ticket=read_ticket(body),
-        epoch=read_count(body, "epoch"),
+        epoch=read_epoch(body),
         incarnation=read_count(body, "incarnation"),
         box=KvBox(**dict(zip(_BOX, bounds, strict=True))),
         codec=_read(body, "codec", str),
@@ -134,6 +134,14 @@ def read_ticket(body: dict[str, Any]) -> TicketId:
     if len(ticket) != _TICKET_BYTES:
         raise WireError(f"a ticket of {len(ticket)} bytes, not {_TICKET_BYTES}")
     return TicketId(ticket)
+
+
+def read_epoch(body: dict[str, Any]) -> int:
+    """As wide as in a frame's header: a wider one would end every other reader of its ticket and then fit into no frame."""
+    epoch = read_count(body, "epoch")
+    if epoch >= 2**32:
+        raise WireError(f"a call whose epoch is {epoch}, {2**32 - 1} is the most")
+    return epoch
 
 
 def read_count(body: dict[str, Any], name: str) -> int:

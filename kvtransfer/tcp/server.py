@@ -23,6 +23,7 @@ from biphase.kvtransfer.tcp.messages import (
     prefix,
     read_body,
     read_count,
+    read_epoch,
     read_prefix,
     read_pull,
     read_ticket,
@@ -139,7 +140,7 @@ class Served:
             if call == "handshake":
                 reply = {"signature": self._service.handshake(_signature(body)).to_proto().SerializeToString()}
             elif call == "release":
-                self._service.release(read_ticket(body), read_count(body, "epoch"), read_count(body, "incarnation"))
+                self._service.release(read_ticket(body), read_epoch(body), read_count(body, "incarnation"))
                 reply = {}
             else:
                 raise WireError(f"a call of {call!r:.40}")

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -348,3 +349,6 @@ def test_a_pull_is_the_same_after_the_wire() -> None:
     assert messages.read_pull(messages.read_body(data[messages.PREFIX_BYTES :])) == PullCall(order, "shm", b"hello")
     with pytest.raises(WireError, match="not a map"):
         messages.read_body(b"\x01")
+    too_wide = messages.pull_body(PullCall(replace(order, epoch=2**32)))
+    with pytest.raises(WireError, match="epoch is 4294967296, 4294967295 is the most"):
+        messages.read_pull(too_wide)
