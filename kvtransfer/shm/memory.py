@@ -34,6 +34,14 @@ class MemoryName:
     num_slots: int
     slot_bytes: int
 
+    @property
+    def is_there(self) -> bool:
+        """Whether its source still has it."""
+        try:
+            return os.stat(f"/proc/{self.pid}/fd/{self.fd}").st_ino == self.inode
+        except OSError:
+            return False
+
     def packed(self) -> bytes:
         return bytes(msgpack.packb(asdict(self)))
 

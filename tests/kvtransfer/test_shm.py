@@ -230,6 +230,21 @@ def test_a_reader_maps_what_it_was_told_and_nothing_else() -> None:
     assert bytes(mapped.payload(2, 10)) == b"0123456789"  # what is mapped stays
 
 
+async def test_the_memory_of_a_source_that_has_ended_is_given_up_with_the_next_one_mapped() -> None:
+    plane = ShmPlane()
+    sources = [SharedSlots(1, 4096) for _ in range(3)]
+    receiver = await plane.receiver("127.0.0.1:1")
+    await receiver.start(sources[0].name.packed())  # in use still
+    plane.map(sources[1].name)
+    for ended in sources[:2]:
+        ended.close()
+    plane.map(sources[2].name)
+    assert [key[1] for key in plane._mapped] == [sources[0].name.inode, sources[2].name.inode]
+    receiver.close()
+    await plane.close()
+    sources[2].close()
+
+
 async def test_memories_of_sources_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plane_module, "MOST_MAPPED", 2)
     plane = ShmPlane()
