@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-parts="tokens kernels aot mutations engine handoff start faults"
+parts="tokens plans kernels aot mutations engine handoff overlap pipeline codecs drills start faults"
 
 # The oldest triton that is supported, beside the installed one.
 old_triton=3.6.0
@@ -13,13 +13,18 @@ describe() {
 usage: scripts/long.sh [PART...]     (no part: all, one after the other)
 
   tokens     the tests marked slow: tokens against the reference and between modes, leaks after cancelled requests
+  plans      every parallelism plan handing over to every other: tokens, and KV bit for bit
   kernels    every kernel test in Triton's interpreter (on the GPU where there is one), the long ones too, under the
              installed triton and under the oldest supported one
   aot        bench/aot.py: every kernel compiled for sm_80, 89, 90 and 100 without a GPU, under both tritons; writes the
              report under bench/results/aot
   mutations  every kernel broken on purpose, in a copy: its tests must turn red
   engine     bench/engine.py: the engine's speed against ceilings measured in the same run
-  handoff    bench/handoff.py: KV payload rate beside a bare gRPC stream and a bare socket; decode gaps during a pull
+  handoff    bench/handoff.py: KV payload rate of every transport beside what only moves the bytes; decode gaps during a pull
+  overlap    bench/overlap.py: how much of a long prompt's handoff its prefill hides
+  pipeline   bench/pipeline.py: what steps in flight are worth on a pipeline of stages
+  codecs     bench/codec_quality.py: what each codec costs in bytes, logits and greedy tokens
+  drills     bench/transfer_faults.py: ten thousand transfers per transport under injected faults
   start      bench/start.py: from `biphase serve` to the first token, first and later starts; idle processor use
   faults     bench/faults.py: workers killed and stopped, idle and busy; what the client sees and how soon
 Each part prints its figures and exits with 1 when a bound is missed. Run them on a machine with nothing else to do.
@@ -57,7 +62,12 @@ run() {
       ;;
     mutations) "$bin/python" tests/kernels/on_triton/mutations ;;
     engine) "$bin/python" bench/engine.py --check ;;
+    plans) "$bin/pytest" --long tests/e2e/test_any_to_any.py ;;
     handoff) "$bin/python" bench/handoff.py --check ;;
+    overlap) "$bin/python" bench/overlap.py --check ;;
+    pipeline) "$bin/python" bench/pipeline.py --check ;;
+    codecs) "$bin/python" bench/codec_quality.py --check ;;
+    drills) "$bin/python" bench/transfer_faults.py --check ;;
     start) "$bin/python" bench/start.py --check ;;
     faults) "$bin/python" bench/faults.py --check ;;
   esac
