@@ -13,7 +13,7 @@ from biphase.protos import convert, worker_pb2, worker_pb2_grpc
 from biphase.protos.grpc_setup import channel_options
 from biphase.protos.values import LegOutcome, Sampling
 
-ANSWER_WITHIN_S = 30.0
+ANSWER_WITHIN_S = 90.0
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
 
 
@@ -32,7 +32,7 @@ class ClientLeg:
         self.changed = asyncio.Condition()
 
     async def until(self, reached: Callable[["ClientLeg"], object]) -> "ClientLeg":
-        """Wait for ``reached``; raises when the leg ends, the link breaks or 30 s pass without it."""
+        """Wait for ``reached``; raises when the leg ends, the link breaks or ANSWER_WITHIN_S pass without it."""
         async with asyncio.timeout(ANSWER_WITHIN_S), self.changed:
             await self.changed.wait_for(lambda: reached(self) or self.ended or self.refused or self.link.broken)
         assert reached(self), f"leg {self.leg_id}: {self.ended or self.refused or self.link.broken}"
