@@ -19,6 +19,7 @@ from support.deployment import Deployment, deployed
 
 from biphase.client import AsyncClient
 from biphase.client.async_client import AsyncGeneration
+from biphase.kvtransfer.tcp.source import MOST_IDLE
 from biphase.protos import worker_pb2, worker_pb2_grpc
 from biphase.protos.errors import Cancelled
 
@@ -78,6 +79,17 @@ def held(counters: dict[str, dict[str, int]]) -> dict[str, int]:
 
 def process_counts(counters: dict[str, dict[str, int]]) -> dict[str, int]:
     return {f"{p}.{k}": v for p, found in counters.items() for k, v in found.items() if k in OF_THE_PROCESS}
+
+
+def grown(before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Tasks, threads and files that were not there before. A few connections to a source are kept for the next pulls,
+    with a task each at its end; how many there are depends on how many pulls there were at a time."""
+    then, found = process_counts(before), {}
+    for name, count in process_counts(now).items():
+        kept = 0 if name.startswith("router") or name.endswith("python_threads") else MOST_IDLE
+        if count > then[name] + kept:
+            found[name] = count - then[name]
+    return found
 
 
 @dataclass
@@ -209,10 +221,10 @@ async def test_nothing_leaks_when_a_third_is_cancelled_in_every_phase(
                 ended_at = time.monotonic()
                 while True:
                     now = await probe.read()
-                    if not held(now) and process_counts(now) == process_counts(before):
+                    if not held(now) and not grown(before, now):
                         break
                     took_s = time.monotonic() - ended_at
-                    assert took_s < BACK_WITHIN_S, (held(now), process_counts(before), process_counts(now))
+                    assert took_s < BACK_WITHIN_S, (held(now), grown(before, now))
                     await asyncio.sleep(0.02)
                 back_s = time.monotonic() - ended_at
                 await probe.close()
