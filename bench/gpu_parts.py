@@ -17,6 +17,7 @@ _TESTS = (
         for name in (
             "sample",
             "moe",
+            "local_experts",
             "decode_attention",
             "prefill_attention",
             "kv_pack",
