@@ -47,12 +47,26 @@ from biphase.protos.values import KvTicket
 
 AT_A_TIME = 16
 TRANSPORTS = ("grpc", "tcp", "shm", "dist")
-SPEC = (
-    "drop=0.012,delay=0.012:20ms,corrupt=0.012,duplicate=0.012,truncate=0.018,reorder=0.02,stall=0.012:{stall_ms:g}ms,"
-    "disconnect=0.02"
-)
+RATES = {
+    "drop": 0.012,
+    "delay": 0.012,
+    "corrupt": 0.012,
+    "duplicate": 0.012,
+    "truncate": 0.018,
+    "reorder": 0.02,
+    "stall": 0.012,
+    "disconnect": 0.02,
+}
+"""Per frame."""
+
+MORE = {"shm": 1.8, "dist": 1.2}
+"""Times so much where a transfer has fewer frames: these wires take larger pieces."""
+
 SETTLE_S = {"grpc": 1.0, "tcp": 1.0, "shm": 1.0, "dist": 15.0}
 """After everything was closed. A pair group that was being built ends in a thread of its own, within its 10 s."""
+
+_FDS_PER_PAIR = 2
+"""Of a pair group that dist keeps for a reader, up to eight of them, until another takes its place."""
 
 _BEAT_S = 0.01
 _WARM_UP = 32
@@ -229,20 +243,26 @@ async def run_transfers(reader: Reader, source: Source, count: int, rng: random.
     reader.tally.seconds = time.monotonic() - began_s
 
 
+def spec_of(transport: str, deadline_s: float, seed: int) -> str:
+    """The faults of a campaign. A stall outlasts the deadline."""
+    times = {"delay": ":20ms", "stall": f":{deadline_s * 1.4e3:g}ms"}
+    parts = [f"{kind}={rate * MORE.get(transport, 1.0):g}{times.get(kind, '')}" for kind, rate in RATES.items()]
+    return ",".join([*parts, f"seed={seed}"])
+
+
 async def campaign(
     result: report.Report, transport: str, count: int, *, seed: int, deadline_s: float, grace_s: float
 ) -> None:
     num_blocks = LAYOUT.blocks_for(MOST_TOKENS) * AT_A_TIME * 2
-    async with running_source(
-        transport, f"{SPEC.format(stall_ms=deadline_s * 1.4e3)},seed={seed}", num_blocks
-    ) as source:
+    async with running_source(transport, spec_of(transport, deadline_s, seed), num_blocks) as source:
         warm = Reader(transport, num_blocks, _WARM_UP_DEADLINE_S, grace_s)
         await run_transfers(warm, source, _WARM_UP, random.Random(seed))
         if warm.tally.outcomes["done"] != _WARM_UP or warm.tally.wrong:
             raise RuntimeError(f"{transport} without faults: {dict(warm.tally.outcomes)}, {dict(warm.tally.reasons)}")
         await warm.close()
         del warm
-        before = {"source": (await source.ask("settle"))["process"], "reader": held_by_process()}
+        state = await source.ask("settle")
+        before, kept = {"source": state["process"], "reader": held_by_process()}, state["plane"].get("dist_pairs", 0)
         await source.ask("faults", on=True)
         reader = Reader(transport, num_blocks, deadline_s, grace_s)
         await run_transfers(reader, source, count, random.Random(seed + 1))
@@ -255,6 +275,8 @@ async def campaign(
             after = {"source": state["process"], "reader": held_by_process()}
             for side, process in after.items():
                 held[side] |= {name: max(0, process[name] - before[side][name]) for name in ("fds", "tasks")}
+            more = state["plane"].get("dist_pairs", 0) - kept
+            held["source"]["fds"] = max(0, held["source"]["fds"] - _FDS_PER_PAIR * more)
             if not any(sum(each.values()) for each in held.values()) or time.monotonic() > until_s:
                 break
             await asyncio.sleep(0.2)
@@ -286,6 +308,7 @@ async def campaign(
         "after": after,
         "reasons": tally.reasons.most_common(20),
         "leases_expired": state["expired"],
+        "plane": state["plane"],
     }
 
 

@@ -193,6 +193,7 @@ class Source:
                 "slots": slots_in_use(self._plane),
             },
             "process": held_by_process(),
+            "plane": getattr(self._plane, "counters", dict)(),
         }
 
 
