@@ -30,10 +30,9 @@ Buffer = bytes | bytearray | memoryview
 
 async def connect(address: str) -> "Connection":
     """To ``host:port``. Raises ConnectionError, one line."""
-    host, _, port = address.rpartition(":")
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        found = await _addresses(address, loop)
     except (OSError, ValueError) as error:
         raise ConnectionError(f"no address {address}: {error}") from None
     failure: OSError | None = None
@@ -50,6 +49,15 @@ async def connect(address: str) -> "Connection":
             sock.close()
             raise
     raise ConnectionError(f"cannot connect to {address}: {failure}")
+
+
+async def _addresses(address: str, loop: asyncio.AbstractEventLoop) -> list[tuple[Any, ...]]:
+    """Addresses as sockets take them. Numbers are read here: a name costs a thread that stays, and a way to its server."""
+    host, _, port = address.rpartition(":")
+    host, number = host.strip("[]"), int(port)
+    with suppress(socket.gaierror):
+        return list(socket.getaddrinfo(host, number, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
+    return list(await loop.getaddrinfo(host, number, type=socket.SOCK_STREAM))
 
 
 def listen(host: str, port: int) -> socket.socket:
