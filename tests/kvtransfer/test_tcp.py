@@ -245,7 +245,7 @@ async def test_the_death_of_the_source_is_told_at_once() -> None:
             async with asyncio.timeout(5):
                 await waiting
                 await anext(stream)
-        with pytest.raises(SourceUnreachable, match="cannot connect|closed|idle"):
+        with pytest.raises(SourceUnreachable, match="cannot connect|closed|idle|reset"):
             await source.handshake(make_signature("decode-0"), 5.0)
         await source.close()
     finally:
