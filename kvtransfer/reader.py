@@ -39,6 +39,7 @@ class Reader:
         self.num_pieces = 0
         self.num_bytes = 0
         self._changed = asyncio.Event()
+        self._said_s = time.monotonic()
         self._order = order
         self._exports = exports
         self._memory = memory
@@ -94,6 +95,7 @@ class Reader:
                 num_bytes = await self._send_packed(piece)
             self.num_pieces += 1
             self.num_bytes += num_bytes
+            self._said_s = time.monotonic()
 
     async def _send_packed(self, piece: KvBox) -> int:
         """From memory of the sink's: the blocks are read only while the piece is packed."""
@@ -168,9 +170,10 @@ class Reader:
         )
 
     async def _wait(self) -> None:
-        """Until something has changed, or it is time for a beat."""
+        """Until something has changed, or it is time for a beat: counted from the last word, as changes that let nothing
+        leave yet (layers of a chunk) may come more often than beats."""
         try:
-            async with asyncio.timeout(BEAT_S):
+            async with asyncio.timeout(max(0.0, self._said_s + BEAT_S - time.monotonic())):
                 await self._changed.wait()
             self._changed.clear()
         except TimeoutError:
@@ -179,3 +182,4 @@ class Reader:
     async def _beat(self) -> None:
         pull = self.pull
         await self._sink.send(frames.beat(pull.ticket, pull.epoch, self._exports.readable_tokens(pull)), b"")
+        self._said_s = time.monotonic()
