@@ -160,3 +160,31 @@ async def test_an_end_in_the_middle_of_a_pack_leaves_no_cancellation_behind() ->
     assert "REVOKED" in await asyncio.create_task(wire())
     assert not side.pool.references
     await side.service.stop()
+
+
+class CountingSink(SlowSink):
+    """Counts beats."""
+
+    def __init__(self) -> None:
+        super().__init__(gathers=False)
+        self.num_beats = 0
+
+    async def send(self, header: bytes, payload: Room | Sequence[memoryview] | bytes) -> None:
+        self.num_beats += header[4] == FrameKind.BEAT
+
+
+async def test_beats_come_however_often_layers_that_may_not_leave_yet_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("biphase.kvtransfer.reader.BEAT_S", 0.02)
+    side, sink = Side(), CountingSink()
+    ticket = TicketId(b"u" * 16)  # nothing of it is computed
+    side.exports.open(ticket, BLOCKS, 40, time.monotonic())
+    pull = asyncio.create_task(
+        side.service.serve(PullOrder(ticket=ticket, epoch=1, incarnation=1, box=LAYOUT.box(40)), sink)
+    )
+    async with asyncio.timeout(10):
+        while sink.num_beats < 4:
+            side.service.wake(ticket)
+            await asyncio.sleep(0)
+    pull.cancel()
+    await asyncio.wait([pull])
+    await side.service.stop()
