@@ -1,13 +1,15 @@
 """How fast KV moves between two instances over each transport, and what a running decode feels of it.
 
-    python bench/handoff.py [--part rates|plans|decode] [--megabytes 1 16 256] [--transports ...] [--rounds 7]
+    python bench/handoff.py [--part rates|latency|plans|decode] [--megabytes 1 16 256] [--transports ...] [--rounds 7]
                             [--json FILE] [--check]
 
 Rates: payload GB/s from the first piece's post to the last one's completion, of KV that is computed already; pack, digest,
 transfer, check and unpack included; over each transport, and what moves the same bytes in messages of the same sizes between
 the same two processes and does nothing with them: a memory copy, a bare ring of shared memory, a bare socket, a bare gRPC
 stream, a bare gloo send (handoff_bare.py). All arms take turns; the first round warms up and is not counted; medians. CPU
-seconds are of both ends. "p50 ms" is the whole handoff, from call to return, Release included: the goal at 1 MB is on that.
+seconds are of both ends. "p50 ms" is the whole handoff, from call to return, Release included.
+
+Latency: the whole handoff of 1 MB by shm and tcp in turns.
 
 Plans: 4 ranks to 2 against 1 rank to 1, the same bytes, each rank a process.
 
@@ -90,10 +92,6 @@ async def measure_rates(result: report.Report, megabytes: int, transports: Seque
 
 def judge_rates(result: report.Report, megabytes: int, transports: Sequence[str], arms: dict[str, list[Taken]]) -> None:
     if megabytes <= LATENCY_MB:
-        for name in ("shm", "tcp"):
-            if name in transports:
-                p50_ms = statistics.median(each.whole_s for each in arms[name]) * 1e3
-                result.goal(f"{name}_p50_ms_{megabytes}mb", p50_ms, 3.0)
         return
     for suffix, shares in (("", SHARES), (", no digests", SHARES_WITHOUT_DIGESTS)):
         for name, bound in shares.items():
@@ -110,6 +108,29 @@ def judge_rates(result: report.Report, megabytes: int, transports: Sequence[str]
         if "tcp" in transports and "grpc" in transports:
             cpu = {name: statistics.median(each.cpu_per_gb for each in arms[name]) for name in ("grpc", "tcp")}
             result.goal("grpc_cpu_of_tcp", cpu["grpc"] / cpu["tcp"], 1.3, at_least=True)
+
+
+async def measure_latency(result: report.Report, transports: Sequence[str], rounds: int) -> None:
+    """Of a small handoff, the transports in turns and nothing between them: what an instance sees that serves short
+    prompts. Beside the other arms (measure_rates) caches are cold and gloo's threads are awake."""
+    names = [name for name in ("shm", "tcp") if name in transports]
+    taken: dict[str, list[Taken]] = {name: [] for name in names}
+    one = ParallelPlan()
+    planes = [name for name in names if name in OUT_OF_BAND]
+    async with Rig("llama", tokens_of(LLAMA, LATENCY_MB), (one, one), planes).running() as rig:
+        for counted in range(-1, rounds):
+            for name in names:
+                pulled = await rig.pull(name, digests=True)
+                if counted >= 0:
+                    taken[name].append(pulled)
+    result.extra["latency"] = {
+        "megabytes": LATENCY_MB,
+        "whole_seconds": {name: [each.whole_s for each in values] for name, values in taken.items()},
+    }
+    for name, values in taken.items():
+        show(result, LATENCY_MB, f"{name}, in turns", values)
+        p50_ms = statistics.median(each.whole_s for each in values) * 1e3
+        result.goal(f"{name}_p50_ms_{LATENCY_MB}mb", p50_ms, 3.0)
 
 
 async def measure_plans(result: report.Report, megabytes: int, transports: Sequence[str], rounds: int) -> None:
@@ -151,7 +172,7 @@ async def measure_plans(result: report.Report, megabytes: int, transports: Seque
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["rates", "plans", "decode"], help="only this part")
+    parser.add_argument("--part", choices=["rates", "latency", "plans", "decode"], help="only this part")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 16, 256], help="of KV (default 1 16 256)")
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, help="default: all that are here")
     parser.add_argument("--rounds", type=int, default=7, help="that count, of rates and plans (default 7)")
@@ -164,10 +185,11 @@ def main() -> int:
     result = report.Report("handoff", ["MB", "what", "GB/s", "least", "most", "p50 ms", "CPU s/GB", "note"])
     for megabytes in arguments.megabytes:
         if arguments.part in (None, "rates"):
-            rounds = max(arguments.rounds, LATENCY_ROUNDS) if megabytes <= LATENCY_MB else arguments.rounds
-            asyncio.run(measure_rates(result, megabytes, transports, rounds))
+            asyncio.run(measure_rates(result, megabytes, transports, arguments.rounds))
         if arguments.part in (None, "plans"):
             asyncio.run(measure_plans(result, megabytes, transports, arguments.rounds))
+    if arguments.part in (None, "latency"):
+        asyncio.run(measure_latency(result, transports, max(arguments.rounds, LATENCY_ROUNDS)))
     if arguments.part in (None, "decode"):
         asyncio.run(measure_decode(result, arguments.pulls))
     return result.finish(arguments)
