@@ -19,29 +19,38 @@ def parts_of(pool: np.ndarray[Any, Any], layout: KvLayout, blocks: Sequence[int]
     if not box.num_bytes(layout):
         return []
     num_blocks = pool.shape[1]
-    token = layout.head_dim * layout.itemsize
-    head = layout.block_size * token
-    kind = layout.num_kv_heads * head
-    block = 2 * kind
-    first: list[tuple[int, int]] = []  # offset and size of the runs of one layer
-    for of_kind in range(2):
-        for of_head in range(box.head_start, box.head_end):
-            at = box.token_start
-            while at < box.token_end:
-                index, offset = divmod(at, layout.block_size)
-                if not 0 <= blocks[index] < num_blocks:
-                    raise ValueError(f"block {blocks[index]} is none of the pool's {num_blocks}")
-                count = min(layout.block_size - offset, box.token_end - at)
-                start = blocks[index] * block + of_kind * kind + of_head * head + offset * token
-                if first and sum(first[-1]) == start:
-                    first[-1] = (first[-1][0], first[-1][1] + count * token)
-                else:
-                    first.append((start, count * token))
-                at += count
-    layer = num_blocks * block
+    # asked for every piece of a transfer: slices of a view of the layer cost half of slices at sums of offsets
+    runs = [slice(start, start + size) for start, size in _runs_of_a_layer(layout, blocks, box, num_blocks)]
+    layer = num_blocks * 2 * layout.num_kv_heads * layout.block_size * layout.head_dim * layout.itemsize
     flat = memoryview(pool.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    layers = [flat[start : start + layer] for start in range(box.layer_start * layer, box.layer_end * layer, layer)]
+    return [of_layer[run] for of_layer in layers for run in runs]
+
+
+def _runs_of_a_layer(layout: KvLayout, blocks: Sequence[int], box: KvBox, num_blocks: int) -> list[tuple[int, int]]:
+    """Offset in the layer and size of each, in bytes.
+
+    Runs meet only where the tokens are one whole block: its heads lie one after the other, and K before V.
+    """
+    block_size, token_start, token_end = layout.block_size, box.token_start, box.token_end
+    token = layout.head_dim * layout.itemsize
+    head = block_size * token
+    kind = layout.num_kv_heads * head
+    of_head = []  # the runs of the first head's K
+    for index in range(token_start // block_size, -(-token_end // block_size)):
+        block = blocks[index]
+        if not 0 <= block < num_blocks:
+            raise ValueError(f"block {block} is none of the pool's {num_blocks}")
+        first = max(token_start - index * block_size, 0)
+        last = min(token_end - index * block_size, block_size)
+        of_head.append((block * 2 * kind + box.head_start * head + first * token, (last - first) * token))
+    heads = (box.head_end - box.head_start) * head
+    if len(of_head) == 1 and of_head[0][1] == head:
+        start = of_head[0][0]
+        return [(start, 2 * kind)] if heads == kind else [(start, heads), (start + kind, heads)]
     return [
-        flat[start + of_layer * layer : start + of_layer * layer + size]
-        for of_layer in range(box.layer_start, box.layer_end)
-        for start, size in first
+        (offset + start, size)
+        for of_kind in (0, kind)
+        for offset in range(of_kind, of_kind + heads, head)
+        for start, size in of_head
     ]

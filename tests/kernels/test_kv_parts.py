@@ -1,5 +1,7 @@
 """The runs of a box in a pool are its canonical bytes, in order, and few where blocks are whole."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -40,6 +42,10 @@ def test_parts_are_the_canonical_bytes(data: st.DataObject) -> None:
 
 def test_a_whole_block_is_one_part_per_layer_and_a_foreign_block_is_refused() -> None:
     pool = np.zeros(LAYOUT.pool_shape(6), dtype=np.float32)
-    assert [len(part) for part in parts_of(pool, LAYOUT, BLOCKS, LAYOUT.box(4))] == [2 * 2 * 4 * 4 * 4] * 3
+    head = 4 * 4 * 4
+    whole = LAYOUT.box(4)
+    assert [len(part) for part in parts_of(pool, LAYOUT, BLOCKS, whole)] == [2 * 2 * head] * 3
+    assert [len(part) for part in parts_of(pool, LAYOUT, BLOCKS, replace(whole, head_end=1))] == [head] * 2 * 3
+    assert [len(part) for part in parts_of(pool, LAYOUT, BLOCKS, LAYOUT.box(8))] == [head] * 2 * 2 * 2 * 3
     with pytest.raises(ValueError, match="block 6 is none of the pool's 6"):
         parts_of(pool, LAYOUT, [6], LAYOUT.box(4))
