@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.kv import FIRST_TOKEN, LAYOUT, make_signature, prefill_side, tampering_proxy, tokens_of
+from support.kv import FIRST_TOKEN, LAYOUT, make_signature, prefill_side, tokens_of
+from support.kv_tampering import tampering_proxy
 
 from biphase.kernels.kv_layout import KvLayout
 from biphase.kvtransfer.frames import FrameKind

@@ -1,4 +1,4 @@
-"""Both sides of a handoff in one loop, and a proxy between them that tampers with frames."""
+"""Both sides of a handoff in one loop, and the pull that most tests make of it."""
 
 import asyncio
 import os
@@ -6,11 +6,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import grpc
-import grpc.aio
 import numpy as np
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
@@ -18,11 +16,9 @@ from biphase.kernels.kv_pack import CpuKvMemory, KvMemory
 from biphase.kernels.kv_pack.checksum import sum64
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
 from biphase.kvtransfer.grpc_server import GrpcKvServer
-from biphase.kvtransfer.grpc_transport import SERVICE
 from biphase.kvtransfer.puller import KvPuller
 from biphase.kvtransfer.service import KvService
 from biphase.kvtransfer.signature import KvSignatureValue
-from biphase.protos.grpc_setup import bind, channel_options, server_options
 from biphase.protos.ids import BlockId, Incarnation, InstanceName, TicketId
 from biphase.protos.values import KvTicket
 
@@ -30,6 +26,9 @@ LAYOUT = KvLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16)
 NUM_BLOCKS = 64
 FIRST_TOKEN = 77
 LEASE_S = 60.0
+NUM_TOKENS = 100
+BLOCKS = [BlockId(block) for block in (9, 3, 4, 5, 40, 1, 2, 60)]
+"""Of the reader, one more than ``NUM_TOKENS`` need."""
 
 
 class CountingPool:
@@ -210,57 +209,14 @@ async def decode_side(
         await puller.close()
 
 
-Tamper = Callable[[int, list[bytes]], list[bytes]]
-"""From the number of a Pull call (from 0) and its frames to the frames that the reader gets."""
+async def pull(
+    decode: DecodeSide, ticket: KvTicket, epoch: int = 1, timeout_s: float = 20.0, blocks: Sequence[BlockId] = BLOCKS
+) -> Any:
+    return await decode.puller.pull(ticket, epoch, blocks, timeout_s=timeout_s)
 
 
-@dataclass
-class Proxy:
-    """Stands between reader and source, passes Handshake and Release on, and tampers with the frames of Pull."""
-
-    address: str
-    tamper: Tamper
-    num_pulls: int = 0
-    releases: list[bytes] = field(default_factory=list)
-    fail_releases: int = 0
-
-
-@asynccontextmanager
-async def tampering_proxy(target: str, tamper: Tamper) -> AsyncIterator[Proxy]:
-    server = grpc.aio.server(options=server_options())
-    channel = grpc.aio.insecure_channel(target, options=channel_options(bulk=True))
-    proxy = Proxy("", tamper)
-
-    async def pull(request: bytes, context: grpc.aio.ServicerContext) -> None:
-        number = proxy.num_pulls
-        proxy.num_pulls += 1
-        frames = [frame async for frame in channel.unary_stream(f"/{SERVICE}/Pull")(request)]
-        for frame in proxy.tamper(number, frames):
-            await context.write(frame)
-
-    async def handshake(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        return bytes(await channel.unary_unary(f"/{SERVICE}/Handshake")(request))
-
-    async def release(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        proxy.releases.append(request)
-        if len(proxy.releases) <= proxy.fail_releases:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "no answer")
-        try:
-            return bytes(await channel.unary_unary(f"/{SERVICE}/Release")(request))
-        except grpc.aio.AioRpcError as error:
-            await context.abort(error.code(), error.details() or "")
-            raise
-
-    handlers = {
-        "Pull": grpc.unary_stream_rpc_method_handler(pull),
-        "Handshake": grpc.unary_unary_rpc_method_handler(handshake),
-        "Release": grpc.unary_unary_rpc_method_handler(release),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    proxy.address = f"127.0.0.1:{bind(server, '127.0.0.1', 0)}"
-    await server.start()
-    try:
-        yield proxy
-    finally:
-        await server.stop(None)
-        await channel.close()
+async def until_no_pull(prefill: PrefillSide) -> None:
+    """The other end hears of a cancellation over the wire; give it the loop until it has."""
+    async with asyncio.timeout(10):
+        while prefill.exports.counters()["open_pulls"]:
+            await asyncio.sleep(0.001)
