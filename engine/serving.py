@@ -20,10 +20,10 @@ from biphase.engine.ranks.following import FollowerPhase, no_phase, serve_follow
 from biphase.engine.ranks.joining import announcing
 from biphase.engine.ranks.leading import OWN_REASON_S, leading
 from biphase.engine.standard_services import StandardServices
-from biphase.engine.worker import Worker
+from biphase.engine.worker import Worker, lost_line
 from biphase.engine.worker_config import WorkerConfig
 from biphase.protos import worker_pb2
-from biphase.protos.errors import Internal
+from biphase.protos.errors import EngineLost, Internal
 from biphase.protos.grpc_setup import bind, server_options, service_handler
 from biphase.protos.process import Announcer
 
@@ -95,15 +95,17 @@ async def serve_worker(
         )
         await asyncio.wait({stepping, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        broken = stepping.done()
+        broken = stepping.exception() if stepping.done() else None
         announcer.update(state="draining", detail="stopping")
         await standard.set_serving(False)
-        worker.stop()
+        worker.stop(*([lost_line(broken)] if isinstance(broken, EngineLost) else []))
         await asyncio.wait({stepping, stopping})
         await worker.legs_ended(FLUSH_S)
-        if broken:
-            _log.error("the step loop broke", exc_info=stepping.exception())
-            raise Internal(f"{config.name}: the step loop broke: {stepping.exception()!r}")
+        if isinstance(broken, EngineLost):
+            raise broken
+        if broken is not None:
+            _log.error("the step loop broke", exc_info=broken)
+            raise Internal(f"{config.name}: the step loop broke: {broken!r}")
         await service.close(FLUSH_S)
     announcer.update(state="stopped", detail="")
     _log.info("%s has stopped", config.name)

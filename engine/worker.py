@@ -1,7 +1,8 @@
 """The shell around a phase's scheduler: legs in, engine steps, effects out. One asyncio loop owns all of it.
 
 Nothing here polls: the step loop runs while the scheduler has a plan and sleeps until something changes otherwise. A
-step's tokens leave in one message per link. What an engine error costs is the legs of that step.
+step's tokens leave in one message per link. What an engine error costs is the legs of that step. A lost engine and a stop
+are no fault of any request: their legs end as cancelled by us, which a router tells as UNAVAILABLE.
 """
 
 import asyncio
@@ -30,6 +31,11 @@ CHECK_EVERY_S = 10.0
 """The block pool's books are checked when the last leg has ended, no more often than this."""
 
 
+def lost_line(error: EngineLost) -> str:
+    """What the requests of a lost engine are told."""
+    return f"the instance is lost: {one_line(error)}"
+
+
 class StepRunner(Protocol):
     """What computes a worker's steps: the engine thread."""
 
@@ -54,7 +60,7 @@ class Scheduler(Protocol):
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Any]: ...
 
-    def fail(self, plan: StepPlan, detail: str, now_s: float) -> list[Any]: ...
+    def fail(self, plan: StepPlan, detail: str, now_s: float, *, outcome: LegOutcome = "failed") -> list[Any]: ...
 
     def load(self) -> Load: ...
 
@@ -151,23 +157,26 @@ class Worker(ABC, Generic[S, L]):
         """Wait for a step and carry out what follows from it. Raises EngineLost after that."""
         try:
             result = await step
-        except Exception as error:  # whatever it is, it costs this step's legs alone
+        except EngineLost as error:
+            _log.error("a step of %d sequences is lost: %s", len(plan.seqs), one_line(error))
+            self._totals["failed_steps"] += 1
+            self.perform(self.scheduler.fail(plan, lost_line(error), self.clock(), outcome="cancelled"))
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever it is, it costs this step's legs alone
             _log.exception("a step of %d sequences failed", len(plan.seqs))
             self._totals["failed_steps"] += 1
             self.perform(self.scheduler.fail(plan, f"the engine failed: {one_line(error)}", self.clock()))
-            if isinstance(error, EngineLost):
-                raise
             return
         self._totals["steps"] += 1
         self._totals["prefill_tokens"] += sum(len(seq.token_ids) for seq in plan.seqs if len(seq.token_ids) > 1)
         self.perform(self.scheduler.complete(plan, result, self.clock()))
 
-    def stop(self) -> None:
+    def stop(self, reason: str = "the instance stops") -> None:
         """End every leg and, after the running step, the loop."""
         self._stopping = True
         self.scheduler.draining = True
         for leg in self.legs:
-            self.cancel(leg, "failed", "the instance stops")
+            self.cancel(leg, "cancelled", reason)
         if not self.legs:
             self._no_legs.set()
         self.wake()

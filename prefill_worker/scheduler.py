@@ -208,14 +208,14 @@ class PrefillScheduler:
         )
         return [TokenOut(seq_id=sequence.seq_id, index=index, token_id=token, finish=finish)]
 
-    def fail(self, plan: StepPlan, detail: str, now_s: float) -> list[PrefillEffect]:
-        """The oldest step under way raised: every sequence in it ends, the cancelled ones as cancelled."""
+    def fail(self, plan: StepPlan, detail: str, now_s: float, *, outcome: LegOutcome = "failed") -> list[PrefillEffect]:
+        """The oldest step under way raised: every sequence in it ends so, the cancelled ones as they were."""
         effects: list[PrefillEffect] = []
         for step in plan.seqs:
             sequence = self._by_id[step.seq_id]
             sequence.step_over(step)
             if sequence.ending is None:
-                sequence.ending = ("failed", detail)
+                sequence.ending = (outcome, detail)
             if sequence.may_go(now_s):
                 effects.append(self._end(sequence, now_s))
         return effects

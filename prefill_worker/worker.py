@@ -113,7 +113,7 @@ class PrefillWorker(Worker[PrefillScheduler, PrefillLeg]):
 
     def seq_ended(self, effect: SeqEnded, leg: PrefillLeg) -> None:
         leg.seq_end = effect
-        if effect.outcome == "failed" and leg.ticket is not None:
+        if effect.outcome != "done" and leg.ticket is not None:
             self._exports.revoke(leg.ticket, self.clock())
         self._settle(leg)
 

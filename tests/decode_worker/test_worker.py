@@ -21,7 +21,7 @@ from biphase.kvtransfer.puller import PullResult
 from biphase.protos import worker_pb2
 from biphase.protos.errors import EngineLost, HandoffFailed
 from biphase.protos.ids import BlockId, LegId, RequestId
-from biphase.protos.values import KvTicket, Sampling
+from biphase.protos.values import KvTicket, LegOutcome, LegStats, Sampling
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -117,6 +117,17 @@ async def test_an_engine_error_ends_the_legs_of_its_step_and_no_others(bench: Be
     assert (await link.stats())["failed_steps"] == 1
 
 
+class HeardLink(Link):
+    """Keeps how its legs ended."""
+
+    def __init__(self) -> None:
+        super().__init__(1, "test", "router")
+        self.ends: list[tuple[LegOutcome, str]] = []
+
+    def ended(self, leg_id: LegId, outcome: LegOutcome, detail: str, stats: LegStats) -> None:
+        self.ends.append((outcome, detail))
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 async def test_a_lost_device_ends_the_step_loop_so_that_the_process_ends(depth: int) -> None:
     scheduler = DecodeScheduler(BlockPool(64, BLOCK_SIZE), LIMITS, max_num_seqs=8)
@@ -133,9 +144,11 @@ async def test_a_lost_device_ends_the_step_loop_so_that_the_process_ends(depth: 
         sampling=SIX,
         refusals=0,
     )
-    worker.open_leg(Link(1, "test", "router"), leg)
+    worker.open_leg(link := HeardLink(), leg)
     with pytest.raises(EngineLost, match="an illegal memory access"):
         await worker.run()
+    # ended by us: to the client the instance is away, "failed" would be an error of its request
+    assert link.ends == [("cancelled", "the instance is lost: the GPU failed: an illegal memory access")]
     assert (len(engine.plans), len(worker.legs), scheduler.pool.num_used) == (depth, 0, 0)
 
 
@@ -273,7 +286,7 @@ async def test_stopping_ends_every_leg_with_a_word(bench: Bench) -> None:
     bench.worker.stop()
     bench.engine.let_go()
     for leg in (in_step, pulling):
-        assert await leg.end() == "failed" and leg.detail == "the instance stops"
+        assert await leg.end() == "cancelled" and leg.detail == "the instance stops"
 
 
 async def test_a_pull_cancelled_before_its_first_step_is_reported_all_the_same(

@@ -10,12 +10,14 @@ from support.link_client import ClientLeg, LinkClient
 from support.worker_server import BLOCK_SIZE, LIMITS, RuleEngine, serving
 
 from biphase.engine.block_pool import BlockPool
+from biphase.engine.link import Link, OpenLeg
 from biphase.engine.step import SeqStep, StepPlan
 from biphase.kvtransfer.exports import ExportTable, Readable
 from biphase.prefill_worker.scheduler import PrefillScheduler
 from biphase.prefill_worker.worker import PrefillWorker
-from biphase.protos.ids import SeqId, TicketId
-from biphase.protos.values import Sampling
+from biphase.protos.errors import EngineLost
+from biphase.protos.ids import LegId, RequestId, SeqId, TicketId
+from biphase.protos.values import LegOutcome, LegStats, Sampling
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -150,6 +152,40 @@ async def test_an_engine_error_revokes_the_ticket(bench: Bench) -> None:
     leg, _ = await bench.started(8)
     assert await leg.end() == "failed" and leg.detail == "the engine failed: no such kernel"
     assert bench.pool == FREE
+
+
+class HeardLink(Link):
+    """Keeps how its legs ended."""
+
+    def __init__(self) -> None:
+        super().__init__(1, "test", "router")
+        self.ends: list[tuple[LegOutcome, str]] = []
+
+    def ended(self, leg_id: LegId, outcome: LegOutcome, detail: str, stats: LegStats) -> None:
+        self.ends.append((outcome, detail))
+
+
+async def test_a_lost_engine_revokes_the_ticket_and_is_no_fault_of_the_request() -> None:
+    scheduler = PrefillScheduler(BlockPool(64, BLOCK_SIZE), LIMITS, max_num_batched_tokens=16, max_queued_tokens=64)
+    exports, engine = ExportTable(scheduler.pool, lease_s=30.0), RuleEngine()
+    worker = PrefillWorker(scheduler, engine, exports, name="prefill-0", incarnation=3)
+    engine.error = EngineLost("rank 2 has been silent for 1.5 s")
+    leg = OpenLeg(
+        role="prefill",
+        leg_id=LegId(1),
+        request_id=RequestId("r1"),
+        token_ids=[5] * 8,
+        num_prompt_tokens=8,
+        sampling=SIX,
+        refusals=0,
+    )
+    worker.open_leg(link := HeardLink(), leg)
+    with pytest.raises(EngineLost, match="rank 2 has been silent"):
+        await worker.run()
+    for ended in exports.take_ended():
+        worker.export_ended(ended)
+    assert link.ends == [("cancelled", "the instance is lost: rank 2 has been silent for 1.5 s")]
+    assert repr(scheduler.pool) == FREE and exports.counters()["tickets"] == 0
 
 
 async def test_a_lease_that_runs_out_ends_the_leg_so(bench: Bench) -> None:
