@@ -7,8 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from support.kv import FIRST_TOKEN
-from support.kv_wires import Reader, order_of, wired_prefill
+from support.kv_wires import Reader, check_pull, order_of, wired_prefill
 
 from biphase.kvtransfer.faults import KINDS, FaultInjector, FaultPlan
 from biphase.kvtransfer.frames import FrameError
@@ -40,16 +39,7 @@ PLANES = [
 async def test_all_of_a_request_arrives(plane: NewPlane) -> None:
     async with wired_prefill(plane) as prefill:
         source = prefill.source()
-
-        async def one() -> None:
-            ticket = prefill.side.open(NUM_TOKENS)
-            reader = Reader()
-            await reader.read(source, order_of(ticket))
-            await source.release(ticket.id, 1, 1, 10.0)
-            assert np.array_equal(reader.content(NUM_TOKENS), prefill.side.content(NUM_TOKENS))
-            assert reader.trailer is not None and reader.trailer.first_token == FIRST_TOKEN
-
-        await asyncio.gather(*(one() for _ in range(12)))
+        await asyncio.gather(*(check_pull(prefill, source, NUM_TOKENS) for _ in range(12)))
         await source.close()
 
 
@@ -61,9 +51,7 @@ async def test_what_a_reader_leaves_is_skipped(plane: NewPlane) -> None:
             reader = Reader(leave=frozenset({0, 3, 4}))
             await reader.read(source, order_of(prefill.side.open(NUM_TOKENS)))
             assert reader.num_left == 3
-        whole = Reader()
-        await whole.read(source, order_of(prefill.side.open(NUM_TOKENS)))
-        assert np.array_equal(whole.content(NUM_TOKENS), prefill.side.content(NUM_TOKENS))
+        await check_pull(prefill, source, NUM_TOKENS)
         await source.close()
 
 
@@ -76,9 +64,7 @@ async def test_a_pull_that_was_broken_off_leaves_others_alone(plane: NewPlane) -
             for _ in range(after):
                 await anext(stream)
             stream.break_off("enough")
-        whole = Reader()
-        await whole.read(source, order_of(prefill.side.open(NUM_TOKENS)))
-        assert np.array_equal(whole.content(NUM_TOKENS), prefill.side.content(NUM_TOKENS))
+        await check_pull(prefill, source, NUM_TOKENS)
         await source.close()
 
 
@@ -118,9 +104,7 @@ async def test_pulls_under_faults(plane: NewPlane) -> None:
 
         await asyncio.gather(*(one() for _ in range(150)))
         injector.plan = FaultPlan.parse("seed=1")
-        whole = Reader()
-        await whole.read(source, order_of(prefill.side.open(NUM_TOKENS)))
-        assert np.array_equal(whole.content(NUM_TOKENS), prefill.side.content(NUM_TOKENS))
+        await check_pull(prefill, source, NUM_TOKENS)
         await source.close()
     assert all(injector.counts[kind] >= 5 for kind in KINDS), injector.counts
     assert all(ends[end] >= 5 for end in ("whole", "part", "unreachable")), ends

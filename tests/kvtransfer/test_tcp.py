@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.kv import FIRST_TOKEN, LAYOUT, make_signature
-from support.kv_wires import Reader, WiredPrefill, order_of, small_shm, wired_prefill
+from support.kv_wires import Reader, WiredPrefill, check_pull, order_of, small_shm, wired_prefill
 
 from biphase.kernels.kv_layout import KvBox
 from biphase.kvtransfer.tcp import messages
@@ -46,14 +46,7 @@ async def test_all_of_a_request_arrives_and_is_released(plane: Callable[[], Data
         source = prefill.source()
         assert (await source.handshake(make_signature("decode-0"), 5.0)).instance == "prefill-0"
         for _ in range(3):
-            ticket = prefill.side.open(NUM_TOKENS)
-            reader = Reader(scatter=scatter)
-            await reader.read(source, order_of(ticket))
-            assert np.array_equal(reader.content(NUM_TOKENS), prefill.side.content(NUM_TOKENS))
-            assert reader.trailer is not None
-            assert reader.trailer.first_token == FIRST_TOKEN
-            await source.release(ticket.id, 1, 1, 5.0)
-            assert (await prefill.side.next_end()).outcome == "released"
+            await check_pull(prefill, source, NUM_TOKENS, scatter=scatter)
         assert prefill.server.counters()["tcp_connections"] == 2  # one for control, one for bulk
         await source.close()
         await until(lambda: prefill.server.counters()["tcp_connections"] == 0)
@@ -81,15 +74,7 @@ async def test_what_a_reader_leaves_is_skipped(plane: Callable[[], DataPlane] | 
 async def test_many_pulls_at_a_time(plane: Callable[[], DataPlane] | None) -> None:
     async with wired_prefill(plane) as prefill:
         source = prefill.source()
-
-        async def one() -> None:
-            ticket = prefill.side.open(NUM_TOKENS)
-            reader = Reader()
-            await reader.read(source, order_of(ticket))
-            await source.release(ticket.id, 1, 1, 10.0)
-            assert np.array_equal(reader.content(NUM_TOKENS), prefill.side.content(NUM_TOKENS))
-
-        await asyncio.gather(*(one() for _ in range(16)))
+        await asyncio.gather(*(check_pull(prefill, source, NUM_TOKENS) for _ in range(16)))
         await until(lambda: prefill.server.counters()["tcp_connections"] <= 5)  # idle ones are bounded
         await source.close()
 

@@ -16,7 +16,7 @@ from biphase.kvtransfer.tcp.server import TcpKvServer
 from biphase.kvtransfer.tcp.source import TcpSource, TcpTransport
 from biphase.kvtransfer.wire import DataPlane, PullOrder
 from biphase.protos.values import KvTicket
-from support.kv import LAYOUT, NUM_BLOCKS, PrefillSide, prefill_side, tokens_of
+from support.kv import FIRST_TOKEN, LAYOUT, NUM_BLOCKS, PrefillSide, prefill_side, tokens_of
 
 
 @dataclass
@@ -109,3 +109,15 @@ class Reader:
 
     def content(self, num_tokens: int) -> np.ndarray[Any, Any]:
         return tokens_of(self.pool, self.blocks, num_tokens)
+
+
+async def check_pull(prefill: WiredPrefill, source: TcpSource, num_tokens: int, *, scatter: bool = False) -> None:
+    """All of a request arrives, its first token with it, and it is released. Any number may run at a time."""
+    ticket = prefill.side.open(num_tokens)
+    reader = Reader(scatter=scatter)
+    await reader.read(source, order_of(ticket))
+    assert np.array_equal(reader.content(num_tokens), prefill.side.content(num_tokens))
+    assert reader.trailer is not None
+    assert reader.trailer.first_token == FIRST_TOKEN
+    await source.release(ticket.id, 1, 1, 10.0)
+    assert (await prefill.side.next_end()).outcome == "released"
