@@ -94,14 +94,7 @@ def config_of(arguments: argparse.Namespace, folder: Path, kind: str) -> EngineC
 
 
 def signature(name: str, engine: Engine) -> KvSignatureValue:
-    return KvSignatureValue.of(
-        engine.layout,
-        instance=name,
-        incarnation=1,
-        model_hash=engine.model_info.model_hash,
-        rope=engine.rope_signature,
-        content_digest=engine.kv_memory.content_digest,
-    )
+    return KvSignatureValue.of_engine(engine, instance=name, incarnation=1)
 
 
 class Held:

@@ -23,7 +23,7 @@ from biphase.kvtransfer.pull_ranks import LeaderPulls
 from biphase.kvtransfer.puller import KvPuller
 from biphase.kvtransfer.rank_memory import RankMemory
 from biphase.kvtransfer.ranks import gather_endpoints
-from biphase.kvtransfer.signature import KvSignatureValue, offered_codecs
+from biphase.kvtransfer.signature import KvSignatureValue
 from biphase.kvtransfer.wires import reading
 from biphase.protos.process import Announcer
 
@@ -54,16 +54,12 @@ async def decode_phase(
         wires,
         endpoint,
     ):
-        signature = KvSignatureValue.of(
-            engine.full_layout,
+        signature = KvSignatureValue.of_engine(
+            engine,
             instance=config.name,
             incarnation=config.incarnation,
-            model_hash=engine.model_info.model_hash,
-            rope=engine.rope_signature,
-            content_digest=engine.kv_memory.content_digest,
-            plan=engine.plan,
+            kv_codec=config.kv_codec,
             ranks=await gather_endpoints(endpoint, ranks),
-            codecs=offered_codecs(config.kv_codec, engine.full_layout.dtype),
         )
         codecs = CodecChooser(wanted=config.kv_codec)
         if config.kv_codec == AUTO:

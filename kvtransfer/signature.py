@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import asdict, dataclass, field, fields
+from typing import Protocol
 
 import xxhash
 
@@ -64,6 +65,30 @@ class RankEndpoint:
         )
 
 
+class _Model(Protocol):
+    @property
+    def model_hash(self) -> bytes: ...
+
+
+class _Memory(Protocol):
+    @property
+    def content_digest(self) -> str: ...
+
+
+class SignedEngine(Protocol):
+    """What a signature says of an engine, which this folder does not know; ``full_layout``: of the whole model."""
+
+    full_layout: KvLayout
+    plan: ParallelPlan
+    rope_signature: str
+
+    @property
+    def model_info(self) -> _Model: ...
+
+    @property
+    def kv_memory(self) -> _Memory: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvSignatureValue:
     """One instance's KV as the handshake compares it.
@@ -119,6 +144,28 @@ class KvSignatureValue:
             codecs=codecs,
             plan=plan or ParallelPlan(),
             ranks=ranks,
+        )
+
+    @staticmethod
+    def of_engine(
+        engine: SignedEngine,
+        *,
+        instance: str,
+        incarnation: int,
+        kv_codec: str = "raw",
+        ranks: tuple[RankEndpoint, ...] = (),
+    ) -> "KvSignatureValue":
+        """The signature of the instance that runs this engine, on whichever rank; ``kv_codec``: as offered_codecs takes it."""
+        return KvSignatureValue.of(
+            engine.full_layout,
+            instance=instance,
+            incarnation=incarnation,
+            model_hash=engine.model_info.model_hash,
+            rope=engine.rope_signature,
+            content_digest=engine.kv_memory.content_digest,
+            plan=engine.plan,
+            ranks=ranks,
+            codecs=offered_codecs(kv_codec, engine.full_layout.dtype),
         )
 
     def to_proto(self) -> kv_pb2.KvSignature:

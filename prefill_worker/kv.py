@@ -9,7 +9,7 @@ from biphase.kvtransfer.exports import ExportEnded, ExportTable
 from biphase.kvtransfer.faults import FaultInjector, FaultPlan
 from biphase.kvtransfer.rank_memory import RankMemory
 from biphase.kvtransfer.service import KvService
-from biphase.kvtransfer.signature import KvSignatureValue, offered_codecs
+from biphase.kvtransfer.signature import KvSignatureValue
 from biphase.protos.ids import TicketId
 
 
@@ -19,24 +19,6 @@ class ServedKv:
 
     service: KvService
     counters: Callable[[], dict[str, int]]
-
-
-def rank_memory(engine: Engine) -> RankMemory:
-    return RankMemory(engine.kv_memory, engine.full_layout, engine.plan, engine.rank)
-
-
-def signature_of(config: WorkerConfig, engine: Engine) -> KvSignatureValue:
-    """Of the whole instance; the ranks' endpoints are to be added."""
-    return KvSignatureValue.of(
-        engine.full_layout,
-        instance=config.name,
-        incarnation=config.incarnation,
-        model_hash=engine.model_info.model_hash,
-        rope=engine.rope_signature,
-        content_digest=engine.kv_memory.content_digest,
-        plan=engine.plan,
-        codecs=offered_codecs(config.kv_codec, engine.full_layout.dtype),
-    )
 
 
 def serve_kv(
@@ -51,8 +33,10 @@ def serve_kv(
     injector = FaultInjector(FaultPlan.parse(config.inject_faults)) if config.inject_faults else None
     service = KvService(
         exports=exports,
-        memory=rank_memory(engine),
-        signature=signature_of(config, engine),
+        memory=RankMemory(engine.kv_memory, engine.full_layout, engine.plan, engine.rank),
+        signature=KvSignatureValue.of_engine(
+            engine, instance=config.name, incarnation=config.incarnation, kv_codec=config.kv_codec
+        ),
         on_ended=on_ended,
         on_readers=on_readers,
         leads=engine.rank == 0,
