@@ -116,7 +116,7 @@ class CodecChooser:
             known.bandwidth += _WEIGHT * (shown - known.bandwidth)
 
     def forget(self, pair: Hashable) -> None:
-        """Another transport, or another life of the source: what was known says nothing about it."""
+        """Another life of the source, perhaps elsewhere and by another transport: what was known says nothing about it."""
         self._pairs.pop(pair, None)
 
     def bandwidth(self, pair: Hashable) -> float:

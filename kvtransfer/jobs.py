@@ -11,7 +11,7 @@ from biphase.kvtransfer.codec_choice import CodecChooser
 from biphase.kvtransfer.pull_job import PartsPulled, PullJob, PullPart, Route
 from biphase.kvtransfer.reshard import KvShape, moves
 from biphase.kvtransfer.signature import BYTES_DIGEST, KvSignatureValue, RankEndpoint, common_codecs, common_digest
-from biphase.protos.ids import BlockId
+from biphase.protos.ids import BlockId, Incarnation, InstanceName
 from biphase.protos.values import KvTicket
 
 _log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ class JobMaker:
         self._layout = layout
         self._choose = choose
         self._codecs = codecs or CodecChooser(wanted=signature.codecs[0])
+        self._lives: dict[InstanceName, Incarnation] = {}
+        """The incarnation of each source that the chooser knows."""
 
     def jobs(
         self,
@@ -103,6 +105,9 @@ class JobMaker:
             )
 
     def _codec(self, ticket: KvTicket, source: KvSignatureValue) -> str:
+        if self._lives.get(ticket.instance) != ticket.incarnation:
+            self._codecs.forget(ticket.instance)
+            self._lives[ticket.instance] = ticket.incarnation
         packed_by = replace(self._layout, block_size=source.block_size)
         whole = self._layout.box(ticket.num_tokens)
         sizes = {codec: packed_bytes(packed_by, whole, codec) for codec in common_codecs(self._signature, source)}

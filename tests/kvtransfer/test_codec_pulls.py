@@ -75,3 +75,24 @@ async def test_auto_packs_once_a_wire_was_seen_to_be_slow() -> None:
         await puller.close()
     assert sent[0] == LAYOUT.box(TOKENS).num_bytes(LAYOUT)
     assert sent[1] == packed_bytes(LAYOUT, LAYOUT.box(TOKENS), "int4")
+
+
+async def test_a_new_life_of_the_source_is_asked_raw_again() -> None:
+    """It may be on another machine: what was seen of the old one's wire must not cost the new one's tokens quality."""
+    signature = replace(make_signature("decode-0"), codecs=SPOKEN)
+    at_once = {codec: CodecTimes(pack=1e-12, unpack=1e-12) for codec in SPOKEN}
+    chooser = CodecChooser(wanted="auto", budget=1.0, times=at_once)
+    pool = np.full(LAYOUT.pool_shape(NUM_BLOCKS), np.nan, dtype=np.float32)
+    puller = KvPuller(memory=CpuKvMemory(pool, LAYOUT), signature=signature, codecs=chooser)
+    blocks = [BlockId(block) for block in range(7)]
+    sent = []
+    for incarnation in (1, 1, 2):
+        source = replace(make_signature("prefill-0", incarnation=incarnation), codecs=SPOKEN)
+        async with prefill_side(signature=source) as prefill:
+            before = puller.counters().get("bytes_by_grpc", 0)
+            await puller.pull(prefill.open(TOKENS), 1, blocks, timeout_s=10.0)
+            sent.append(puller.counters()["bytes_by_grpc"] - before)
+        chooser.observe("prefill-0", "raw", raw_bytes=1 << 20, wire_bytes=1 << 20, seconds=1.0)
+    await puller.close()
+    raw, packed = LAYOUT.box(TOKENS).num_bytes(LAYOUT), packed_bytes(LAYOUT, LAYOUT.box(TOKENS), "int4")
+    assert sent == [raw, packed, raw]
