@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.random_models import LLAMA3_ROPE, random_model
+from support.two_prompts import TwoPrompts
 from transformers import (
     LlamaConfig,
     MistralConfig,
@@ -21,11 +22,7 @@ from transformers import (
 
 from biphase.engine.config import EngineConfig
 from biphase.engine.cpu_engine import CpuEngine
-from biphase.engine.engine import Engine
 from biphase.engine.gpu.engine import GpuEngine
-from biphase.engine.step import SeqStep, StepPlan
-from biphase.protos.ids import BlockId, SeqId
-from biphase.protos.values import Sampling
 
 SIZES = {
     "vocab_size": 96,
@@ -51,10 +48,11 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3-moe": lambda: Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True),
     "qwen3-moe-not-renormalized": lambda: Qwen3MoeConfig(**EXPERTS),
 }
-GREEDY = Sampling()
-NUM_DECODED = 5
-PROMPTS = ([3, 17, 60, 9, 44, 21, 5, 80, 33, 12, 71, 8, 15, 90, 2, 41, 7, 29, 55, 10], [90, 4, 66])
-BLOCKS = ([3, 0, 6], [2, 7, 1])
+SEQUENCES = TwoPrompts(
+    prompts=([3, 17, 60, 9, 44, 21, 5, 80, 33, 12, 71, 8, 15, 90, 2, 41, 7, 29, 55, 10], [90, 4, 66]),
+    blocks=([3, 0, 6], [2, 7, 1]),
+    num_decoded=5,
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -78,39 +76,14 @@ def config_for(folder: Path, *, has_cuda: bool) -> EngineConfig:
     ).resolved(has_cuda=has_cuda)
 
 
-def part(number: int, tokens: list[int], start: int, *, draws: bool = True) -> SeqStep:
-    return SeqStep(
-        seq_id=SeqId(number),
-        token_ids=tokens[start:],
-        start=start,
-        blocks=[BlockId(block) for block in BLOCKS[number]],
-        sampling=GREEDY if draws else None,
-        output_index=max(0, len(tokens) - len(PROMPTS[number])),
-    )
-
-
-def tokens_of(engine: Engine) -> list[list[int]]:
-    """A prompt in two chunks, the second beside another's only chunk; then both decode together."""
-    first, second = (list(prompt) for prompt in PROMPTS)
-    engine.execute(StepPlan(seqs=(part(0, first[:15], 0, draws=False),)))
-    drawn = engine.execute(StepPlan(seqs=(part(0, first, 15), part(1, second, 0)))).tokens
-    for _ in range(NUM_DECODED):
-        for sequence, token in zip((first, second), drawn, strict=True):
-            assert token is not None
-            sequence.append(token)
-        drawn = engine.execute(StepPlan(seqs=(part(0, first, len(first) - 1), part(1, second, len(second) - 1)))).tokens
-    return [first, second]
-
-
 def check(folder: Path, kernels: str) -> None:
     quiet: Callable[[str, float | None], None] = lambda detail, done: None
     cpu = CpuEngine.load(config_for(folder, has_cuda=False), quiet)
-    expected = tokens_of(cpu)
-    assert len(set(expected[0][-NUM_DECODED:] + expected[1][-NUM_DECODED:])) >= 3, (
-        "a model that says one thing proves nothing"
-    )
+    expected = SEQUENCES.tokens_of(cpu)
+    drawn = {token for sequence in expected for token in sequence[-SEQUENCES.num_decoded :]}
+    assert len(drawn) >= 3, "a model that says one thing proves nothing"
     engine = GpuEngine.load(config_for(folder, has_cuda=torch.cuda.is_available()), quiet, kernels)
-    assert tokens_of(engine) == expected
+    assert SEQUENCES.tokens_of(engine) == expected
 
 
 def test_references_give_the_tokens_of_the_cpu(model_dir: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.random_models import random_model
 from support.ranks import on_ranks
+from support.two_prompts import TwoPrompts
 from transformers import LlamaConfig, MistralConfig, MixtralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 from transformers import Qwen3MoeConfig as Qwen3Experts
 
@@ -18,11 +19,9 @@ from biphase.engine.config import EngineConfig
 from biphase.engine.engine import Engine
 from biphase.engine.gpu.engine import GpuEngine
 from biphase.engine.parallel.group import RankGroups
-from biphase.engine.step import SeqStep, StepPlan
+from biphase.engine.step import StepPlan
 from biphase.protos.errors import SetupError
-from biphase.protos.ids import BlockId, SeqId
 from biphase.protos.parallel_plan import ParallelPlan
-from biphase.protos.values import Sampling
 
 SIZES: dict[str, Any] = {
     "vocab_size": 163,
@@ -58,7 +57,6 @@ CASES = [
 SEEDS = {"llama": 12, "qwen3-moe": 12}
 GAIN = 8
 BLOCK_SIZE = 16
-NUM_DECODED = 6
 # the step of a GPU, its kernels' references and its sums over gloo
 PAGED_CASES = [
     *(("llama", tp, pp) for tp, pp in [(8, 1), (1, 3)]),
@@ -66,9 +64,11 @@ PAGED_CASES = [
     ("llama-3-kv-heads", 3, 2),
     ("qwen3-moe", 4, 1),
 ]
-PROMPTS = ([3, 17, 60, 9, 44, 21, 5, 80, 33, 12, 71, 8, 15, 90, 2, 41, 7, 29, 55, 10, 66], [90, 4, 66, 151])
-BLOCKS = ([3, 4, 6, 8], [2, 7, 1, 5])  # not block 0, which warming up writes to
-GREEDY = Sampling()
+SEQUENCES = TwoPrompts(
+    prompts=([3, 17, 60, 9, 44, 21, 5, 80, 33, 12, 71, 8, 15, 90, 2, 41, 7, 29, 55, 10, 66], [90, 4, 66, 151]),
+    blocks=([3, 4, 6, 8], [2, 7, 1, 5]),  # not block 0, which warming up writes to
+    num_decoded=6,
+)
 
 
 @dataclass(frozen=True)
@@ -111,43 +111,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
 
 
-def part(number: int, tokens: list[int], start: int, *, draws: bool = True) -> SeqStep:
-    return SeqStep(
-        seq_id=SeqId(number),
-        token_ids=tokens[start:],
-        start=start,
-        blocks=[BlockId(block) for block in BLOCKS[number]],
-        sampling=GREEDY if draws else None,
-        output_index=max(0, len(tokens) - len(PROMPTS[number])),
-    )
-
-
 def outcome_of(engine: Engine, known: list[list[int]] | None) -> Outcome:
-    """A prompt in two chunks, the second beside another's only chunk; then both decode together.
-
-    ``known``: the sequences as they will be, for ranks that do not see what is drawn.
-    """
+    """``known``: the sequences as they will be, for ranks that do not see what is drawn."""
     told: list[tuple[int, int]] = []
     engine.on_layers = lambda plan, num_layers: told.append((plan.num_tokens, num_layers))
-    first, second = (list(prompt) for prompt in PROMPTS)
-    plans = [
-        StepPlan(seqs=(part(0, first[:15], 0, draws=False),)),
-        StepPlan(seqs=(part(0, first, 15), part(1, second, 0))),
-    ]
-    assert engine.execute(plans[0]).tokens == (None,)
-    drawn = engine.execute(plans[1]).tokens
-    for step in range(NUM_DECODED):
-        for number, sequence in enumerate((first, second)):
-            token = drawn[number] if known is None else known[number][len(sequence)]
-            assert token is not None
-            assert known is None or drawn[number] in (None, token)
-            sequence.append(token)
-        if step < NUM_DECODED - 1:
-            plan = StepPlan(seqs=(part(0, first, len(first) - 1), part(1, second, len(second) - 1)))
-            drawn = engine.execute(plan).tokens
+    tokens = SEQUENCES.tokens_of(engine, known)
     engine.on_layers = None
     pool = engine.kv_memory._pool  # type: ignore[attr-defined]
-    return Outcome([first, second], np.asarray(pool)[:, [3, 4, 2]].copy(), told)
+    return Outcome(tokens, np.asarray(pool)[:, [3, 4, 2]].copy(), told)
 
 
 def check(results: list[tuple[Engine, Outcome, bool]], whole: Outcome, plan: ParallelPlan, single: Engine) -> None:
@@ -186,7 +157,8 @@ def test_so_does_the_step_of_a_gpu(models: Models, family: str, tp: int, pp: int
 def check_family(models: Models, family: str, plan: ParallelPlan, load: Callable[..., Engine]) -> None:
     config = models.config(family)
     single, whole = models.single(family)
-    assert len(set(whole.tokens[0][-NUM_DECODED:] + whole.tokens[1][-NUM_DECODED:])) >= 4, "too dull a model"
+    drawn = {token for sequence in whole.tokens for token in sequence[-SEQUENCES.num_decoded :]}
+    assert len(drawn) >= 4, "too dull a model"
 
     def work(groups: RankGroups) -> tuple[Engine, Outcome, bool]:
         engine = load(config, lambda detail, done: None, groups=groups)
@@ -215,9 +187,9 @@ def test_steps_follow_each_other_through_the_stages(models: Models) -> None:
     """The first stage runs ahead: all it does for later steps needs no answer of the second."""
     config, (_, whole) = models.config("llama"), models.single("llama")
     plans = [
-        StepPlan(seqs=(part(0, list(PROMPTS[0][:15]), 0, draws=False),)),
-        StepPlan(seqs=(part(1, list(PROMPTS[1]), 0),)),
-        StepPlan(seqs=(part(0, list(PROMPTS[0]), 15),)),
+        StepPlan(seqs=(SEQUENCES.first_chunk(),)),
+        StepPlan(seqs=(SEQUENCES.second(),)),
+        StepPlan(seqs=(SEQUENCES.rest_of_first(),)),
     ]
 
     def work(groups: RankGroups) -> list[tuple[int | None, ...]]:
@@ -231,6 +203,6 @@ def test_steps_follow_each_other_through_the_stages(models: Models) -> None:
 
     first, second = on_ranks(ParallelPlan(pp=2), work)
     assert first == [(None,), (None,), (None,)]
-    prompt, other = (len(prompt) for prompt in PROMPTS)
+    prompt, other = (len(prompt) for prompt in SEQUENCES.prompts)
     assert second == [(None,), (whole.tokens[1][other],), (whole.tokens[0][prompt],)]
     assert torch.get_num_threads() >= 1
