@@ -24,6 +24,8 @@ _TESTS = (
             "rms_norm",
             "rope_and_cache",
             "silu_mul",
+            "decode_attention_refusals",
+            "prefill_attention_refusals",
             "embed",
             "dummy_weights",
             "gpu_memory",

@@ -5,131 +5,20 @@ What matters is how the work is cut: every case says on how many programs per he
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.paged_cache import PagedCache, assert_near, poisoned_pool
+from support.decode_attention_case import Case, Inputs, inputs_of, workspace_of
+from support.paged_cache import assert_near
 
 from biphase.kernels.decode_attention import triton_gpu
-from biphase.kernels.decode_attention.reference import decode_attention_paged_reference
 from biphase.kernels.decode_attention.triton_gpu import DecodeWorkspace, decode_attention, plan_decode
-from biphase.kernels.gpu import table_check
-from biphase.kernels.gpu.target import AOT_TARGETS, compiling_for
 
 FP8 = torch.float8_e4m3fn
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """``contexts`` of 0 are padding. ``query_lens``: 1 each where not given. ``programs``: per kv head."""
-
-    contexts: tuple[int, ...]
-    query_lens: tuple[int, ...] = ()
-    max_query_len: int = 1
-    heads: int = 4
-    kv_heads: int = 2
-    dim: int = 64
-    block_size: int = 16
-    tile: int = 16
-    programs: int = 3
-    dtype: torch.dtype = torch.float32
-    kv_dtype: torch.dtype | None = None
-    window: int | None = None
-    soft_cap: float | None = None
-    q_size: float = 1.5
-    seed: int = 0
-
-    @property
-    def scale(self) -> float:
-        return self.dim**-0.5 * 1.5 / self.q_size
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    q: torch.Tensor
-    cache: PagedCache
-    query_starts: torch.Tensor
-    expected: torch.Tensor
-
-
-def workspace_of(case: Case, device: torch.device, max_seqs: int | None = None) -> DecodeWorkspace:
-    workspace = DecodeWorkspace.allocate(
-        max_seqs=max_seqs or len(case.contexts),
-        max_query_len=case.max_query_len,
-        num_heads=case.heads,
-        num_kv_heads=case.kv_heads,
-        head_dim=case.dim,
-        block_size=case.block_size,
-        kv_dtype=case.kv_dtype or case.dtype,
-        device=device,
-        window=case.window,
-    )
-    chosen = workspace.settings | {"TILE": case.tile, "LONG_RUN": 4}
-    parts = 2 * case.programs * case.heads * case.max_query_len
-    return replace(
-        workspace,
-        settings=chosen,
-        resident=max(1, case.programs // 2),
-        num_programs=case.programs,
-        rows=torch.full_like(workspace.rows, -(2**30)),
-        runs=torch.full((case.programs, 4), -(2**30), dtype=torch.int32, device=device),
-        part_out=torch.full((parts * case.dim,), torch.nan, device=device),
-        part_lse=torch.full((parts,), torch.nan, device=device),
-    )
-
-
-def inputs_of(case: Case, device: torch.device) -> Inputs:
-    generator = torch.Generator().manual_seed(case.seed)
-    kv_dtype = case.kv_dtype or case.dtype
-    kv_scale = (torch.rand(2, case.kv_heads, generator=generator) + 0.5) / 100 if kv_dtype == FP8 else None
-    keys, values = (
-        [torch.randn(length, case.kv_heads, case.dim, generator=generator) for length in case.contexts]
-        for _ in range(2)
-    )
-    cache = poisoned_pool(
-        [key.to(device) for key in keys],
-        [value.to(device) for value in values],
-        block_size=case.block_size,
-        dtype=kv_dtype,
-        kv_scale=None if kv_scale is None else kv_scale.to(device),
-        reserved_tokens=case.block_size,
-        seed=case.seed,
-    )
-    query_lens = case.query_lens or (1,) * len(case.contexts)
-    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0)], dtype=torch.int32)
-    # q as a view of the fused product, as the model has it
-    fused = torch.randn(int(starts[-1]), case.heads + 2 * case.kv_heads, case.dim, generator=generator)
-    q = (fused * case.q_size).to(case.dtype).to(device)[:, : case.heads]
-    expected = torch.full(q.shape, torch.nan, device=device)
-    decode_attention_paged_reference(
-        q.float(),
-        cache.pool,
-        cache.block_tables,
-        cache.context_lens,
-        starts,
-        None,
-        expected,
-        scale=case.scale,
-        window=case.window,
-        soft_cap=case.soft_cap,
-        kv_scale=cache.kv_scale,
-        max_query_len=case.max_query_len,
-    )
-    _forget_unseen(cache, query_lens, case.window)
-    return Inputs(q=q, cache=cache, query_starts=starts.to(device), expected=expected)
-
-
-def _forget_unseen(cache: PagedCache, query_lens: Sequence[int], window: int | None) -> None:
-    """Blocks that the window has left behind are free: the table names one that holds NaN."""
-    free = min(set(range(len(cache.pool))) - set(cache.block_tables.flatten().tolist()))
-    for row, (context, query_len) in enumerate(zip(cache.context_lens.tolist(), query_lens, strict=True)):
-        if window is not None:
-            cache.block_tables[row, : max(0, context - query_len + 1 - window) // cache.block_size] = free
 
 
 def run(case: Case, inputs: Inputs, workspace: DecodeWorkspace, out: torch.Tensor) -> None:
@@ -408,87 +297,6 @@ def test_plan_gives_every_tile_to_one_program_and_all_the_same(
     assert next_tile == total
 
 
-BAD = {
-    "q": {"q_NHD": torch.zeros(2, 4, 64, dtype=torch.float16)},
-    "q has shape": {"q_NHD": torch.zeros(2, 3, 64)},
-    "q has shape .2, 256": {"q_NHD": torch.zeros(2, 256)},
-    "q has shape .., expected": {"q_NHD": torch.tensor(0.0)},
-    "q has a stride of 1028 bytes": {"q_NHD": torch.zeros(2, 257)[:, :256].view(2, 4, 64)},
-    "q has stride 2": {"q_NHD": torch.zeros(2, 4, 128)[..., ::2]},
-    "q starts": {"q_NHD": torch.zeros(2 * 4 * 64 + 1)[1:].view(2, 4, 64)},
-    "q has heads": {"q_NHD": torch.zeros(2, 4, 128)[..., :64]},
-    "pool_layer has shape": {"pool_layer": torch.zeros(3, 2, 2, 32, 64)},
-    "pool_layer has dtype": {"pool_layer": torch.zeros(3, 2, 2, 16, 64, dtype=torch.float16)},
-    "pool_layer with": {"pool_layer": torch.zeros(3, 2, 2, 64, 16).transpose(3, 4)},
-    "pool_layer has shape .3, 2, 2, 16": {"pool_layer": torch.zeros(3, 2, 2, 16)},
-    "pool_layer starts": {"pool_layer": torch.zeros(3 * 4096 + 1)[1:].view(3, 2, 2, 16, 64)},
-    "block_tables has shape .2": {"block_tables": torch.zeros(2, dtype=torch.int32)},
-    "block_tables has shape": {"block_tables": torch.zeros(3, 2, dtype=torch.int32)},
-    "block_tables has dtype": {"block_tables": torch.zeros(2, 2, dtype=torch.int64)},
-    "block_tables has stride": {"block_tables": torch.zeros(2, 4, dtype=torch.int32)[:, ::2]},
-    "context_lens has dtype": {"context_lens": torch.ones(2, dtype=torch.int64)},
-    "context_lens has shape": {"context_lens": torch.tensor(1, dtype=torch.int32)},
-    "context_lens with shape": {"context_lens": torch.ones(4, dtype=torch.int32)[::2]},
-    "context_lens has 3": {"context_lens": torch.ones(3, dtype=torch.int32)},
-    "query_starts": {"query_starts": torch.zeros(2, dtype=torch.int32)},
-    "query_starts has dtype": {"query_starts": torch.arange(3)},
-    "query_starts with shape": {"query_starts": torch.zeros(6, dtype=torch.int32)[::2]},
-    "tensors on several devices": {"block_tables": torch.zeros(2, 2, dtype=torch.int32, device="meta")},
-    "out has shape": {"out_NHD": torch.zeros(3, 4, 64)},
-    "out has a stride": {"out_NHD": torch.zeros(2, 257)[:, :256].view(2, 4, 64)},
-    "out has stride": {"out_NHD": torch.zeros(2, 4, 128)[..., ::2]},
-    "out has heads": {"out_NHD": torch.zeros(2, 4, 128)[..., :64]},
-    "out starts": {"out_NHD": torch.zeros(513)[1:].view(2, 4, 64)},
-    "out has dtype": {"out_NHD": torch.zeros(2, 4, 64, dtype=torch.float16)},
-    "window": {"window": 5},
-    "soft_cap": {"soft_cap": 0.0},
-    "kv_scale": {"kv_scale": torch.ones(2, 2)},
-    "max_query_len": {"max_query_len": 2},
-}
-
-
-@pytest.mark.parametrize(("message", "change"), BAD.items(), ids=BAD)
-def test_bad_arguments_are_named(message: str, change: dict[str, Any]) -> None:
-    arguments: dict[str, Any] = {
-        "q_NHD": torch.zeros(2, 4, 64),
-        "pool_layer": torch.zeros(3, 2, 2, 16, 64),
-        "block_tables": torch.zeros(2, 2, dtype=torch.int32),
-        "context_lens": torch.ones(2, dtype=torch.int32),
-        "query_starts": torch.arange(3, dtype=torch.int32),
-        "workspace": workspace_of(Case(contexts=(1, 1)), torch.device("cpu")),
-        "out_NHD": torch.zeros(2, 4, 64),
-        "scale": 1.0,
-    }
-    with pytest.raises(ValueError, match=f"^{message}"):
-        decode_attention(**arguments | change)
-
-
-@pytest.mark.parametrize(
-    ("message", "change"),
-    [
-        ("head_dim is 80", {"head_dim": 80}),
-        ("block_size is 8", {"block_size": 8}),
-        ("num_heads is 5", {"num_heads": 5}),
-        ("num_heads is 0", {"num_heads": 0}),
-        ("num_heads is 4", {"num_kv_heads": 0}),
-        ("max_seqs is 0", {"max_seqs": 0}),
-        ("max_query_len is 0", {"max_query_len": 0}),
-        ("window is 0", {"window": 0}),
-        ("kv_dtype has dtype int8", {"kv_dtype": torch.int8}),
-    ],
-)
-def test_impossible_workspaces_are_refused(message: str, change: dict[str, Any]) -> None:
-    arguments: dict[str, Any] = {"max_seqs": 4, "max_query_len": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
-    arguments |= {"block_size": 16, "kv_dtype": torch.float32, "device": torch.device("cpu")}
-    with pytest.raises(ValueError, match=f"^{message}"):
-        DecodeWorkspace.allocate(**arguments | change)
-
-
-def test_fp8_is_refused_below_capability_8_9() -> None:
-    with compiling_for(AOT_TARGETS[80]), pytest.raises(ValueError, match=r"fp8 .* A100 has 8\.0"):
-        workspace_of(Case(contexts=(1,), kv_dtype=FP8), torch.device("meta"))
-
-
 def test_an_empty_step_launches_nothing() -> None:
     case = Case(contexts=())
     workspace = workspace_of(case, torch.device("cpu"), max_seqs=1)
@@ -498,55 +306,3 @@ def test_an_empty_step_launches_nothing() -> None:
     pool, tables = torch.zeros(1, 2, 2, 16, 64), torch.zeros(0, 1, dtype=torch.int32)
     decode_attention(q, pool, tables, empty, torch.zeros(1, dtype=torch.int32), workspace, out, scale=1.0)
     assert int(workspace.rows.max()) < 0
-
-
-@pytest.mark.parametrize(
-    ("contexts", "entry", "message"),
-    [
-        ((20, 3), 3, r"block_tables\[0, 1\] is 3, the pool has blocks 0 to 2"),
-        ((40, 3), 0, "block_tables has 2 entries"),
-    ],
-)
-def test_debug_mode_checks_block_tables(
-    monkeypatch: pytest.MonkeyPatch, contexts: tuple[int, int], entry: int, message: str
-) -> None:
-    monkeypatch.setattr(table_check, "DEBUG", True)
-    workspace = workspace_of(Case(contexts=contexts), torch.device("cpu"))
-    q, pool = torch.zeros(2, 4, 64), torch.zeros(3, 2, 2, 16, 64)
-    tables = torch.tensor([[0, entry], [1, -1]], dtype=torch.int32)
-    context_lens, starts = torch.tensor(contexts, dtype=torch.int32), torch.arange(3, dtype=torch.int32)
-    with pytest.raises(ValueError, match=f"^{message}"):
-        decode_attention(q, pool, tables, context_lens, starts, workspace, q, scale=1.0)
-
-
-@pytest.mark.parametrize(
-    ("starts", "max_query_len", "message"),
-    [
-        ((0, 1, 3), 2, "query_starts gives sequence 1 the rows 1 to 3 of 2, its context is 3"),
-        ((0, 2, 1), 2, "query_starts gives sequence 1 the rows 2 to 1"),
-        ((-1, 1, 2), 2, "query_starts gives sequence 0 the rows -1 to 1"),
-        ((0, 2, 2), 1, "query_starts gives sequence 0 the rows 0 to 2 of 2, its context is 20, max_query_len is 1"),
-        ((0, 1, 2), 1, None),
-    ],
-)
-def test_debug_mode_checks_query_starts(
-    monkeypatch: pytest.MonkeyPatch, starts: tuple[int, int, int], max_query_len: int, message: str | None
-) -> None:
-    monkeypatch.setattr(table_check, "DEBUG", True)
-    workspace = workspace_of(Case(contexts=(20, 3), max_query_len=2), torch.device("cpu"))
-    q, pool = torch.zeros(2, 4, 64), torch.zeros(3, 2, 2, 16, 64)
-    tables = torch.tensor([[0, 2], [1, -1]], dtype=torch.int32)
-    lens = torch.tensor([20, 3], dtype=torch.int32)
-    query_starts = torch.tensor(starts, dtype=torch.int32)
-
-    def attend() -> None:
-        plan_decode(lens, query_starts, workspace)
-        decode_attention(
-            q, pool, tables, lens, query_starts, workspace, q.clone(), scale=1.0, max_query_len=max_query_len
-        )
-
-    if message is None:
-        attend()
-    else:
-        with pytest.raises(ValueError, match=f"^{message}"):
-            attend()
