@@ -1,11 +1,21 @@
-"""The sources that a rank pulls from, by transport and address: opened once, shared by pulls, closed when none is left."""
+"""The sources that a rank pulls from, by transport and address: opened once, shared by pulls, closed when none is left.
+
+Of several ways to one source, those that failed lately are tried last.
+"""
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from biphase.kvtransfer.pull_job import Route
 from biphase.kvtransfer.signature import KvSignatureValue
 from biphase.kvtransfer.wire import Source, SourceUnreachable, Transport
+
+AVOID_S = (1.0, 60.0)
+"""How long a wire that failed to one address is tried last there: at first, and at most when it fails again and again."""
+
+_MOST_AVOIDED = 1024
 
 
 class Peer:
@@ -27,6 +37,8 @@ class Peers:
         self._transports = {transport.name: transport for transport in transports}
         self._peers: dict[tuple[str, str], Peer] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._avoided: dict[Route, tuple[float, float]] = {}
+        """Until when, and for how long."""
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -56,6 +68,23 @@ class Peers:
         peer = self._peers.pop((transport, address), None)
         if peer is not None:
             self._close_if_forgotten(peer)
+
+    def in_order(self, routes: Sequence[Route]) -> Iterator[Route]:
+        """Those that failed lately come last."""
+        now_s = time.monotonic()
+        return iter(sorted(routes, key=lambda route: self._avoided.get(route, (0.0, 0.0))[0] > now_s))
+
+    def avoid(self, route: Route) -> None:
+        """It has failed, and another way is taken."""
+        if len(self._avoided) >= _MOST_AVOIDED:
+            self._avoided.clear()
+        first_s, most_s = AVOID_S
+        for_s = min(most_s, 2 * self._avoided[route][1]) if route in self._avoided else first_s
+        self._avoided[route] = (time.monotonic() + for_s, for_s)
+
+    def trust(self, route: Route) -> None:
+        """It has worked."""
+        self._avoided.pop(route, None)
 
     def _close_if_forgotten(self, peer: Peer) -> None:
         if peer.users == 0 and self._peers.get((peer.transport, peer.address)) is not peer:

@@ -195,7 +195,9 @@ class KvPuller:
         """The way to the source's rank 0 that its KV came by, if any did: over sockets an answer comes in a third of the
         time that gRPC takes."""
         routes = [part.routes for part in job.parts if part.source_rank == 0 and part.routes]
-        return next(self._own.in_order(routes[0])) if routes else Route(transport="grpc", address=ticket.kv_address)
+        return (
+            next(self._own.peers.in_order(routes[0])) if routes else Route(transport="grpc", address=ticket.kv_address)
+        )
 
     async def _release(self, route: Route, ticket: KvTicket, epoch: int, timeout_s: float) -> bool:
         """Acknowledge. Where no answer comes the KV is ours all the same; the source is told again beside us, by gRPC."""
