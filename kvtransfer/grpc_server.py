@@ -14,7 +14,8 @@ from google.protobuf.message_factory import GetMessageClass
 from biphase.kernels.kv_layout import KvBox
 from biphase.kvtransfer.frames import HEADER_BYTES
 from biphase.kvtransfer.grpc_transport import SERVICE
-from biphase.kvtransfer.service import KvRefused, KvService, RefusedBecause
+from biphase.kvtransfer.refusals import KvRefused, RefusedBecause
+from biphase.kvtransfer.service import KvService
 from biphase.kvtransfer.signature import BYTES_DIGEST, KvSignatureValue
 from biphase.kvtransfer.wire import PullOrder, Room
 from biphase.protos import kv_pb2

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Literal
 
 from biphase.kernels.kv_pack import KvMemory
 from biphase.kvtransfer import frames
@@ -18,6 +17,7 @@ from biphase.kvtransfer.allocator import keep_freed_memory
 from biphase.kvtransfer.exports import ExportEnded, ExportRefused, ExportTable, Pull, Refusal, short
 from biphase.kvtransfer.rank_memory import RankMemory
 from biphase.kvtransfer.reader import Reader
+from biphase.kvtransfer.refusals import KvRefused, check_incarnation, check_order
 from biphase.kvtransfer.signature import SUM_DIGEST, KvSignatureValue, mismatch
 from biphase.kvtransfer.wire import FrameSink, PullOrder
 from biphase.protos.ids import TicketId
@@ -26,21 +26,6 @@ _log = logging.getLogger(__name__)
 
 OPENED_WITHIN_S = 1.0
 """A reader may come to one rank before that has heard of its ticket from rank 0: it waits so long."""
-
-RefusedBecause = Literal["gone", "stale", "invalid"]
-"""The ticket is not, or no longer; the call is meant for another life, model or epoch; it could never be served."""
-
-
-class KvRefused(Exception):
-    """A call that is answered no; the text is one line, for the reader."""
-
-    def __init__(self, because: RefusedBecause, text: str) -> None:
-        super().__init__(text)
-        self.because = because
-
-    @staticmethod
-    def of(error: ExportRefused) -> "KvRefused":
-        return KvRefused("stale" if error.refusal is Refusal.STALE_EPOCH else "gone", str(error))
 
 
 class KvService:
@@ -133,7 +118,7 @@ class KvService:
 
     def release(self, ticket: TicketId, epoch: int, incarnation: int) -> None:
         """The reader holds everything. Raises KvRefused."""
-        self._check_incarnation(incarnation)
+        check_incarnation(self.signature, incarnation)
         if not self._leads:
             raise KvRefused("invalid", f"a release goes to rank 0 of {self.signature.instance}, this is another")
         try:
@@ -149,7 +134,7 @@ class KvService:
         """
         sink = self._wrap_sink(sink)
         try:
-            self._check_incarnation(order.incarnation)
+            check_incarnation(self.signature, order.incarnation)
             await self._serve_open(await self._begin(order), order, sink)
         finally:
             sink.close()
@@ -178,7 +163,7 @@ class KvService:
         self._tell_readers(order.ticket)
         self._counters["pulls"] += 1
         try:
-            self._check_fit(order, pull)
+            check_order(order, self.signature, self._memory, pull.num_tokens)
             await reader.run(self._payload_bytes, overlap=self._overlap)
         except ExportRefused as error:
             if reader.evicted:  # the cancellation is on its way still: it must not hit the wire's answer
@@ -208,8 +193,6 @@ class KvService:
         readers = self._readers.get(ticket, ())
         self._on_readers(ticket, len(readers), max((reader.pull.epoch for reader in readers), default=0))
 
-    # Checks.
-
     def _allowed(self, pull: Pull) -> bool:
         try:
             self._exports.readable_tokens(pull)
@@ -220,26 +203,6 @@ class KvService:
     def _turned_away(self, error: ExportRefused) -> KvRefused:
         _log.info("pull ended: %s", error)
         return KvRefused.of(error)
-
-    def _check_incarnation(self, meant: int) -> None:
-        ours = self.signature
-        if meant != ours.incarnation:
-            text = f"{ours.instance} is incarnation {ours.incarnation}, the call is meant for incarnation {meant}"
-            raise KvRefused("stale", text)
-
-    def _check_fit(self, order: PullOrder, pull: Pull) -> None:
-        """Raises KvRefused for a box, codec or digest that cannot be served."""
-        if order.codec not in self.signature.codecs:
-            raise KvRefused("invalid", f"codec {order.codec!r} is none of {', '.join(self.signature.codecs)}")
-        if order.digest not in self.signature.digests:
-            raise KvRefused("invalid", f"digest {order.digest!r} is none of {', '.join(self.signature.digests)}")
-        memory, box = self._memory, order.box
-        if not (memory.holds(box) and box.token_start <= box.token_end <= pull.num_tokens):
-            raise KvRefused(
-                "invalid",
-                f"a pull of {frames.where(box)} from ticket {short(pull.ticket)} over "
-                f"{frames.where(memory.box(pull.num_tokens))}",
-            )
 
     # After changes.
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from biphase.kvtransfer.service import KvRefused, KvService
+from biphase.kvtransfer.refusals import KvRefused
+from biphase.kvtransfer.service import KvService
 from biphase.kvtransfer.signature import KvSignatureValue
 from biphase.kvtransfer.tcp.connection import PIECE_S, Connection, listen
 from biphase.kvtransfer.tcp.messages import (

@@ -13,7 +13,8 @@ from biphase.kernels.kv_layout import KvBox
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kvtransfer.exports import ExportEnded, ExportTable
 from biphase.kvtransfer.frames import FrameKind
-from biphase.kvtransfer.service import KvRefused, KvService
+from biphase.kvtransfer.refusals import KvRefused
+from biphase.kvtransfer.service import KvService
 from biphase.kvtransfer.wire import PullOrder
 from biphase.protos.ids import BlockId, TicketId
 
