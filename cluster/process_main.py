@@ -12,7 +12,7 @@ from pathlib import Path
 
 from biphase.cluster.backend import ProcessSpec
 from biphase.cluster.process_runner import run_process
-from biphase.protos.process import announce_to_file, set_up_logging
+from biphase.protos.process import announce_to_file, leave, set_up_logging
 
 SUPERVISOR_VARIABLE = "BIPHASE_SUPERVISOR_PID"
 logger = logging.getLogger("biphase.cluster.process")
@@ -49,4 +49,4 @@ def _follow_supervisor(spec: ProcessSpec) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

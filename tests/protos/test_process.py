@@ -1,6 +1,8 @@
 """Announcements: replaced whole, read back as they were."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,23 @@ def test_a_process_has_one_log_file(tmp_path: Path) -> None:
         for handler in root.handlers:
             handler.close()
         root.handlers[:], root.level, root.propagate = before
+
+
+def test_a_process_that_leaves_has_written_all_and_waits_for_nothing(tmp_path: Path) -> None:
+    script = """
+import atexit, logging, sys, threading, time
+from pathlib import Path
+from biphase.protos.process import leave, set_up_logging
+set_up_logging(Path(sys.argv[1]))
+logging.getLogger("biphase").info("closed")
+print("said", end="")
+atexit.register(print, "taken apart")
+threading.Thread(target=time.sleep, args=(60,)).start()
+leave(3)
+"""
+    log = tmp_path / "a.log"
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(log)], check=False, capture_output=True, text=True, timeout=30
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "said", "")
+    assert log.read_text().endswith("closed\n")
