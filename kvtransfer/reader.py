@@ -66,7 +66,7 @@ class Reader:
             box = due.take(readable) if overlap or readable.tokens == pull.num_tokens else None
             if box is not None:
                 await self._send(box, payload_bytes)
-            else:
+            elif not due.done:  # looking may have found that the last of it had left ahead
                 await self._wait()
         if self._order.pieces_only:
             return
