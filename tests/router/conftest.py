@@ -17,8 +17,6 @@ from biphase.protos.process import Announcement, Announcer
 from biphase.router import serve as serve_module
 from biphase.router.config import RequestLimits, RouterConfig, Waits
 
-STOP, LENGTH = 1, 2
-
 
 class ToyDetokenizer:
     """One character per token."""
@@ -231,6 +229,17 @@ class Stage:
     @property
     def d(self) -> ScriptedWorker:
         return self.decode[0]
+
+    async def hand_over(self, answer: Answer) -> tuple[int, int]:
+        """Prefill done, its token "A" told, handed off; returns both leg ids."""
+        await answer.accepted()
+        prefill = (await self.p.next("open_prefill")).leg_id
+        self.p.start(prefill)
+        decode = (await self.d.next("open_decode")).leg_id
+        self.p.tokens(prefill, 0, b"A")
+        self.d.hand_off(decode)
+        self.p.end(prefill)
+        return prefill, decode
 
 
 SHORT_WAITS = Waits(no_prefill_s=0.2, no_decode_s=0.2, leg_end_s=0.3, drain_s=0.3, busy_retry_s=0.2)
