@@ -15,8 +15,8 @@ tells the others (Followers), and they tell it who reads there and when their se
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
+from biphase.kvtransfer.export import Export
 from biphase.kvtransfer.tickets import (
     BlockHolder,
     ExportEnded,
@@ -27,6 +27,7 @@ from biphase.kvtransfer.tickets import (
     Pull,
     Readable,
     Refusal,
+    ended_refusal,
     short,
 )
 from biphase.protos.ids import BlockId, TicketId
@@ -35,35 +36,6 @@ __all__ = ["ExportEnded", "ExportRefused", "ExportTable", "Outcome", "Pull", "Re
 
 _REMEMBERED = 4096
 """Ended tickets whose end is remembered, so that a late reader is told what became of it."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Export:
-    blocks: tuple[BlockId, ...]
-    num_tokens: int
-    computed_tokens: int = 0
-    ahead_tokens: int = 0
-    ahead_layers: int = 0
-    first_token: int | None = None
-    finished_s: float = 0.0
-    leg_open: bool = True
-    lease_end_s: float = math.inf
-    epoch: int = 0
-    epoch_began_s: float | None = None
-    epoch_bytes: int = 0
-    pulls: set[Pull] = field(default_factory=set)
-    running_sends: int = 0
-    reading: dict[int, int] = field(default_factory=dict)
-    sending: set[int] = field(default_factory=set)
-    outcome: Outcome | None = None
-    ended_s: float = 0.0
-
-
-_ENDS: dict[Outcome, tuple[Refusal, str]] = {
-    "released": (Refusal.RELEASED, "was released: its KV has been handed over"),
-    "revoked": (Refusal.REVOKED, "was revoked"),
-    "expired": (Refusal.LEASE_EXPIRED, "outlived its lease"),
-}
 
 
 class ExportTable:
@@ -75,7 +47,7 @@ class ExportTable:
         self._pool = pool
         self._lease_s = lease_s
         self._followers = followers or NoFollowers()
-        self._exports: dict[TicketId, _Export] = {}
+        self._exports: dict[TicketId, Export] = {}
         self._past: OrderedDict[TicketId, tuple[Outcome, int]] = OrderedDict()
         self._ended: list[ExportEnded] = []
         self._watcher: Callable[[TicketId], None] | None = None
@@ -93,7 +65,7 @@ class ExportTable:
         if num_tokens < 1:
             raise ValueError(f"num_tokens is {num_tokens}, it must be at least 1")
         self._pool.hold(blocks)
-        self._exports[ticket] = _Export(blocks=tuple(blocks), num_tokens=num_tokens)
+        self._exports[ticket] = Export(ticket=ticket, blocks=tuple(blocks), num_tokens=num_tokens)
         self._followers.opened(ticket, seq_id, blocks, num_tokens)
         self._changed(ticket)
 
@@ -102,9 +74,7 @@ class ExportTable:
         export = self._live(ticket)
         if export is None:
             return
-        if computed_tokens > export.num_tokens:
-            raise ValueError(f"{computed_tokens} tokens computed of ticket {short(ticket)} over {export.num_tokens}")
-        export.computed_tokens = max(export.computed_tokens, computed_tokens)
+        export.computed(computed_tokens)
         self._changed(ticket)
 
     def advance_layers(self, ticket: TicketId, tokens: int, layers: int) -> None:
@@ -115,11 +85,7 @@ class ExportTable:
         export = self._live(ticket)
         if export is None or tokens <= export.computed_tokens:
             return
-        if tokens > export.num_tokens:
-            raise ValueError(f"{tokens} tokens computed of ticket {short(ticket)} over {export.num_tokens}")
-        if tokens != export.ahead_tokens:
-            export.ahead_tokens, export.ahead_layers = tokens, 0
-        export.ahead_layers = max(export.ahead_layers, layers)
+        export.computed_ahead(tokens, layers)
         self._changed(ticket)
 
     def finish(self, ticket: TicketId, first_token: int, now_s: float) -> None:
@@ -127,9 +93,7 @@ class ExportTable:
         export = self._live(ticket)
         if export is None:
             return
-        export.computed_tokens = export.num_tokens
-        export.first_token = first_token
-        export.finished_s = now_s
+        export.finish(first_token, now_s)
         self._followers.finished(ticket)
         self._changed(ticket)
 
@@ -139,7 +103,7 @@ class ExportTable:
         if export is None:
             return
         export.leg_open = False
-        self._judge_lease(export, now_s)
+        export.judge_lease(now_s, self._lease_s)
         self._changed(ticket)
 
     def revoke(self, ticket: TicketId, now_s: float) -> None:
@@ -154,12 +118,12 @@ class ExportTable:
 
     def next_expiry_s(self) -> float | None:
         """When the next lease ends, None where none counts."""
-        ends = [e.lease_end_s for e in self._exports.values() if e.outcome is None and e.lease_end_s < math.inf]
+        ends = [e.lease_end_s for e in self._exports.values() if e.live and e.lease_end_s < math.inf]
         return min(ends, default=None)
 
     def expire(self, now_s: float) -> list[TicketId]:
         """End the tickets whose lease is over, and name them."""
-        over = [t for t, e in self._exports.items() if e.outcome is None and e.lease_end_s <= now_s]
+        over = [t for t, e in self._exports.items() if e.live and e.lease_end_s <= now_s]
         for ticket in over:
             self._end(ticket, "expired", now_s)
         return over
@@ -174,10 +138,10 @@ class ExportTable:
         """Open a reader. A newer epoch ends the pulls of older ones. Raises ExportRefused."""
         self.expire(now_s)
         export = self._readable(ticket, epoch)
-        self._begin_epoch(ticket, export, epoch, now_s)
+        self._begin_epoch(export, epoch, now_s)
         pull = Pull(ticket=ticket, epoch=epoch, blocks=export.blocks, num_tokens=export.num_tokens)
         export.pulls.add(pull)
-        export.lease_end_s = math.inf
+        export.stop_lease()
         self._changed(ticket)
         return pull
 
@@ -186,18 +150,12 @@ class ExportTable:
         export = self._exports.get(pull.ticket)
         if export is not None and pull in export.pulls:
             export.pulls.discard(pull)
-            self._judge_lease(export, now_s)
+            export.judge_lease(now_s, self._lease_s)
             self._changed(pull.ticket)
 
     def readable(self, pull: Pull) -> Readable:
         """What may be read now. Raises ExportRefused when the pull must end."""
-        export = self._readable(pull.ticket, pull.epoch)
-        ahead_layers = export.ahead_layers if export.ahead_tokens > export.computed_tokens else 0
-        return Readable(
-            tokens=export.computed_tokens,
-            ahead_tokens=export.ahead_tokens if ahead_layers else export.computed_tokens,
-            ahead_layers=ahead_layers,
-        )
+        return self._readable(pull.ticket, pull.epoch).readable
 
     def readable_tokens(self, pull: Pull) -> int:
         """Positions below this may be read now, in all layers. Raises ExportRefused when the pull must end."""
@@ -218,8 +176,8 @@ class ExportTable:
         export.running_sends -= 1
         if pull.epoch == export.epoch:
             export.epoch_bytes += num_bytes
-        if export.outcome is not None:
-            self._settle(pull.ticket, export)
+        if not export.live:
+            self._settle(export)
 
     def release(self, ticket: TicketId, epoch: int, now_s: float) -> None:
         """The reader holds everything. Answered again the same way when asked again. Raises ExportRefused."""
@@ -242,7 +200,7 @@ class ExportTable:
         """A reader of ``epoch`` has come to another rank: those of older ones are ended here too."""
         export = self._live(ticket)
         if export is not None and epoch > export.epoch:
-            self._begin_epoch(ticket, export, epoch, now_s)
+            self._begin_epoch(export, epoch, now_s)
             self._changed(ticket)
 
     def follower_reading(self, ticket: TicketId, rank: int, num_open: int, epoch: int, now_s: float) -> None:
@@ -252,9 +210,9 @@ class ExportTable:
             return
         export.reading[rank] = num_open
         if num_open:
-            export.lease_end_s = math.inf
+            export.stop_lease()
         else:
-            self._judge_lease(export, now_s)
+            export.judge_lease(now_s, self._lease_s)
         self.supersede(ticket, epoch, now_s)
         self._changed(ticket)
 
@@ -265,7 +223,7 @@ class ExportTable:
             return
         export.sending.discard(rank)
         export.epoch_bytes += num_bytes
-        self._settle(ticket, export)
+        self._settle(export)
 
     def take_ended(self) -> list[ExportEnded]:
         """Tickets that ended, with their blocks back, since the last call."""
@@ -293,11 +251,11 @@ class ExportTable:
 
     # Inside.
 
-    def _live(self, ticket: TicketId) -> _Export | None:
+    def _live(self, ticket: TicketId) -> Export | None:
         export = self._exports.get(ticket)
-        return export if export is not None and export.outcome is None else None
+        return export if export is not None and export.live else None
 
-    def _readable(self, ticket: TicketId, epoch: int) -> _Export:
+    def _readable(self, ticket: TicketId, epoch: int) -> Export:
         export = self._live(ticket)
         if export is None:
             raise self._refused(ticket)
@@ -310,22 +268,12 @@ class ExportTable:
     def _refused(self, ticket: TicketId) -> ExportRefused:
         export = self._exports.get(ticket)
         outcome = export.outcome if export is not None else self._past.get(ticket, (None, 0))[0]
-        if outcome is None:
-            return ExportRefused(Refusal.UNKNOWN, f"no ticket {short(ticket)} was ever open here, or long ago")
-        refusal, text = _ENDS[outcome]
-        return ExportRefused(refusal, f"ticket {short(ticket)} {text}")
+        return ended_refusal(ticket, outcome)
 
-    def _begin_epoch(self, ticket: TicketId, export: _Export, epoch: int, now_s: float) -> None:
+    def _begin_epoch(self, export: Export, epoch: int, now_s: float) -> None:
         if epoch > export.epoch:
-            export.epoch = epoch
-            export.epoch_began_s = now_s
-            export.epoch_bytes = 0
-            self._followers.superseded(ticket, epoch)
-
-    def _judge_lease(self, export: _Export, now_s: float) -> None:
-        read = bool(export.pulls) or any(export.reading.values())
-        if not export.leg_open and not read and export.lease_end_s == math.inf:
-            export.lease_end_s = now_s + self._lease_s
+            export.begin_epoch(epoch, now_s)
+            self._followers.superseded(export.ticket, epoch)
 
     def _end(self, ticket: TicketId, outcome: Outcome, now_s: float) -> None:
         export = self._exports[ticket]
@@ -333,27 +281,20 @@ class ExportTable:
         export.ended_s = now_s
         export.sending = set(self._followers.ranks)
         self._followers.ended(ticket, outcome)
-        self._settle(ticket, export)
+        self._settle(export)
 
-    def _settle(self, ticket: TicketId, export: _Export) -> None:
+    def _settle(self, export: Export) -> None:
         """Give an ended ticket's blocks back as soon as nothing reads them."""
         assert export.outcome is not None
-        if export.running_sends == 0 and not export.sending:
+        ticket = export.ticket
+        if export.settled:
             del self._exports[ticket]
             self._pool.release(export.blocks)
             self._totals[export.outcome] += 1
             self._past[ticket] = (export.outcome, export.epoch)
             while len(self._past) > _REMEMBERED:
                 self._past.popitem(last=False)
-            began_s = export.ended_s if export.epoch_began_s is None else export.epoch_began_s
-            self._ended.append(
-                ExportEnded(
-                    ticket=ticket,
-                    outcome=export.outcome,
-                    bytes=export.epoch_bytes,
-                    ms=(export.ended_s - began_s) * 1000.0,
-                )
-            )
+            self._ended.append(export.report())
         self._changed(ticket)
 
     def _changed(self, ticket: TicketId) -> None:

@@ -72,6 +72,21 @@ class ExportRefused(Exception):
         self.refusal = refusal
 
 
+_ENDS: dict[Outcome, tuple[Refusal, str]] = {
+    "released": (Refusal.RELEASED, "was released: its KV has been handed over"),
+    "revoked": (Refusal.REVOKED, "was revoked"),
+    "expired": (Refusal.LEASE_EXPIRED, "outlived its lease"),
+}
+
+
+def ended_refusal(ticket: TicketId, outcome: Outcome | None) -> ExportRefused:
+    """What a reader is told of a ticket that has ended so; None: nobody knows it."""
+    if outcome is None:
+        return ExportRefused(Refusal.UNKNOWN, f"no ticket {short(ticket)} was ever open here, or long ago")
+    refusal, text = _ENDS[outcome]
+    return ExportRefused(refusal, f"ticket {short(ticket)} {text}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportEnded:
     """A ticket has ended and its blocks are back. ``bytes`` and ``ms`` count from the first pull of the last epoch."""
