@@ -107,6 +107,7 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
         rank=spec.rank,
         rank_key=spec.rank_key,
         leader=spec.leader,
+        load_timeout_s=deployment.start_timeout_s,
         kv_transport=deployment.kv_transport,
         kv_codec=deployment.kv_codec,
         kv_overlap=deployment.kv_overlap,

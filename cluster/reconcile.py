@@ -179,7 +179,10 @@ class Reconciler:
                     slot.phase, slot.since_s = "starting", now_s
                     actions.append(Start(name=name, incarnation=slot.incarnation))
             elif slot.phase in ("starting", "loading") and now_s - slot.since_s >= self.start_timeout_s:
-                slot.reason = f"not ready within {self.start_timeout_s:g} s"
+                doing = slot.announcement.detail if slot.announcement is not None else ""
+                slot.reason = f"not ready within {self.start_timeout_s:g} s" + (
+                    f", its last word: {doing}" if doing else ""
+                )
                 slot.phase, slot.since_s = "lost", now_s
             if slot.phase == "lost" and not slot.killed:
                 slot.killed = True

@@ -75,7 +75,7 @@ class CpuEngine(Engine):
         engine = CpuEngine(config, checkpoint, cpu_kernels(), groups)
         if groups is not None:
             progress("waiting for the other ranks to load", 0.9)
-            groups.meet("loaded")
+            groups.meet("loaded", lambda line: progress(line, 0.9))
         progress("first step", 0.9)
         engine._warm_up()
         progress("loaded", 1.0)

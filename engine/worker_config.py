@@ -23,7 +23,7 @@ class WorkerConfig:
     ``plan``, ``rank``: which part of the instance this process is. The ranks share ``rank_key``, 32 hex digits; rank 0
     listens for the others on ``rank_port`` of ``host``, they find it at ``leader`` (its address, or the file that it
     announces itself in) or as their starter tells them. ``join_timeout_s``: how long they wait for each other before
-    anything is loaded; ``step_timeout_s``: how long a step may take before the instance is given up.
+    anything is loaded, ``load_timeout_s``: until all have loaded; ``step_timeout_s``: how long a step may take before the instance is given up.
 
     ``kv_transport``, ``kv_codec``: how KV travels to and from here; without ``kv_overlap`` a prompt's leaves only when all
     of it is computed, for measuring; ``inject_faults``: what goes wrong on its way, for drills.
@@ -50,6 +50,7 @@ class WorkerConfig:
     rank_port: int = 0
     leader: str = ""
     join_timeout_s: float = 120.0
+    load_timeout_s: float = 600.0
     step_timeout_s: float = 60.0
     kv_transport: str = "auto"
     kv_codec: str = "raw"
@@ -69,7 +70,7 @@ class WorkerConfig:
         _in_range("local_prefill_tokens", self.local_prefill_tokens, 1, 2**20)
         if self.max_queued_tokens is not None:
             _in_range("max_queued_tokens", self.max_queued_tokens, 1, 2**31 - 1)
-        for name in ("lease_s", "pull_timeout_s", "join_timeout_s", "step_timeout_s"):
+        for name in ("lease_s", "pull_timeout_s", "join_timeout_s", "load_timeout_s", "step_timeout_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise SetupError(f"{name} is {value}, it must be above 0")

@@ -57,6 +57,7 @@ def make_parser(role: Role) -> argparse.ArgumentParser:
     process.add_argument("--rank-port", type=int, help="port on which rank 0 waits for the others (0: any free one)")
     process.add_argument("--leader", metavar="ADDRESS", help="of rank 0: HOST:PORT, or the FILE of its --announce")
     process.add_argument("--join-timeout-s", type=float, help="seconds that ranks wait for each other to start")
+    process.add_argument("--load-timeout-s", type=float, help="seconds that ranks wait for each other to load")
     process.add_argument("--announce", metavar="FILE", help="keep this process's state in FILE, as JSON")
     process.add_argument("--log-file", help="log here instead of to stderr")
     process.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"])

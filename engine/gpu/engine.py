@@ -124,7 +124,7 @@ class GpuEngine(Engine):
                 engine = GpuEngine(config, on_device, paged_kernels(kernels), accelerator, groups)
             if groups is not None:
                 progress("waiting for the other ranks to load", 0.7)
-                groups.meet("loaded")
+                groups.meet("loaded", lambda line: progress(line, 0.7))
             progress("kernels and graphs", 0.7)
             engine.warm_up(lambda done: progress("kernels and graphs", 0.7 + 0.3 * done))
         except torch.OutOfMemoryError as error:

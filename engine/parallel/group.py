@@ -4,7 +4,7 @@ torch.distributed throughout, nccl on GPUs and gloo elsewhere, in groups of this
 not used, so that several instances can live in one process. Everything here is called in the engine thread.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,14 +45,15 @@ class RankGroups:
         timeout_s: float,
         join_timeout_s: float = JOIN_TIMEOUT_S,
         device: torch.device | None = None,
+        on_wait: Callable[[str], None] = lambda line: None,
     ) -> "RankGroups":
         """Connect to the ranks that this one talks to; returns when they have done so.
 
         ``host``: the address of this machine that gloo listens on. ``timeout_s``: of a step, hence of every exchange in
-        one. ``device``: the GPU of nccl. Raises SetupError when another rank does not come.
+        one. ``device``: the GPU of nccl. ``on_wait`` hears for whom we wait. Raises SetupError when another rank does not come.
         """
         stage, place = plan.stage_of(rank), plan.place_of(rank)
-        meet(store, "joining", rank, plan.num_ranks, join_timeout_s)
+        meet(store, "joined", rank, plan.num_ranks, join_timeout_s, on_wait)
 
         def group(name: str, member: int, size: int) -> Any:
             return _group(
@@ -79,9 +80,10 @@ class RankGroups:
         """Whether this rank says what was drawn."""
         return self.rank == self.plan.rank_at(stage=self.plan.pp - 1, place=0)
 
-    def meet(self, name: str) -> None:
-        """Wait until every rank has come to ``name``, each name once; loading may take some much longer than others."""
-        meet(self.store, name, self.rank, self.plan.num_ranks, self.join_timeout_s)
+    def meet(self, name: str, on_wait: Callable[[str], None] = lambda line: None) -> None:
+        """Wait until every rank has come to ``name``, each name once; loading may take some much longer than others.
+        ``on_wait`` hears for whom we wait. Raises SetupError naming who did not come in time."""
+        meet(self.store, name, self.rank, self.plan.num_ranks, self.join_timeout_s, on_wait)
 
     def close(self) -> None:
         """Drop the connections, for good: what still waits for this rank fails at once."""

@@ -153,7 +153,7 @@ class _Loader:
     def load(self, engine_config: EngineConfig, progress: Progress) -> Engine:
         """In the engine thread."""
         store = join_store(self._store_host, self._store_port)
-        self._groups = join_groups(self._config, engine_config, store)
+        self._groups = join_groups(self._config, engine_config, store, progress)
         return Engine.load(engine_config, progress, groups=self._groups)
 
     def close(self) -> None:

@@ -43,7 +43,7 @@ def _announced_in(file: Path) -> str:
         return ""  # not there yet
 
 
-def join_groups(config: WorkerConfig, engine: EngineConfig, store: Store) -> RankGroups:
+def join_groups(config: WorkerConfig, engine: EngineConfig, store: Store, progress: Progress) -> RankGroups:
     """Call it in the engine thread. Raises SetupError when another rank does not come."""
     on_gpu = engine.device != "cpu" and torch.cuda.is_available()
     return RankGroups.join(
@@ -53,6 +53,8 @@ def join_groups(config: WorkerConfig, engine: EngineConfig, store: Store) -> Ran
         host=config.rank_host,
         backend="nccl" if on_gpu else "gloo",
         timeout_s=config.step_timeout_s,
+        join_timeout_s=config.load_timeout_s,
+        on_wait=lambda line: progress(line, 0.0),
         device=torch.device("cuda" if engine.device == "auto" else engine.device) if on_gpu else None,
     )
 

@@ -3,15 +3,16 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from biphase.engine.config import EngineConfig
 from biphase.engine.engine import Engine, Progress
 from biphase.engine.engine_thread import EngineThread
 from biphase.engine.parallel.group import RankGroups
-from biphase.engine.parallel.store import open_store
+from biphase.engine.parallel.store import late_line, open_store, waiting_line
 from biphase.engine.ranks.channel import LeaderChannel
 from biphase.engine.ranks.connection import Message
 from biphase.engine.ranks.ending import EndWhenLost, close_engine
@@ -43,21 +44,20 @@ class Leading:
     def _load(self, engine_config: EngineConfig, progress: Progress) -> Engine:
         """In the engine thread, with all ranks there. Raises SetupError."""
         config = self._config
-        num_ranks = config.plan.num_ranks
         store, port = open_store(config.rank_host)
         host = config.advertise_host or config.host
         self.channel.broadcast(
             {"kind": "load", "store_host": host, "store_port": port, "incarnation": config.incarnation}
         )
         progress("connecting the ranks", 0.0)
-        self._groups = join_groups(config, engine_config, store)
+        self._groups = join_groups(config, engine_config, store, progress)
         own = Engine.load(engine_config, progress, groups=self._groups)
-        facts = self._loaded.wait(lambda num: progress(f"{num} of {num_ranks} ranks have loaded", 1.0))
+        facts = self._loaded.wait("loaded", config.load_timeout_s, lambda line: progress(line, 1.0))
         check_alike(facts_of(own), facts)
         num_blocks = min(own.num_blocks, *(their["num_blocks"] for their in facts.values()))
         agree_on_blocks(own, num_blocks)
         self.channel.broadcast({"kind": "serve", "num_blocks": num_blocks})
-        self._serving.wait(lambda num: progress(f"{num} of {num_ranks} ranks serve", 1.0))
+        self._serving.wait("begun to serve", config.load_timeout_s, lambda line: progress(line, 1.0))
         self.channel.expect_steady_beats()
         return LeaderEngine(
             own,
@@ -95,13 +95,17 @@ class _FromAll:
         if not self._answers[rank].done():  # another rank has failed meanwhile
             self._answers[rank].set_result(message)
 
-    def wait(self, on_progress: Callable[[int], None]) -> dict[int, dict[str, Any]]:
-        """By rank. ``on_progress`` hears how many have answered, rank 0 counted. Raises what ``fail`` was told."""
-        found = {}
-        for rank, answer in self._answers.items():
-            on_progress(1 + sum(other.done() for other in self._answers.values()))
-            found[rank] = answer.result()
-        return found
+    def wait(self, done: str, within_s: float, on_wait: Callable[[str], None]) -> dict[int, dict[str, Any]]:
+        """By rank, what they say when they have ``done`` it; ``on_wait`` hears for whom we wait. Raises what ``fail`` was
+        told, and SetupError in time: a rank that hangs may beat for ever."""
+        until_s, num_ranks = time.monotonic() + within_s, 1 + len(self._answers)
+        while missing := [rank for rank, answer in self._answers.items() if not answer.done()]:
+            on_wait(waiting_line(done, missing, num_ranks))
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                raise SetupError(late_line(done, missing, num_ranks, within_s))
+            wait([self._answers[rank] for rank in missing], left_s, FIRST_COMPLETED)
+        return {rank: answer.result() for rank, answer in self._answers.items()}
 
     def fail(self, error: Exception) -> None:
         for answer in self._answers.values():

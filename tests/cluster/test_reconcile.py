@@ -161,6 +161,17 @@ def test_who_is_not_ready_in_time_is_started_again() -> None:
     assert kills[0] == Kill(name="prefill-0", incarnation=1, reason="not ready within 10 s")
 
 
+def test_who_is_not_ready_in_time_is_ended_with_what_it_said_last() -> None:
+    core = make(start_timeout_s=10.0)
+    core.decide(0.0)
+    word = "1 of 2 ranks have loaded, waiting for rank 1"
+    core.announced(
+        Announcement(name="prefill-0", kind="prefill", incarnation=1, pid=1, state="loading", detail=word), 5.0
+    )
+    reasons = {kill.name: kill.reason for kill in core.decide(15.0) if isinstance(kill, Kill)}
+    assert reasons["prefill-0"] == f"not ready within 10 s, its last word: {word}"
+
+
 def test_the_next_controller_adopts() -> None:
     core = make()
     core.slots["decode-0"].incarnation = 3

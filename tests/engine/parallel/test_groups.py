@@ -111,10 +111,19 @@ def test_a_rank_that_does_not_answer_is_lost_at_the_deadline() -> None:
 
 def test_ranks_that_do_not_come_are_a_set_up_error() -> None:
     store, port = open_store(HOST)
-    with pytest.raises(SetupError, match="joining: not all of 2 ranks came within 0.1 s"):
+    said: list[str] = []
+    with pytest.raises(SetupError, match="^not all of 3 ranks have joined within 0.1 s: missing is rank 1, 2$"):
         RankGroups.join(
-            ParallelPlan(tp=2), 0, store=store, host=HOST, backend="gloo", timeout_s=1.0, join_timeout_s=0.1
+            ParallelPlan(tp=3),
+            0,
+            store=store,
+            host=HOST,
+            backend="gloo",
+            timeout_s=1.0,
+            join_timeout_s=0.1,
+            on_wait=said.append,
         )
+    assert set(said) == {"1 of 3 ranks have joined, waiting for rank 1, 2"}
     with pytest.raises(SetupError, match=f"no store for the ranks on {HOST}:{port}"):
         open_store(HOST, port=port)
 

@@ -162,15 +162,30 @@ def test_ranks_of_two_models_are_no_instance() -> None:
         check_alike(facts(), {1: facts(block_size=16)})
 
 
+def hanging(method: str) -> str:
+    """A decode worker of which one class's method never returns, ``module:Class.method``."""
+    module, _, path = method.partition(":")
+    owner, _, name = path.partition(".")
+    return (
+        f"import threading; from {module} import {owner}; from biphase.decode_worker.__main__ import main; "
+        f"setattr({owner}, {name!r}, lambda *a, **k: threading.Event().wait()); main()"
+    )
+
+
 class Processes(Deployment):
     """The ranks of one decode instance, as processes."""
 
-    def start(self, model: Path, *, tp: int, pp: int, last_rank: Sequence[str] = ()) -> list[Running]:
-        command = [sys.executable, "-m", "biphase.decode_worker", "--model", str(model), "--load-format", "dummy"]
+    def start(
+        self, model: Path, *, tp: int, pp: int, last_rank: Sequence[str] = (), every: Sequence[str] = (), hang: str = ""
+    ) -> list[Running]:
+        """``hang``: a method that never returns in the last rank, see ``hanging``."""
+        command = ["--model", str(model), "--load-format", "dummy", *every]
         command += ["--threads", "1", "--num-kv-blocks", "30", "--max-model-len", "512", "--join-timeout-s", "60"]
         command += ["--tp", str(tp), "--pp", str(pp), "--rank-key", KEY, "--leader", str(self.directory / "rank0.json")]
         for rank in range(tp * pp):
-            own = [*command, "--rank", str(rank), *(last_rank if rank == tp * pp - 1 else ())]
+            last = rank == tp * pp - 1
+            program = ["-c", hanging(hang)] if hang and last else ["-m", "biphase.decode_worker"]
+            own = [sys.executable, *program, *command, "--rank", str(rank), *(last_rank if last else ())]
             self.decode.append(self.spawn(f"rank{rank}", own, instance="decode-0"))
         return self.decode
 
@@ -218,3 +233,15 @@ async def test_what_one_rank_cannot_load_is_told_by_rank_0(processes: Processes,
     assert (processes.directory / "rank1.out").read_text().startswith(f"biphase: {told}")
     found = ranks[0].announcement()
     assert found is not None and found.state == "failed" and told in found.detail
+
+
+@pytest.mark.parametrize(
+    "hang", ["biphase.engine.cpu_engine:CpuEngine.load", "biphase.engine.ranks.following:FollowerChannel.send"]
+)
+async def test_a_rank_that_beats_but_never_has_loaded_is_named(processes: Processes, model: Path, hang: str) -> None:
+    ranks = processes.start(model, tp=1, pp=2, every=["--load-timeout-s", "2"], hang=hang)
+    assert await asyncio.to_thread(codes, ranks, 60.0) == [2, 1]
+    found = ranks[0].announcement()
+    line = "not all of 2 ranks have loaded within 2 s: missing is rank 1"
+    assert found is not None and (found.state, found.detail) == ("failed", line)
+    assert (processes.directory / "rank0.out").read_text() == f"biphase: {line}\n"
