@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+import threading
+import time
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -13,13 +15,17 @@ from biphase.protos.process import Announcer
 CLOSE_WITHIN_S = 5.0
 CLOSE_AFTER_ERROR_S = 1.0
 """Of an engine thread that may wait for ranks which are gone."""
+TELL_WITHIN_S = 0.5
+"""The log may be a pipe that nobody reads, or a disk that hangs."""
 _log = logging.getLogger(__name__)
 
 
 def end_process(announcer: Announcer, error: BaseException) -> None:
     """Tell why and end, from any thread: 2 for a set-up that cannot work, else 1. Other ranks see it by their sockets,
     routers by their links; nothing that a kill -9 would not leave behind is left."""
-    line = one_line(error)
+    line, code = one_line(error), 2 if isinstance(error, SetupError) else 1
+    with suppress(Exception):
+        threading.Thread(target=_end_unheard, args=(code,), name="end", daemon=True).start()
     with suppress(Exception):
         _log.error("%s, rank %d, ends: %s", announcer.current.name, announcer.current.rank, line)
         announcer.update(state="failed" if isinstance(error, SetupError) else "lost", detail=line)
@@ -28,7 +34,12 @@ def end_process(announcer: Announcer, error: BaseException) -> None:
             print(f"biphase: {line}", file=sys.stderr, flush=True)
     with suppress(Exception):
         logging.shutdown()
-    os._exit(2 if isinstance(error, SetupError) else 1)
+    os._exit(code)
+
+
+def _end_unheard(code: int) -> None:
+    time.sleep(TELL_WITHIN_S)
+    os._exit(code)
 
 
 class EndWhenLost:
