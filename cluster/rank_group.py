@@ -8,11 +8,11 @@ What a rank is, and how it is killed, is the backend's.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
 from biphase.cluster.backend import Kind
+from biphase.protos.errors import one_line
 from biphase.protos.process import Announcement
 
 STOP_GRACE_S = 3.0
@@ -139,8 +139,12 @@ class RankGroup:
                     await self.kill()
                 await asyncio.wait(waits)
             if self._on_gone is not None:
-                with suppress(TimeoutError):
+                try:
                     await asyncio.wait_for(self._on_gone(), RELEASE_S)
+                except Exception as error:  # noqa: BLE001 -- its end must be told all the same, or it is never replaced
+                    logger.warning(
+                        "%s#%d: what it held is not given back: %s", self.name, self.incarnation, one_line(error)
+                    )
             self.end = end
             self._gone.set()
         finally:
