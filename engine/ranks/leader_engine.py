@@ -18,7 +18,7 @@ from biphase.engine.engine import Engine, OnLayers
 from biphase.engine.ranks.channel import LeaderChannel
 from biphase.engine.ranks.connection import Message
 from biphase.engine.ranks.step_message import Tokens, error_of, step_message
-from biphase.engine.step import PendingStep, StepPlan, StepResult
+from biphase.engine.step import DoneStep, PendingStep, StepPlan, StepResult
 from biphase.protos.errors import EngineLost, InvalidRequest, one_line
 
 _WHO_IS_GONE_S = 0.3
@@ -81,8 +81,10 @@ class LeaderEngine(Engine):
         except BaseException as error:  # noqa: BLE001 -- whatever it is, the other ranks are in that step
             if not isinstance(error, InvalidRequest):
                 self._give_up(f"rank 0: {type(error).__name__}: {one_line(error)}", error)
-            step.refused(error)  # all ranks refuse the same plan for the same reason, and are in step
-        step.give_up = self._give_up
+            step.refused(0, error)  # all ranks refuse the same plan for the same reason, and are in step
+        step.give_up, step.on_own_over = self._give_up, self._own_over
+        if isinstance(step.own, DoneStep):
+            self._own_over(step)
         return step
 
     def _check(self, plan: StepPlan) -> None:
@@ -105,11 +107,19 @@ class LeaderEngine(Engine):
         tokens = message.get("tokens")
         with self._lock:
             if error is not None:
-                step.refused(error)
+                step.refused(rank, error)
             step.answered(rank, None if tokens is None else tuple(tokens))
-            while self._steps and self._steps[0].answers.done():
-                self._steps.popleft()
-                self._first_since_s = time.monotonic()
+            self._drop_over()
+
+    def _own_over(self, step: "_RankedStep") -> None:
+        with self._lock:
+            step.missing.discard(0)
+            self._drop_over()
+
+    def _drop_over(self) -> None:
+        while self._steps and not self._steps[0].missing:
+            self._steps.popleft()
+            self._first_since_s = time.monotonic()
 
     def _give_up(self, reason: str, error: BaseException) -> NoReturn:
         """A rank that failed in an exchange may only be the first to notice that another is gone: the channel knows which
@@ -125,7 +135,7 @@ class LeaderEngine(Engine):
             late = self._steps[0] if self._steps else None
             if late is None or time.monotonic() - self._first_since_s <= self._step_timeout_s:
                 return
-        silent = ", ".join(str(rank) for rank in late.missing)
+            silent = ", ".join(str(rank) for rank in sorted(late.missing))
         self._channel.lose(f"a step has taken more than {self._step_timeout_s:g} s, ranks {silent} have not ended it")
 
     def _fail_all(self, reason: str) -> None:
@@ -137,28 +147,30 @@ class LeaderEngine(Engine):
 
 
 class _RankedStep:
-    """A step on all ranks. ``answers``: what the other ranks said, all of them."""
+    """A step on all ranks. ``missing``: those that have not ended it. ``answers``: what the others said, all of them."""
 
     def __init__(self, number: int, num_ranks: int, sampling_rank: int) -> None:
         self.number = number
         self.own: PendingStep | None = None
         self.give_up: Callable[[str, BaseException], NoReturn] | None = None
         self.answers: Future[Tokens | None] = Future()
-        self.missing = set(range(1, num_ranks))
+        self.on_own_over: Callable[[_RankedStep], None] = lambda step: None
+        self.missing = set(range(num_ranks))
+        self._num_ranks = num_ranks
         self._sampling_rank = sampling_rank
         self._tokens: Tokens | None = None
-        self._error: InvalidRequest | None = None
+        self._refusals: dict[int, InvalidRequest] = {}
         self._started_s = time.perf_counter()
 
     def answered(self, rank: int, tokens: Tokens | None) -> None:
         if rank == self._sampling_rank:
             self._tokens = tokens
         self.missing.discard(rank)
-        if not self.missing and not self.answers.done():
+        if self.missing <= {0} and not self.answers.done():
             self.answers.set_result(self._tokens)
 
-    def refused(self, error: InvalidRequest) -> None:
-        self._error = error
+    def refused(self, rank: int, error: InvalidRequest) -> None:
+        self._refusals[rank] = error
 
     def lost(self, reason: str) -> None:
         if not self.answers.done():
@@ -170,12 +182,22 @@ class _RankedStep:
         except Exception as error:  # noqa: BLE001 -- as in launch
             assert self.give_up is not None
             self.give_up(f"rank 0: {type(error).__name__}: {one_line(error)}", error)
+        self.on_own_over(self)
         drawn = self.answers.result()
-        if self._error is not None:
-            raise self._error
+        if self._refusals:
+            self._raise_refusal()
         assert own is not None
         if self._sampling_rank == 0:
             return own
         if drawn is None or len(drawn) != len(own.tokens):
             raise EngineLost(f"rank {self._sampling_rank} did not say what was drawn")
         return StepResult(tokens=drawn, step_ms=(time.perf_counter() - self._started_s) * 1e3)
+
+    def _raise_refusal(self) -> NoReturn:
+        """Raises InvalidRequest when every rank refused, else EngineLost: activations of the others are on their way to
+        ranks that do not expect them, and the next step would take them for its own."""
+        rank, error = min(self._refusals.items())
+        if len(self._refusals) == self._num_ranks:
+            raise error
+        assert self.give_up is not None
+        self.give_up(f"rank {rank} refused a step that others computed: {one_line(error)}", error)

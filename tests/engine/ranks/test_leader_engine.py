@@ -43,8 +43,19 @@ def step_plan(*seq_ids: int, continues: bool = False) -> StepPlan:
     )
 
 
+class HeldStep:
+    """Not over before it is let go, as on a device that hangs."""
+
+    def __init__(self, go: threading.Event) -> None:
+        self._go = go
+
+    def wait(self) -> StepResult:
+        self._go.wait()
+        return StepResult(tokens=(None,), step_ms=1.0)
+
+
 class HandEngine:
-    """Rank 0's own: draws nothing, as a first stage; ``error`` makes a launch raise."""
+    """Rank 0's own: draws nothing, as a first stage; ``error`` makes a launch raise, ``hold`` a step wait."""
 
     plan = PLAN
     pipeline_depth = 4
@@ -53,10 +64,13 @@ class HandEngine:
 
     def __init__(self) -> None:
         self.error: Exception | None = None
+        self.hold: threading.Event | None = None
 
     def launch(self, plan: StepPlan) -> PendingStep:
         if self.error is not None:
             raise self.error
+        if self.hold is not None:
+            return HeldStep(self.hold)
         return DoneStep(result=StepResult(tokens=(None,) * len(plan.seqs), step_ms=1.0))
 
 
@@ -198,3 +212,29 @@ async def test_an_answer_to_no_step_is_the_end(make: Any) -> None:
     instance: Instance = await make()
     instance.followers[0].send(done_message(4, None))
     assert "step 4 is not under way" in await instance.lost()
+
+
+async def test_rank_0_has_the_same_time_for_its_part_as_the_others(make: Any) -> None:
+    instance: Instance = await make(step_timeout_s=0.4)
+    instance.own.hold = threading.Event()
+    waiting = asyncio.create_task(instance.wait(instance.engine.launch(step_plan(1))))
+    for follower in instance.followers:
+        follower.send(done_message(0, (7,)))
+    try:
+        assert await instance.lost() == "a step has taken more than 0.4 s, ranks 0 have not ended it"
+    finally:
+        instance.own.hold.set()
+        await waiting
+
+
+@pytest.mark.parametrize("refusing", [0, 2])
+async def test_a_plan_that_only_some_ranks_refuse_is_the_end(make: Any, refusing: int) -> None:
+    instance: Instance = await make()
+    instance.own.error = InvalidRequest("no") if refusing == 0 else None
+    step = instance.engine.launch(step_plan(1))
+    for rank, follower in enumerate(instance.followers, start=1):
+        follower.send(failed_message(0, InvalidRequest("no")) if rank == refusing else done_message(0, (7,)))
+    line = f"rank {refusing} refused a step that others computed: no"
+    with pytest.raises(EngineLost, match=line):
+        await instance.wait(step)
+    assert await instance.lost() == line
