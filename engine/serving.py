@@ -23,7 +23,7 @@ from biphase.engine.standard_services import StandardServices
 from biphase.engine.worker import Worker, lost_line
 from biphase.engine.worker_config import WorkerConfig
 from biphase.protos import worker_pb2
-from biphase.protos.errors import EngineLost, Internal
+from biphase.protos.errors import EngineLost, Internal, SetupError
 from biphase.protos.grpc_setup import bind, server_options, service_handler
 from biphase.protos.process import Announcer
 
@@ -145,11 +145,16 @@ async def _load(
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     await asyncio.wait({stopping})
-    if failed is not None and failed.done():
-        await asyncio.wait({loading}, timeout=OWN_REASON_S)
-        if not loading.done():
-            loading.cancel()
-            raise failed.result()
+    if failed is not None:
+        if not failed.done() and isinstance(loading.exception(), EngineLost):
+            await asyncio.wait({failed}, timeout=OWN_REASON_S)  # a rank that we miss may be about to say why
+        if failed.done():
+            await asyncio.wait({loading}, timeout=OWN_REASON_S)
+            if not loading.done():
+                loading.cancel()
+                raise failed.result()
+            if not isinstance(loading.exception(), SetupError):
+                raise failed.result()
     engine = loading.result()
     return None if stop.is_set() else engine
 

@@ -75,7 +75,12 @@ class LeaderChannel:
 
         async def accept() -> None:
             while True:
-                connection, _ = await loop.sock_accept(self._listener)
+                try:
+                    connection, _ = await loop.sock_accept(self._listener)
+                except OSError as error:  # it was gone again, or there are too many open files for now
+                    _log.warning("rank 0 could not take a connection: %s", error.strerror or one_line(error))
+                    await asyncio.sleep(_RETRY_S)
+                    continue
                 if len(greetings) >= _MAX_GREETINGS:
                     connection.close()
                     continue
@@ -228,6 +233,10 @@ class FollowerChannel:
 
     def unsubscribe(self, kind: str) -> None:
         self._dispatch.unsubscribe(kind)
+
+    def excuse(self) -> None:
+        """Rank 0's end is expected from now on."""
+        self._connection.excused = True
 
     def expect_steady_beats(self) -> None:
         self._connection.expect_steady_beats()

@@ -94,15 +94,16 @@ async def _follow(
         closing.push_async_callback(close_engine, thread, announcer)
         try:
             engine = await thread.load(announcing(announcer))
+            channel.send({"kind": "loaded", **facts_of(engine)})
+            serve = await told.first("serve")
+            if serve is None:
+                return
+            agree_on_blocks(engine, serve["num_blocks"])
+            await closing.enter_async_context(phase(config, engine, channel))
         except Exception as error:
+            channel.excuse()  # it may end before we have: our own reason is the one to end with
             channel.send({"kind": "failed", "error": type(error).__name__, "text": one_line(error)})
             raise
-        channel.send({"kind": "loaded", **facts_of(engine)})
-        serve = await told.first("serve")
-        if serve is None:
-            return
-        agree_on_blocks(engine, serve["num_blocks"])
-        await closing.enter_async_context(phase(config, engine, channel))
         samples = config.rank == config.plan.rank_at(stage=config.plan.pp - 1, place=0)
         channel.subscribe("step", functools.partial(_step, thread, channel, samples), direct=True)
         channel.expect_steady_beats()

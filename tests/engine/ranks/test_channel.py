@@ -229,3 +229,17 @@ async def test_a_stopped_process_is_lost_by_its_silence_and_a_killed_one_at_once
             process.kill()
             process.communicate()
             leader.close()
+
+
+async def test_a_connection_that_cannot_be_taken_does_not_keep_the_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    take, refusals = loop.sock_accept, [OSError(24, "Too many open files"), ConnectionAbortedError(103, "aborted")]
+
+    async def accept(listener: socket.socket) -> object:
+        if refusals:
+            raise refusals.pop()
+        return await take(listener)
+
+    monkeypatch.setattr(loop, "sock_accept", accept)
+    async with pair() as (leader, follower):
+        assert not refusals and not leader.lost.done() and not follower.lost.done()

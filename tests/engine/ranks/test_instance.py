@@ -176,15 +176,22 @@ class Processes(Deployment):
     """The ranks of one decode instance, as processes."""
 
     def start(
-        self, model: Path, *, tp: int, pp: int, last_rank: Sequence[str] = (), every: Sequence[str] = (), hang: str = ""
+        self,
+        model: Path,
+        *,
+        tp: int,
+        pp: int,
+        last_rank: Sequence[str] = (),
+        every: Sequence[str] = (),
+        broken: str = "",
     ) -> list[Running]:
-        """``hang``: a method that never returns in the last rank, see ``hanging``."""
+        """``broken``: the program of the last rank."""
         command = ["--model", str(model), "--load-format", "dummy", *every]
         command += ["--threads", "1", "--num-kv-blocks", "30", "--max-model-len", "512", "--join-timeout-s", "60"]
         command += ["--tp", str(tp), "--pp", str(pp), "--rank-key", KEY, "--leader", str(self.directory / "rank0.json")]
         for rank in range(tp * pp):
             last = rank == tp * pp - 1
-            program = ["-c", hanging(hang)] if hang and last else ["-m", "biphase.decode_worker"]
+            program = ["-c", broken] if broken and last else ["-m", "biphase.decode_worker"]
             own = [sys.executable, *program, *command, "--rank", str(rank), *(last_rank if last else ())]
             self.decode.append(self.spawn(f"rank{rank}", own, instance="decode-0"))
         return self.decode
@@ -239,9 +246,24 @@ async def test_what_one_rank_cannot_load_is_told_by_rank_0(processes: Processes,
     "hang", ["biphase.engine.cpu_engine:CpuEngine.load", "biphase.engine.ranks.following:FollowerChannel.send"]
 )
 async def test_a_rank_that_beats_but_never_has_loaded_is_named(processes: Processes, model: Path, hang: str) -> None:
-    ranks = processes.start(model, tp=1, pp=2, every=["--load-timeout-s", "2"], hang=hang)
+    ranks = processes.start(model, tp=1, pp=2, every=["--load-timeout-s", "2"], broken=hanging(hang))
     assert await asyncio.to_thread(codes, ranks, 60.0) == [2, 1]
     found = ranks[0].announcement()
     line = "not all of 2 ranks have loaded within 2 s: missing is rank 1"
     assert found is not None and (found.state, found.detail) == ("failed", line)
     assert (processes.directory / "rank0.out").read_text() == f"biphase: {line}\n"
+
+
+async def test_what_one_rank_cannot_serve_with_is_told_by_rank_0(processes: Processes, model: Path) -> None:
+    broken = """
+import biphase.decode_worker.serve as serve
+from biphase.decode_worker.__main__ import main
+from biphase.protos.errors import SetupError
+def phase(*arguments):
+    raise SetupError("no port is free")
+serve.follower_phase = phase
+main()
+"""
+    ranks = processes.start(model, tp=1, pp=2, broken=broken)
+    assert await asyncio.to_thread(codes, ranks, 60.0) == [2, 2]
+    assert (processes.directory / "rank0.out").read_text() == "biphase: rank 1: no port is free\n"
