@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -99,7 +99,7 @@ class ControllerService:
         self._controller = controller
 
     async def WatchMembership(
-        self, request: controller_pb2.WatchMembershipRequest, context: grpc.aio.ServicerContext
+        self, reports: AsyncIterator[Any], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[controller_pb2.Membership]:
         async for membership in self._controller.membership.follow():
             yield membership

@@ -25,37 +25,67 @@ _sym_db = _symbol_database.Default()
 from biphase.protos import common_pb2 as biphase_dot_protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x62iphase/protos/controller.proto\x12\nbiphase.v1\x1a\x1b\x62iphase/protos/common.proto\"+\n\x16WatchMembershipRequest\x12\x11\n\tpeer_name\x18\x01 \x01(\t\"n\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.biphase.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"Q\n\nMembership\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12#\n\x07members\x18\x03 \x03(\x0b\x32\x12.biphase.v1.Member\"\x14\n\x12WatchStatusRequest\"\xf3\x03\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x10\n\x08progress\x18\x06 \x01(\x01\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\x0c\n\x04node\x18\t \x01(\t\x12\x0f\n\x07threads\x18\n \x01(\r\x12\x10\n\x08kv_bytes\x18\x0b \x01(\x04\x12\x10\n\x08restarts\x18\x0c \x01(\r\x12\x10\n\x08log_file\x18\r \x01(\t\x12\x39\n\x08\x63ounters\x18\x0e \x03(\x0b\x32\'.biphase.v1.ProcessStatus.CountersEntry\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\x0c\n\x04plan\x18\x10 \x01(\t\x12\x11\n\trank_pids\x18\x11 \x03(\r\x12=\n\ntransports\x18\x12 \x03(\x0b\x32).biphase.v1.ProcessStatus.TransportsEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x31\n\x0fTransportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xdb\x01\n\rClusterStatus\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0c\n\x04mode\x18\x06 \x01(\t\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12,\n\tprocesses\x18\x08 \x03(\x0b\x32\x19.biphase.v1.ProcessStatus\x12\x18\n\x10router_addresses\x18\t \x03(\t\x12\x0f\n\x07version\x18\n \x01(\t\"/\n\x0fShutdownRequest\x12\x0b\n\x03now\x18\x01 \x01(\x08\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\"\x0f\n\rShutdownReply2\xb5\x02\n\nController\x12O\n\x0fWatchMembership\x12\".biphase.v1.WatchMembershipRequest\x1a\x16.biphase.v1.Membership0\x01\x12J\n\x0bWatchStatus\x12\x1e.biphase.v1.WatchStatusRequest\x1a\x19.biphase.v1.ClusterStatus0\x01\x12\x46\n\tGetStatus\x12\x1e.biphase.v1.WatchStatusRequest\x1a\x19.biphase.v1.ClusterStatus\x12\x42\n\x08Shutdown\x12\x1b.biphase.v1.ShutdownRequest\x1a\x19.biphase.v1.ShutdownReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x62iphase/protos/controller.proto\x12\nbiphase.v1\x1a\x1b\x62iphase/protos/common.proto\"+\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\"R\n\x0eJointHistogram\x12\x0f\n\x07ttft_ms\x18\x01 \x03(\x01\x12\x0f\n\x07tpot_ms\x18\x02 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x04\x12\x0e\n\x06missed\x18\x04 \x01(\x04\"=\n\nBrokenPair\x12\x0f\n\x07prefill\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xb6\x04\n\x0cRouterReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x18\n\x10membership_epoch\x18\x05 \x01(\x04\x12\x18\n\x10offered_requests\x18\x06 \x01(\x04\x12\x1d\n\x15offered_prompt_tokens\x18\x07 \x01(\x04\x12\x1d\n\x15offered_output_tokens\x18\x08 \x01(\x04\x12\x32\n\x05\x65nded\x18\t \x03(\x0b\x32#.biphase.v1.RouterReport.EndedEntry\x12+\n\x07latency\x18\n \x01(\x0b\x32\x1a.biphase.v1.JointHistogram\x12,\n\rprompt_tokens\x18\x0b \x01(\x0b\x32\x15.biphase.v1.Histogram\x12,\n\routput_tokens\x18\x0c \x01(\x0b\x32\x15.biphase.v1.Histogram\x12\x17\n\x0fqueued_requests\x18\r \x01(\r\x12\x15\n\rqueued_tokens\x18\x0e \x01(\x04\x12\x18\n\x10running_requests\x18\x0f \x01(\r\x12\x0f\n\x07replays\x18\x10 \x01(\x04\x12,\n\x0c\x62roken_pairs\x18\x11 \x03(\x0b\x32\x16.biphase.v1.BrokenPair\x1a,\n\nEndedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x90\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.biphase.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x12\n\ngeneration\x18\x06 \x01(\t\x12\x0c\n\x04node\x18\x07 \x01(\t\"Q\n\nMembership\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12#\n\x07members\x18\x03 \x03(\x0b\x32\x12.biphase.v1.Member\"\x14\n\x12WatchStatusRequest\"\x88\x05\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x10\n\x08progress\x18\x06 \x01(\x01\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\x0c\n\x04node\x18\t \x01(\t\x12\x0f\n\x07threads\x18\n \x01(\r\x12\x10\n\x08kv_bytes\x18\x0b \x01(\x04\x12\x10\n\x08restarts\x18\x0c \x01(\r\x12\x10\n\x08log_file\x18\r \x01(\t\x12\x39\n\x08\x63ounters\x18\x0e \x03(\x0b\x32\'.biphase.v1.ProcessStatus.CountersEntry\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\x0c\n\x04plan\x18\x10 \x01(\t\x12\x11\n\trank_pids\x18\x11 \x03(\r\x12=\n\ntransports\x18\x12 \x03(\x0b\x32).biphase.v1.ProcessStatus.TransportsEntry\x12\x1e\n\x04role\x18\x13 \x01(\x0e\x32\x10.biphase.v1.Role\x12\x0e\n\x06health\x18\x14 \x01(\t\x12\x15\n\rqueued_tokens\x18\x15 \x01(\r\x12\x0f\n\x07running\x18\x16 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x17 \x01(\r\x12\x12\n\nnum_blocks\x18\x18 \x01(\r\x12\x12\n\ngeneration\x18\x19 \x01(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x31\n\x0fTransportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe9\x02\n\rClusterStatus\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0c\n\x04mode\x18\x06 \x01(\t\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12,\n\tprocesses\x18\x08 \x03(\x0b\x32\x19.biphase.v1.ProcessStatus\x12\x18\n\x10router_addresses\x18\t \x03(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\r\n\x05\x65poch\x18\x0b \x01(\x04\x12\r\n\x05ratio\x18\x0c \x01(\t\x12\x0e\n\x06pinned\x18\r \x01(\t\x12\x0e\n\x06policy\x18\x0e \x01(\t\x12$\n\tdecisions\x18\x0f \x03(\x0b\x32\x11.biphase.v1.Event\x12\x10\n\x08warnings\x18\x10 \x03(\t\x12\x16\n\x0e\x63ordoned_nodes\x18\x11 \x03(\t\"/\n\x0fShutdownRequest\x12\x0b\n\x03now\x18\x01 \x01(\x08\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\"\x0f\n\rShutdownReply\"m\n\x0cScaleRequest\x12\x14\n\x07prefill\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04\x61uto\x18\x03 \x01(\x08\x12\r\n\x05\x66or_s\x18\x04 \x01(\x01\x42\n\n\x08_prefillB\t\n\x07_decode\"?\n\x0b\x46lipRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0f\n\x07grace_s\x18\x02 \x01(\x01\x12\r\n\x05\x66or_s\x18\x03 \x01(\x01\"M\n\x0c\x44rainRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07grace_s\x18\x03 \x01(\x01\x12\x0c\n\x04undo\x18\x04 \x01(\x08\"+\n\rCordonRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"]\n\rUpdateRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x16\n\x0e\x61llow_downtime\x18\x03 \x01(\x08\x12\x0f\n\x07grace_s\x18\x04 \x01(\x01\"(\n\nAdminReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\"3\n\x12WatchEventsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"T\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06unix_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\t\"E\n\x0eGetLogsRequest\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"\x18\n\x08LogChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xdb\x05\n\nController\x12G\n\x0fWatchMembership\x12\x18.biphase.v1.RouterReport\x1a\x16.biphase.v1.Membership(\x01\x30\x01\x12J\n\x0bWatchStatus\x12\x1e.biphase.v1.WatchStatusRequest\x1a\x19.biphase.v1.ClusterStatus0\x01\x12\x46\n\tGetStatus\x12\x1e.biphase.v1.WatchStatusRequest\x1a\x19.biphase.v1.ClusterStatus\x12\x42\n\x08Shutdown\x12\x1b.biphase.v1.ShutdownRequest\x1a\x19.biphase.v1.ShutdownReply\x12\x39\n\x05Scale\x12\x18.biphase.v1.ScaleRequest\x1a\x16.biphase.v1.AdminReply\x12\x37\n\x04\x46lip\x12\x17.biphase.v1.FlipRequest\x1a\x16.biphase.v1.AdminReply\x12\x39\n\x05\x44rain\x12\x18.biphase.v1.DrainRequest\x1a\x16.biphase.v1.AdminReply\x12;\n\x06\x43ordon\x12\x19.biphase.v1.CordonRequest\x1a\x16.biphase.v1.AdminReply\x12=\n\x06Update\x12\x19.biphase.v1.UpdateRequest\x1a\x16.biphase.v1.AdminReply0\x01\x12\x42\n\x0bWatchEvents\x12\x1e.biphase.v1.WatchEventsRequest\x1a\x11.biphase.v1.Event0\x01\x12=\n\x07GetLogs\x12\x1a.biphase.v1.GetLogsRequest\x1a\x14.biphase.v1.LogChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'biphase.protos.controller_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ROUTERREPORT_ENDEDENTRY']._loaded_options = None
+  _globals['_ROUTERREPORT_ENDEDENTRY']._serialized_options = b'8\001'
   _globals['_PROCESSSTATUS_COUNTERSENTRY']._loaded_options = None
   _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_options = b'8\001'
   _globals['_PROCESSSTATUS_TRANSPORTSENTRY']._loaded_options = None
   _globals['_PROCESSSTATUS_TRANSPORTSENTRY']._serialized_options = b'8\001'
-  _globals['_WATCHMEMBERSHIPREQUEST']._serialized_start=76
-  _globals['_WATCHMEMBERSHIPREQUEST']._serialized_end=119
-  _globals['_MEMBER']._serialized_start=121
-  _globals['_MEMBER']._serialized_end=231
-  _globals['_MEMBERSHIP']._serialized_start=233
-  _globals['_MEMBERSHIP']._serialized_end=314
-  _globals['_WATCHSTATUSREQUEST']._serialized_start=316
-  _globals['_WATCHSTATUSREQUEST']._serialized_end=336
-  _globals['_PROCESSSTATUS']._serialized_start=339
-  _globals['_PROCESSSTATUS']._serialized_end=838
-  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_start=740
-  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_end=787
-  _globals['_PROCESSSTATUS_TRANSPORTSENTRY']._serialized_start=789
-  _globals['_PROCESSSTATUS_TRANSPORTSENTRY']._serialized_end=838
-  _globals['_CLUSTERSTATUS']._serialized_start=841
-  _globals['_CLUSTERSTATUS']._serialized_end=1060
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1062
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1109
-  _globals['_SHUTDOWNREPLY']._serialized_start=1111
-  _globals['_SHUTDOWNREPLY']._serialized_end=1126
-  _globals['_CONTROLLER']._serialized_start=1129
-  _globals['_CONTROLLER']._serialized_end=1438
+  _globals['_HISTOGRAM']._serialized_start=76
+  _globals['_HISTOGRAM']._serialized_end=119
+  _globals['_JOINTHISTOGRAM']._serialized_start=121
+  _globals['_JOINTHISTOGRAM']._serialized_end=203
+  _globals['_BROKENPAIR']._serialized_start=205
+  _globals['_BROKENPAIR']._serialized_end=266
+  _globals['_ROUTERREPORT']._serialized_start=269
+  _globals['_ROUTERREPORT']._serialized_end=835
+  _globals['_ROUTERREPORT_ENDEDENTRY']._serialized_start=791
+  _globals['_ROUTERREPORT_ENDEDENTRY']._serialized_end=835
+  _globals['_MEMBER']._serialized_start=838
+  _globals['_MEMBER']._serialized_end=982
+  _globals['_MEMBERSHIP']._serialized_start=984
+  _globals['_MEMBERSHIP']._serialized_end=1065
+  _globals['_WATCHSTATUSREQUEST']._serialized_start=1067
+  _globals['_WATCHSTATUSREQUEST']._serialized_end=1087
+  _globals['_PROCESSSTATUS']._serialized_start=1090
+  _globals['_PROCESSSTATUS']._serialized_end=1738
+  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_start=1640
+  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_end=1687
+  _globals['_PROCESSSTATUS_TRANSPORTSENTRY']._serialized_start=1689
+  _globals['_PROCESSSTATUS_TRANSPORTSENTRY']._serialized_end=1738
+  _globals['_CLUSTERSTATUS']._serialized_start=1741
+  _globals['_CLUSTERSTATUS']._serialized_end=2102
+  _globals['_SHUTDOWNREQUEST']._serialized_start=2104
+  _globals['_SHUTDOWNREQUEST']._serialized_end=2151
+  _globals['_SHUTDOWNREPLY']._serialized_start=2153
+  _globals['_SHUTDOWNREPLY']._serialized_end=2168
+  _globals['_SCALEREQUEST']._serialized_start=2170
+  _globals['_SCALEREQUEST']._serialized_end=2279
+  _globals['_FLIPREQUEST']._serialized_start=2281
+  _globals['_FLIPREQUEST']._serialized_end=2344
+  _globals['_DRAINREQUEST']._serialized_start=2346
+  _globals['_DRAINREQUEST']._serialized_end=2423
+  _globals['_CORDONREQUEST']._serialized_start=2425
+  _globals['_CORDONREQUEST']._serialized_end=2468
+  _globals['_UPDATEREQUEST']._serialized_start=2470
+  _globals['_UPDATEREQUEST']._serialized_end=2563
+  _globals['_ADMINREPLY']._serialized_start=2565
+  _globals['_ADMINREPLY']._serialized_end=2605
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=2607
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=2658
+  _globals['_EVENT']._serialized_start=2660
+  _globals['_EVENT']._serialized_end=2744
+  _globals['_GETLOGSREQUEST']._serialized_start=2746
+  _globals['_GETLOGSREQUEST']._serialized_end=2815
+  _globals['_LOGCHUNK']._serialized_start=2817
+  _globals['_LOGCHUNK']._serialized_end=2841
+  _globals['_CONTROLLER']._serialized_start=2844
+  _globals['_CONTROLLER']._serialized_end=3575
 # @@protoc_insertion_point(module_scope)

@@ -20,19 +20,171 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
-class WatchMembershipRequest(google.protobuf.message.Message):
+class Histogram(google.protobuf.message.Message):
+    """Counts by buckets: counts[i] is what was below bounds[i], counts[last] the rest."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    PEER_NAME_FIELD_NUMBER: builtins.int
-    peer_name: builtins.str
+    BOUNDS_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    @property
+    def bounds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    @property
+    def counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
         self,
         *,
-        peer_name: builtins.str = ...,
+        bounds: collections.abc.Iterable[builtins.float] | None = ...,
+        counts: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["peer_name", b"peer_name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bounds", b"bounds", "counts", b"counts"]) -> None: ...
 
-Global___WatchMembershipRequest: typing_extensions.TypeAlias = WatchMembershipRequest
+Global___Histogram: typing_extensions.TypeAlias = Histogram
+
+@typing.final
+class JointHistogram(google.protobuf.message.Message):
+    """counts[i * (len(tpot_ms) + 1) + j]: requests with TTFT in bucket i and TPOT in bucket j. A refused, expired or failed
+    request has neither: it is counted under missed.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TTFT_MS_FIELD_NUMBER: builtins.int
+    TPOT_MS_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    MISSED_FIELD_NUMBER: builtins.int
+    missed: builtins.int
+    @property
+    def ttft_ms(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    @property
+    def tpot_ms(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    @property
+    def counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        ttft_ms: collections.abc.Iterable[builtins.float] | None = ...,
+        tpot_ms: collections.abc.Iterable[builtins.float] | None = ...,
+        counts: collections.abc.Iterable[builtins.int] | None = ...,
+        missed: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counts", b"counts", "missed", b"missed", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]) -> None: ...
+
+Global___JointHistogram: typing_extensions.TypeAlias = JointHistogram
+
+@typing.final
+class BrokenPair(google.protobuf.message.Message):
+    """A decode instance that cannot pull from a prefill instance, though the router sees both."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PREFILL_FIELD_NUMBER: builtins.int
+    DECODE_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    prefill: builtins.str
+    decode: builtins.str
+    detail: builtins.str
+    def __init__(
+        self,
+        *,
+        prefill: builtins.str = ...,
+        decode: builtins.str = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode", b"decode", "detail", b"detail", "prefill", b"prefill"]) -> None: ...
+
+Global___BrokenPair: typing_extensions.TypeAlias = BrokenPair
+
+@typing.final
+class RouterReport(google.protobuf.message.Message):
+    """Totals are since this router began. A replayed request counts once."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class EndedEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NAME_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    PID_FIELD_NUMBER: builtins.int
+    UPTIME_S_FIELD_NUMBER: builtins.int
+    MEMBERSHIP_EPOCH_FIELD_NUMBER: builtins.int
+    OFFERED_REQUESTS_FIELD_NUMBER: builtins.int
+    OFFERED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    OFFERED_OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
+    LATENCY_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
+    QUEUED_REQUESTS_FIELD_NUMBER: builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: builtins.int
+    RUNNING_REQUESTS_FIELD_NUMBER: builtins.int
+    REPLAYS_FIELD_NUMBER: builtins.int
+    BROKEN_PAIRS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    incarnation: builtins.int
+    pid: builtins.int
+    uptime_s: builtins.float
+    membership_epoch: builtins.int
+    offered_requests: builtins.int
+    offered_prompt_tokens: builtins.int
+    """before dispatch, whoever prefills"""
+    offered_output_tokens: builtins.int
+    """of ended requests, and of running ones their present length"""
+    queued_requests: builtins.int
+    queued_tokens: builtins.int
+    running_requests: builtins.int
+    replays: builtins.int
+    @property
+    def ended(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """finished, cancelled, refused, expired, failed"""
+
+    @property
+    def latency(self) -> Global___JointHistogram: ...
+    @property
+    def prompt_tokens(self) -> Global___Histogram: ...
+    @property
+    def output_tokens(self) -> Global___Histogram: ...
+    @property
+    def broken_pairs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BrokenPair]: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        incarnation: builtins.int = ...,
+        pid: builtins.int = ...,
+        uptime_s: builtins.float = ...,
+        membership_epoch: builtins.int = ...,
+        offered_requests: builtins.int = ...,
+        offered_prompt_tokens: builtins.int = ...,
+        offered_output_tokens: builtins.int = ...,
+        ended: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        latency: Global___JointHistogram | None = ...,
+        prompt_tokens: Global___Histogram | None = ...,
+        output_tokens: Global___Histogram | None = ...,
+        queued_requests: builtins.int = ...,
+        queued_tokens: builtins.int = ...,
+        running_requests: builtins.int = ...,
+        replays: builtins.int = ...,
+        broken_pairs: collections.abc.Iterable[Global___BrokenPair] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["latency", b"latency", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["broken_pairs", b"broken_pairs", "ended", b"ended", "incarnation", b"incarnation", "latency", b"latency", "membership_epoch", b"membership_epoch", "name", b"name", "offered_output_tokens", b"offered_output_tokens", "offered_prompt_tokens", b"offered_prompt_tokens", "offered_requests", b"offered_requests", "output_tokens", b"output_tokens", "pid", b"pid", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "replays", b"replays", "running_requests", b"running_requests", "uptime_s", b"uptime_s"]) -> None: ...
+
+Global___RouterReport: typing_extensions.TypeAlias = RouterReport
 
 @typing.final
 class Member(google.protobuf.message.Message):
@@ -43,12 +195,17 @@ class Member(google.protobuf.message.Message):
     INCARNATION_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
     name: builtins.str
     role: biphase.protos.common_pb2.Role.ValueType
     incarnation: builtins.int
     address: builtins.str
     """link"""
     draining: builtins.bool
+    generation: builtins.str
+    """of weights and plan; a request ends on the one it began on"""
+    node: builtins.str
     def __init__(
         self,
         *,
@@ -57,8 +214,10 @@ class Member(google.protobuf.message.Message):
         incarnation: builtins.int = ...,
         address: builtins.str = ...,
         draining: builtins.bool = ...,
+        generation: builtins.str = ...,
+        node: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "draining", b"draining", "incarnation", b"incarnation", "name", b"name", "role", b"role"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "draining", b"draining", "generation", b"generation", "incarnation", b"incarnation", "name", b"name", "node", b"node", "role", b"role"]) -> None: ...
 
 Global___Member: typing_extensions.TypeAlias = Member
 
@@ -150,6 +309,13 @@ class ProcessStatus(google.protobuf.message.Message):
     PLAN_FIELD_NUMBER: builtins.int
     RANK_PIDS_FIELD_NUMBER: builtins.int
     TRANSPORTS_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    HEALTH_FIELD_NUMBER: builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
+    FREE_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
     name: builtins.str
     kind: builtins.str
     """prefill, decode, router, controller"""
@@ -170,6 +336,15 @@ class ProcessStatus(google.protobuf.message.Message):
     """of an instance, with its dtypes"""
     plan: builtins.str
     """of an instance, as in "tp 2 x pp 2" """
+    role: biphase.protos.common_pb2.Role.ValueType
+    """of an instance, now"""
+    health: builtins.str
+    """"", slow, probing, cordoned, crash loop: why it gets no or less work"""
+    queued_tokens: builtins.int
+    running: builtins.int
+    free_blocks: builtins.int
+    num_blocks: builtins.int
+    generation: builtins.str
     @property
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     @property
@@ -201,8 +376,15 @@ class ProcessStatus(google.protobuf.message.Message):
         plan: builtins.str = ...,
         rank_pids: collections.abc.Iterable[builtins.int] | None = ...,
         transports: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        role: biphase.protos.common_pb2.Role.ValueType = ...,
+        health: builtins.str = ...,
+        queued_tokens: builtins.int = ...,
+        running: builtins.int = ...,
+        free_blocks: builtins.int = ...,
+        num_blocks: builtins.int = ...,
+        generation: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "kind", b"kind", "kv_bytes", b"kv_bytes", "log_file", b"log_file", "name", b"name", "node", b"node", "pid", b"pid", "plan", b"plan", "progress", b"progress", "rank_pids", b"rank_pids", "restarts", b"restarts", "state", b"state", "threads", b"threads", "transports", b"transports"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "device", b"device", "free_blocks", b"free_blocks", "generation", b"generation", "health", b"health", "incarnation", b"incarnation", "kind", b"kind", "kv_bytes", b"kv_bytes", "log_file", b"log_file", "name", b"name", "node", b"node", "num_blocks", b"num_blocks", "pid", b"pid", "plan", b"plan", "progress", b"progress", "queued_tokens", b"queued_tokens", "rank_pids", b"rank_pids", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "threads", b"threads", "transports", b"transports"]) -> None: ...
 
 Global___ProcessStatus: typing_extensions.TypeAlias = ProcessStatus
 
@@ -220,6 +402,13 @@ class ClusterStatus(google.protobuf.message.Message):
     PROCESSES_FIELD_NUMBER: builtins.int
     ROUTER_ADDRESSES_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    RATIO_FIELD_NUMBER: builtins.int
+    PINNED_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    DECISIONS_FIELD_NUMBER: builtins.int
+    WARNINGS_FIELD_NUMBER: builtins.int
+    CORDONED_NODES_FIELD_NUMBER: builtins.int
     deployment: builtins.str
     state: builtins.str
     """starting, ready, degraded, stopping, stopped, failed"""
@@ -229,10 +418,25 @@ class ClusterStatus(google.protobuf.message.Message):
     mode: builtins.str
     uptime_s: builtins.float
     version: builtins.str
+    epoch: builtins.int
+    ratio: builtins.str
+    """"2P:1D" wanted, with what is missing"""
+    pinned: builtins.str
+    """by whom and until when, empty: the policy decides"""
+    policy: builtins.str
+    """the policy's file and what it said last"""
     @property
     def processes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ProcessStatus]: ...
     @property
     def router_addresses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def decisions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Event]:
+        """the last few"""
+
+    @property
+    def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def cordoned_nodes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
         self,
         *,
@@ -246,8 +450,15 @@ class ClusterStatus(google.protobuf.message.Message):
         processes: collections.abc.Iterable[Global___ProcessStatus] | None = ...,
         router_addresses: collections.abc.Iterable[builtins.str] | None = ...,
         version: builtins.str = ...,
+        epoch: builtins.int = ...,
+        ratio: builtins.str = ...,
+        pinned: builtins.str = ...,
+        policy: builtins.str = ...,
+        decisions: collections.abc.Iterable[Global___Event] | None = ...,
+        warnings: collections.abc.Iterable[builtins.str] | None = ...,
+        cordoned_nodes: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "deployment", b"deployment", "detail", b"detail", "mode", b"mode", "model", b"model", "processes", b"processes", "router_addresses", b"router_addresses", "state", b"state", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "cordoned_nodes", b"cordoned_nodes", "decisions", b"decisions", "deployment", b"deployment", "detail", b"detail", "epoch", b"epoch", "mode", b"mode", "model", b"model", "pinned", b"pinned", "policy", b"policy", "processes", b"processes", "ratio", b"ratio", "router_addresses", b"router_addresses", "state", b"state", "uptime_s", b"uptime_s", "version", b"version", "warnings", b"warnings"]) -> None: ...
 
 Global___ClusterStatus: typing_extensions.TypeAlias = ClusterStatus
 
@@ -279,3 +490,231 @@ class ShutdownReply(google.protobuf.message.Message):
     ) -> None: ...
 
 Global___ShutdownReply: typing_extensions.TypeAlias = ShutdownReply
+
+@typing.final
+class ScaleRequest(google.protobuf.message.Message):
+    """Pins the counts of instances until auto, or for so long; a role that is not named keeps its count."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PREFILL_FIELD_NUMBER: builtins.int
+    DECODE_FIELD_NUMBER: builtins.int
+    AUTO_FIELD_NUMBER: builtins.int
+    FOR_S_FIELD_NUMBER: builtins.int
+    prefill: builtins.int
+    decode: builtins.int
+    auto: builtins.bool
+    for_s: builtins.float
+    """0: until auto"""
+    def __init__(
+        self,
+        *,
+        prefill: builtins.int | None = ...,
+        decode: builtins.int | None = ...,
+        auto: builtins.bool = ...,
+        for_s: builtins.float = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_decode", b"_decode", "_prefill", b"_prefill", "decode", b"decode", "prefill", b"prefill"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_decode", b"_decode", "_prefill", b"_prefill", "auto", b"auto", "decode", b"decode", "for_s", b"for_s", "prefill", b"prefill"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_decode", b"_decode"]) -> typing.Literal["decode"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_prefill", b"_prefill"]) -> typing.Literal["prefill"] | None: ...
+
+Global___ScaleRequest: typing_extensions.TypeAlias = ScaleRequest
+
+@typing.final
+class FlipRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: builtins.int
+    GRACE_S_FIELD_NUMBER: builtins.int
+    FOR_S_FIELD_NUMBER: builtins.int
+    instance: builtins.str
+    grace_s: builtins.float
+    """0: the deployment's"""
+    for_s: builtins.float
+    def __init__(
+        self,
+        *,
+        instance: builtins.str = ...,
+        grace_s: builtins.float = ...,
+        for_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["for_s", b"for_s", "grace_s", b"grace_s", "instance", b"instance"]) -> None: ...
+
+Global___FlipRequest: typing_extensions.TypeAlias = FlipRequest
+
+@typing.final
+class DrainRequest(google.protobuf.message.Message):
+    """One of both."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    GRACE_S_FIELD_NUMBER: builtins.int
+    UNDO_FIELD_NUMBER: builtins.int
+    instance: builtins.str
+    node: builtins.str
+    grace_s: builtins.float
+    undo: builtins.bool
+    def __init__(
+        self,
+        *,
+        instance: builtins.str = ...,
+        node: builtins.str = ...,
+        grace_s: builtins.float = ...,
+        undo: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["grace_s", b"grace_s", "instance", b"instance", "node", b"node", "undo", b"undo"]) -> None: ...
+
+Global___DrainRequest: typing_extensions.TypeAlias = DrainRequest
+
+@typing.final
+class CordonRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: builtins.int
+    UNDO_FIELD_NUMBER: builtins.int
+    node: builtins.str
+    undo: builtins.bool
+    def __init__(
+        self,
+        *,
+        node: builtins.str = ...,
+        undo: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["node", b"node", "undo", b"undo"]) -> None: ...
+
+Global___CordonRequest: typing_extensions.TypeAlias = CordonRequest
+
+@typing.final
+class UpdateRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    ALLOW_DOWNTIME_FIELD_NUMBER: builtins.int
+    GRACE_S_FIELD_NUMBER: builtins.int
+    deployment: builtins.str
+    """JSON, checked by whoever sends it"""
+    dry_run: builtins.bool
+    allow_downtime: builtins.bool
+    grace_s: builtins.float
+    def __init__(
+        self,
+        *,
+        deployment: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+        allow_downtime: builtins.bool = ...,
+        grace_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_downtime", b"allow_downtime", "deployment", b"deployment", "dry_run", b"dry_run", "grace_s", b"grace_s"]) -> None: ...
+
+Global___UpdateRequest: typing_extensions.TypeAlias = UpdateRequest
+
+@typing.final
+class AdminReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    DONE_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """lines for people"""
+    done: builtins.bool
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+        done: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["done", b"done", "text", b"text"]) -> None: ...
+
+Global___AdminReply: typing_extensions.TypeAlias = AdminReply
+
+@typing.final
+class WatchEventsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AFTER_FIELD_NUMBER: builtins.int
+    FOLLOW_FIELD_NUMBER: builtins.int
+    after: builtins.int
+    """the number of the last one seen"""
+    follow: builtins.bool
+    def __init__(
+        self,
+        *,
+        after: builtins.int = ...,
+        follow: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "follow", b"follow"]) -> None: ...
+
+Global___WatchEventsRequest: typing_extensions.TypeAlias = WatchEventsRequest
+
+@typing.final
+class Event(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    UNIX_S_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    SUBJECT_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """counts up over restarts"""
+    unix_s: builtins.float
+    kind: builtins.str
+    """decision, start, ready, end, flip, drain, scale, update, node, policy, refused, warning"""
+    subject: builtins.str
+    """an instance, a node, a router; empty: the deployment"""
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        unix_s: builtins.float = ...,
+        kind: builtins.str = ...,
+        subject: builtins.str = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "number", b"number", "subject", b"subject", "text", b"text", "unix_s", b"unix_s"]) -> None: ...
+
+Global___Event: typing_extensions.TypeAlias = Event
+
+@typing.final
+class GetLogsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: builtins.int
+    TAIL_LINES_FIELD_NUMBER: builtins.int
+    FOLLOW_FIELD_NUMBER: builtins.int
+    process: builtins.str
+    tail_lines: builtins.int
+    """0: all"""
+    follow: builtins.bool
+    def __init__(
+        self,
+        *,
+        process: builtins.str = ...,
+        tail_lines: builtins.int = ...,
+        follow: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["follow", b"follow", "process", b"process", "tail_lines", b"tail_lines"]) -> None: ...
+
+Global___GetLogsRequest: typing_extensions.TypeAlias = GetLogsRequest
+
+@typing.final
+class LogChunk(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data"]) -> None: ...
+
+Global___LogChunk: typing_extensions.TypeAlias = LogChunk

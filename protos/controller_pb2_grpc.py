@@ -34,9 +34,9 @@ class ControllerStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.WatchMembership = channel.unary_stream(
+        self.WatchMembership = channel.stream_stream(
                 '/biphase.v1.Controller/WatchMembership',
-                request_serializer=biphase_dot_protos_dot_controller__pb2.WatchMembershipRequest.SerializeToString,
+                request_serializer=biphase_dot_protos_dot_controller__pb2.RouterReport.SerializeToString,
                 response_deserializer=biphase_dot_protos_dot_controller__pb2.Membership.FromString,
                 _registered_method=True)
         self.WatchStatus = channel.unary_stream(
@@ -54,13 +54,49 @@ class ControllerStub(object):
                 request_serializer=biphase_dot_protos_dot_controller__pb2.ShutdownRequest.SerializeToString,
                 response_deserializer=biphase_dot_protos_dot_controller__pb2.ShutdownReply.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/biphase.v1.Controller/Scale',
+                request_serializer=biphase_dot_protos_dot_controller__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=biphase_dot_protos_dot_controller__pb2.AdminReply.FromString,
+                _registered_method=True)
+        self.Flip = channel.unary_unary(
+                '/biphase.v1.Controller/Flip',
+                request_serializer=biphase_dot_protos_dot_controller__pb2.FlipRequest.SerializeToString,
+                response_deserializer=biphase_dot_protos_dot_controller__pb2.AdminReply.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/biphase.v1.Controller/Drain',
+                request_serializer=biphase_dot_protos_dot_controller__pb2.DrainRequest.SerializeToString,
+                response_deserializer=biphase_dot_protos_dot_controller__pb2.AdminReply.FromString,
+                _registered_method=True)
+        self.Cordon = channel.unary_unary(
+                '/biphase.v1.Controller/Cordon',
+                request_serializer=biphase_dot_protos_dot_controller__pb2.CordonRequest.SerializeToString,
+                response_deserializer=biphase_dot_protos_dot_controller__pb2.AdminReply.FromString,
+                _registered_method=True)
+        self.Update = channel.unary_stream(
+                '/biphase.v1.Controller/Update',
+                request_serializer=biphase_dot_protos_dot_controller__pb2.UpdateRequest.SerializeToString,
+                response_deserializer=biphase_dot_protos_dot_controller__pb2.AdminReply.FromString,
+                _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/biphase.v1.Controller/WatchEvents',
+                request_serializer=biphase_dot_protos_dot_controller__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=biphase_dot_protos_dot_controller__pb2.Event.FromString,
+                _registered_method=True)
+        self.GetLogs = channel.unary_stream(
+                '/biphase.v1.Controller/GetLogs',
+                request_serializer=biphase_dot_protos_dot_controller__pb2.GetLogsRequest.SerializeToString,
+                response_deserializer=biphase_dot_protos_dot_controller__pb2.LogChunk.FromString,
+                _registered_method=True)
 
 
 class ControllerServicer(object):
     """Missing associated documentation comment in .proto file."""
 
-    def WatchMembership(self, request, context):
-        """The whole membership at once, then again at every change. Only the highest epoch is obeyed.
+    def WatchMembership(self, request_iterator, context):
+        """Up: who asks, then what it has seen, about once a second. Down: the whole membership at once, then again at every
+        change. Only the highest epoch is obeyed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,12 +122,56 @@ class ControllerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """What people ask. Each is refused with a one-line reason before anything changes, or answers what will be done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Flip(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cordon(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Update(self, request, context):
+        """Instance by instance; paused when the first new one fails.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEvents(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLogs(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'WatchMembership': grpc.unary_stream_rpc_method_handler(
+            'WatchMembership': grpc.stream_stream_rpc_method_handler(
                     servicer.WatchMembership,
-                    request_deserializer=biphase_dot_protos_dot_controller__pb2.WatchMembershipRequest.FromString,
+                    request_deserializer=biphase_dot_protos_dot_controller__pb2.RouterReport.FromString,
                     response_serializer=biphase_dot_protos_dot_controller__pb2.Membership.SerializeToString,
             ),
             'WatchStatus': grpc.unary_stream_rpc_method_handler(
@@ -109,6 +189,41 @@ def add_ControllerServicer_to_server(servicer, server):
                     request_deserializer=biphase_dot_protos_dot_controller__pb2.ShutdownRequest.FromString,
                     response_serializer=biphase_dot_protos_dot_controller__pb2.ShutdownReply.SerializeToString,
             ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=biphase_dot_protos_dot_controller__pb2.ScaleRequest.FromString,
+                    response_serializer=biphase_dot_protos_dot_controller__pb2.AdminReply.SerializeToString,
+            ),
+            'Flip': grpc.unary_unary_rpc_method_handler(
+                    servicer.Flip,
+                    request_deserializer=biphase_dot_protos_dot_controller__pb2.FlipRequest.FromString,
+                    response_serializer=biphase_dot_protos_dot_controller__pb2.AdminReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=biphase_dot_protos_dot_controller__pb2.DrainRequest.FromString,
+                    response_serializer=biphase_dot_protos_dot_controller__pb2.AdminReply.SerializeToString,
+            ),
+            'Cordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cordon,
+                    request_deserializer=biphase_dot_protos_dot_controller__pb2.CordonRequest.FromString,
+                    response_serializer=biphase_dot_protos_dot_controller__pb2.AdminReply.SerializeToString,
+            ),
+            'Update': grpc.unary_stream_rpc_method_handler(
+                    servicer.Update,
+                    request_deserializer=biphase_dot_protos_dot_controller__pb2.UpdateRequest.FromString,
+                    response_serializer=biphase_dot_protos_dot_controller__pb2.AdminReply.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=biphase_dot_protos_dot_controller__pb2.WatchEventsRequest.FromString,
+                    response_serializer=biphase_dot_protos_dot_controller__pb2.Event.SerializeToString,
+            ),
+            'GetLogs': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetLogs,
+                    request_deserializer=biphase_dot_protos_dot_controller__pb2.GetLogsRequest.FromString,
+                    response_serializer=biphase_dot_protos_dot_controller__pb2.LogChunk.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'biphase.v1.Controller', rpc_method_handlers)
@@ -121,7 +236,7 @@ class Controller(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def WatchMembership(request,
+    def WatchMembership(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -131,11 +246,11 @@ class Controller(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/biphase.v1.Controller/WatchMembership',
-            biphase_dot_protos_dot_controller__pb2.WatchMembershipRequest.SerializeToString,
+            biphase_dot_protos_dot_controller__pb2.RouterReport.SerializeToString,
             biphase_dot_protos_dot_controller__pb2.Membership.FromString,
             options,
             channel_credentials,
@@ -218,6 +333,195 @@ class Controller(object):
             '/biphase.v1.Controller/Shutdown',
             biphase_dot_protos_dot_controller__pb2.ShutdownRequest.SerializeToString,
             biphase_dot_protos_dot_controller__pb2.ShutdownReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/biphase.v1.Controller/Scale',
+            biphase_dot_protos_dot_controller__pb2.ScaleRequest.SerializeToString,
+            biphase_dot_protos_dot_controller__pb2.AdminReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Flip(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/biphase.v1.Controller/Flip',
+            biphase_dot_protos_dot_controller__pb2.FlipRequest.SerializeToString,
+            biphase_dot_protos_dot_controller__pb2.AdminReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/biphase.v1.Controller/Drain',
+            biphase_dot_protos_dot_controller__pb2.DrainRequest.SerializeToString,
+            biphase_dot_protos_dot_controller__pb2.AdminReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cordon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/biphase.v1.Controller/Cordon',
+            biphase_dot_protos_dot_controller__pb2.CordonRequest.SerializeToString,
+            biphase_dot_protos_dot_controller__pb2.AdminReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Update(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/biphase.v1.Controller/Update',
+            biphase_dot_protos_dot_controller__pb2.UpdateRequest.SerializeToString,
+            biphase_dot_protos_dot_controller__pb2.AdminReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/biphase.v1.Controller/WatchEvents',
+            biphase_dot_protos_dot_controller__pb2.WatchEventsRequest.SerializeToString,
+            biphase_dot_protos_dot_controller__pb2.Event.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/biphase.v1.Controller/GetLogs',
+            biphase_dot_protos_dot_controller__pb2.GetLogsRequest.SerializeToString,
+            biphase_dot_protos_dot_controller__pb2.LogChunk.FromString,
             options,
             channel_credentials,
             insecure,

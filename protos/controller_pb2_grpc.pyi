@@ -27,16 +27,16 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 _ControllerWatchMembershipType = typing_extensions.TypeVar(
     '_ControllerWatchMembershipType',
-    grpc.UnaryStreamMultiCallable[
-        biphase.protos.controller_pb2.WatchMembershipRequest,
+    grpc.StreamStreamMultiCallable[
+        biphase.protos.controller_pb2.RouterReport,
         biphase.protos.controller_pb2.Membership,
     ],
-    grpc.aio.UnaryStreamMultiCallable[
-        biphase.protos.controller_pb2.WatchMembershipRequest,
+    grpc.aio.StreamStreamMultiCallable[
+        biphase.protos.controller_pb2.RouterReport,
         biphase.protos.controller_pb2.Membership,
     ],
-    default=grpc.UnaryStreamMultiCallable[
-        biphase.protos.controller_pb2.WatchMembershipRequest,
+    default=grpc.StreamStreamMultiCallable[
+        biphase.protos.controller_pb2.RouterReport,
         biphase.protos.controller_pb2.Membership,
     ],
 )
@@ -89,11 +89,123 @@ _ControllerShutdownType = typing_extensions.TypeVar(
     ],
 )
 
-class ControllerStub(typing.Generic[_ControllerWatchMembershipType, _ControllerWatchStatusType, _ControllerGetStatusType, _ControllerShutdownType]):
+_ControllerScaleType = typing_extensions.TypeVar(
+    '_ControllerScaleType',
+    grpc.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.ScaleRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.ScaleRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.ScaleRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+)
+
+_ControllerFlipType = typing_extensions.TypeVar(
+    '_ControllerFlipType',
+    grpc.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.FlipRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.FlipRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.FlipRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+)
+
+_ControllerDrainType = typing_extensions.TypeVar(
+    '_ControllerDrainType',
+    grpc.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.DrainRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.DrainRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.DrainRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+)
+
+_ControllerCordonType = typing_extensions.TypeVar(
+    '_ControllerCordonType',
+    grpc.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.CordonRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.CordonRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.CordonRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+)
+
+_ControllerUpdateType = typing_extensions.TypeVar(
+    '_ControllerUpdateType',
+    grpc.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.UpdateRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.UpdateRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.UpdateRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+)
+
+_ControllerWatchEventsType = typing_extensions.TypeVar(
+    '_ControllerWatchEventsType',
+    grpc.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.WatchEventsRequest,
+        biphase.protos.controller_pb2.Event,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.WatchEventsRequest,
+        biphase.protos.controller_pb2.Event,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.WatchEventsRequest,
+        biphase.protos.controller_pb2.Event,
+    ],
+)
+
+_ControllerGetLogsType = typing_extensions.TypeVar(
+    '_ControllerGetLogsType',
+    grpc.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.GetLogsRequest,
+        biphase.protos.controller_pb2.LogChunk,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.GetLogsRequest,
+        biphase.protos.controller_pb2.LogChunk,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.GetLogsRequest,
+        biphase.protos.controller_pb2.LogChunk,
+    ],
+)
+
+class ControllerStub(typing.Generic[_ControllerWatchMembershipType, _ControllerWatchStatusType, _ControllerGetStatusType, _ControllerShutdownType, _ControllerScaleType, _ControllerFlipType, _ControllerDrainType, _ControllerCordonType, _ControllerUpdateType, _ControllerWatchEventsType, _ControllerGetLogsType]):
     @typing.overload
     def __init__(self: ControllerStub[
-        grpc.UnaryStreamMultiCallable[
-            biphase.protos.controller_pb2.WatchMembershipRequest,
+        grpc.StreamStreamMultiCallable[
+            biphase.protos.controller_pb2.RouterReport,
             biphase.protos.controller_pb2.Membership,
         ],
         grpc.UnaryStreamMultiCallable[
@@ -107,13 +219,41 @@ class ControllerStub(typing.Generic[_ControllerWatchMembershipType, _ControllerW
         grpc.UnaryUnaryMultiCallable[
             biphase.protos.controller_pb2.ShutdownRequest,
             biphase.protos.controller_pb2.ShutdownReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            biphase.protos.controller_pb2.ScaleRequest,
+            biphase.protos.controller_pb2.AdminReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            biphase.protos.controller_pb2.FlipRequest,
+            biphase.protos.controller_pb2.AdminReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            biphase.protos.controller_pb2.DrainRequest,
+            biphase.protos.controller_pb2.AdminReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            biphase.protos.controller_pb2.CordonRequest,
+            biphase.protos.controller_pb2.AdminReply,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            biphase.protos.controller_pb2.UpdateRequest,
+            biphase.protos.controller_pb2.AdminReply,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            biphase.protos.controller_pb2.WatchEventsRequest,
+            biphase.protos.controller_pb2.Event,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            biphase.protos.controller_pb2.GetLogsRequest,
+            biphase.protos.controller_pb2.LogChunk,
         ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
     def __init__(self: ControllerStub[
-        grpc.aio.UnaryStreamMultiCallable[
-            biphase.protos.controller_pb2.WatchMembershipRequest,
+        grpc.aio.StreamStreamMultiCallable[
+            biphase.protos.controller_pb2.RouterReport,
             biphase.protos.controller_pb2.Membership,
         ],
         grpc.aio.UnaryStreamMultiCallable[
@@ -128,10 +268,40 @@ class ControllerStub(typing.Generic[_ControllerWatchMembershipType, _ControllerW
             biphase.protos.controller_pb2.ShutdownRequest,
             biphase.protos.controller_pb2.ShutdownReply,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            biphase.protos.controller_pb2.ScaleRequest,
+            biphase.protos.controller_pb2.AdminReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            biphase.protos.controller_pb2.FlipRequest,
+            biphase.protos.controller_pb2.AdminReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            biphase.protos.controller_pb2.DrainRequest,
+            biphase.protos.controller_pb2.AdminReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            biphase.protos.controller_pb2.CordonRequest,
+            biphase.protos.controller_pb2.AdminReply,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            biphase.protos.controller_pb2.UpdateRequest,
+            biphase.protos.controller_pb2.AdminReply,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            biphase.protos.controller_pb2.WatchEventsRequest,
+            biphase.protos.controller_pb2.Event,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            biphase.protos.controller_pb2.GetLogsRequest,
+            biphase.protos.controller_pb2.LogChunk,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     WatchMembership: _ControllerWatchMembershipType
-    """The whole membership at once, then again at every change. Only the highest epoch is obeyed."""
+    """Up: who asks, then what it has seen, about once a second. Down: the whole membership at once, then again at every
+    change. Only the highest epoch is obeyed.
+    """
 
     WatchStatus: _ControllerWatchStatusType
     """The same for people: progress while starting, then every change."""
@@ -141,9 +311,25 @@ class ControllerStub(typing.Generic[_ControllerWatchMembershipType, _ControllerW
     Shutdown: _ControllerShutdownType
     """Drain (or not), end every instance and router, then answer. The controller ends after that."""
 
+    Scale: _ControllerScaleType
+    """What people ask. Each is refused with a one-line reason before anything changes, or answers what will be done."""
+
+    Flip: _ControllerFlipType
+
+    Drain: _ControllerDrainType
+
+    Cordon: _ControllerCordonType
+
+    Update: _ControllerUpdateType
+    """Instance by instance; paused when the first new one fails."""
+
+    WatchEvents: _ControllerWatchEventsType
+
+    GetLogs: _ControllerGetLogsType
+
 ControllerAsyncStub: typing_extensions.TypeAlias = ControllerStub[
-    grpc.aio.UnaryStreamMultiCallable[
-        biphase.protos.controller_pb2.WatchMembershipRequest,
+    grpc.aio.StreamStreamMultiCallable[
+        biphase.protos.controller_pb2.RouterReport,
         biphase.protos.controller_pb2.Membership,
     ],
     grpc.aio.UnaryStreamMultiCallable[
@@ -158,16 +344,46 @@ ControllerAsyncStub: typing_extensions.TypeAlias = ControllerStub[
         biphase.protos.controller_pb2.ShutdownRequest,
         biphase.protos.controller_pb2.ShutdownReply,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.ScaleRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.FlipRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.DrainRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        biphase.protos.controller_pb2.CordonRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.UpdateRequest,
+        biphase.protos.controller_pb2.AdminReply,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.WatchEventsRequest,
+        biphase.protos.controller_pb2.Event,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        biphase.protos.controller_pb2.GetLogsRequest,
+        biphase.protos.controller_pb2.LogChunk,
+    ],
 ]
 
 class ControllerServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def WatchMembership(
         self,
-        request: biphase.protos.controller_pb2.WatchMembershipRequest,
+        request_iterator: _MaybeAsyncIterator[biphase.protos.controller_pb2.RouterReport],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[biphase.protos.controller_pb2.Membership], collections.abc.AsyncIterator[biphase.protos.controller_pb2.Membership]]:
-        """The whole membership at once, then again at every change. Only the highest epoch is obeyed."""
+        """Up: who asks, then what it has seen, about once a second. Down: the whole membership at once, then again at every
+        change. Only the highest epoch is obeyed.
+        """
 
     @abc.abstractmethod
     def WatchStatus(
@@ -191,5 +407,56 @@ class ControllerServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[biphase.protos.controller_pb2.ShutdownReply, collections.abc.Awaitable[biphase.protos.controller_pb2.ShutdownReply]]:
         """Drain (or not), end every instance and router, then answer. The controller ends after that."""
+
+    @abc.abstractmethod
+    def Scale(
+        self,
+        request: biphase.protos.controller_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[biphase.protos.controller_pb2.AdminReply, collections.abc.Awaitable[biphase.protos.controller_pb2.AdminReply]]:
+        """What people ask. Each is refused with a one-line reason before anything changes, or answers what will be done."""
+
+    @abc.abstractmethod
+    def Flip(
+        self,
+        request: biphase.protos.controller_pb2.FlipRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[biphase.protos.controller_pb2.AdminReply, collections.abc.Awaitable[biphase.protos.controller_pb2.AdminReply]]: ...
+
+    @abc.abstractmethod
+    def Drain(
+        self,
+        request: biphase.protos.controller_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[biphase.protos.controller_pb2.AdminReply, collections.abc.Awaitable[biphase.protos.controller_pb2.AdminReply]]: ...
+
+    @abc.abstractmethod
+    def Cordon(
+        self,
+        request: biphase.protos.controller_pb2.CordonRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[biphase.protos.controller_pb2.AdminReply, collections.abc.Awaitable[biphase.protos.controller_pb2.AdminReply]]: ...
+
+    @abc.abstractmethod
+    def Update(
+        self,
+        request: biphase.protos.controller_pb2.UpdateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[biphase.protos.controller_pb2.AdminReply], collections.abc.AsyncIterator[biphase.protos.controller_pb2.AdminReply]]:
+        """Instance by instance; paused when the first new one fails."""
+
+    @abc.abstractmethod
+    def WatchEvents(
+        self,
+        request: biphase.protos.controller_pb2.WatchEventsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[biphase.protos.controller_pb2.Event], collections.abc.AsyncIterator[biphase.protos.controller_pb2.Event]]: ...
+
+    @abc.abstractmethod
+    def GetLogs(
+        self,
+        request: biphase.protos.controller_pb2.GetLogsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[biphase.protos.controller_pb2.LogChunk], collections.abc.AsyncIterator[biphase.protos.controller_pb2.LogChunk]]: ...
 
 def add_ControllerServicer_to_server(servicer: ControllerServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -24,6 +24,7 @@ _OUTCOME_TO_PROTO: dict[LegOutcome, worker_pb2.LegOutcome.ValueType] = {
     "handoff_failed": worker_pb2.LEG_HANDOFF_FAILED,
     "lease_expired": worker_pb2.LEG_LEASE_EXPIRED,
     "failed": worker_pb2.LEG_FAILED,
+    "drained": worker_pb2.LEG_DRAINED,
 }
 _OUTCOME_FROM_PROTO: dict[int, LegOutcome] = {int(value): key for key, value in _OUTCOME_TO_PROTO.items()}
 

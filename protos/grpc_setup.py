@@ -137,12 +137,14 @@ def service_handler(file_descriptor: Any, service: str, servicer: Any, messages:
     ``file_descriptor`` is ``x_pb2.DESCRIPTOR``, ``messages`` the callable that gives a message class for a message
     descriptor (``google.protobuf.message_factory.GetMessageClass``). ``servicer`` has one async method (or async
     generator, where the reply streams) per RPC, named like it. Bidirectional methods get Undecodable items in their
-    request stream and must look for them.
+    request stream and must look for them. A method that ``servicer`` does not have is UNIMPLEMENTED.
     """
     methods = {}
     descriptor = file_descriptor.services_by_name[service]
     for method in descriptor.methods:
-        implementation = getattr(servicer, method.name)
+        implementation = getattr(servicer, method.name, None)
+        if implementation is None:
+            continue
         reply = messages(method.output_type)
         options = {
             "request_deserializer": tolerant(messages(method.input_type)),

@@ -309,6 +309,7 @@ class Finished(google.protobuf.message.Message):
     DECODE_INSTANCE_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     STOP_REASON_FIELD_NUMBER: builtins.int
+    REPLAYS_FIELD_NUMBER: builtins.int
     finish_reason: biphase.protos.common_pb2.FinishReason.ValueType
     decision: builtins.str
     """"disaggregated" or "local" """
@@ -319,6 +320,8 @@ class Finished(google.protobuf.message.Message):
     seed: builtins.int
     stop_reason: builtins.str
     """the stop string or "token:ID" that ended it, else empty"""
+    replays: builtins.int
+    """how often it went on elsewhere after an instance was lost"""
     @property
     def usage(self) -> Global___Usage: ...
     @property
@@ -335,9 +338,10 @@ class Finished(google.protobuf.message.Message):
         decode_instance: builtins.str = ...,
         seed: builtins.int = ...,
         stop_reason: builtins.str = ...,
+        replays: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["timeline", b"timeline", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["decision", b"decision", "decision_reason", b"decision_reason", "decode_instance", b"decode_instance", "finish_reason", b"finish_reason", "prefill_instance", b"prefill_instance", "seed", b"seed", "stop_reason", b"stop_reason", "timeline", b"timeline", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decision", b"decision", "decision_reason", b"decision_reason", "decode_instance", b"decode_instance", "finish_reason", b"finish_reason", "prefill_instance", b"prefill_instance", "replays", b"replays", "seed", b"seed", "stop_reason", b"stop_reason", "timeline", b"timeline", "usage", b"usage"]) -> None: ...
 
 Global___Finished: typing_extensions.TypeAlias = Finished
 

@@ -8,7 +8,7 @@ from biphase.protos.ids import Incarnation, InstanceName, TicketId
 
 Role = Literal["prefill", "decode"]
 Mode = Literal["auto", "strict"]
-LegOutcome = Literal["done", "cancelled", "handoff_failed", "lease_expired", "failed"]
+LegOutcome = Literal["done", "cancelled", "handoff_failed", "lease_expired", "failed", "drained"]
 """How one request's work on one instance ended."""
 
 

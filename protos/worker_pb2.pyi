@@ -61,6 +61,8 @@ class _LegOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """prefill: nobody pulled in time"""
     LEG_FAILED: _LegOutcome.ValueType  # 5
     """an error of the instance; detail says which"""
+    LEG_DRAINED: _LegOutcome.ValueType  # 6
+    """its grace was over; the instance is well, the request may go on elsewhere"""
 
 class LegOutcome(_LegOutcome, metaclass=_LegOutcomeEnumTypeWrapper): ...
 
@@ -74,6 +76,8 @@ LEG_LEASE_EXPIRED: LegOutcome.ValueType  # 4
 """prefill: nobody pulled in time"""
 LEG_FAILED: LegOutcome.ValueType  # 5
 """an error of the instance; detail says which"""
+LEG_DRAINED: LegOutcome.ValueType  # 6
+"""its grace was over; the instance is well, the request may go on elsewhere"""
 Global___LegOutcome: typing_extensions.TypeAlias = LegOutcome
 
 @typing.final
@@ -228,13 +232,74 @@ Global___CancelLeg: typing_extensions.TypeAlias = CancelLeg
 
 @typing.final
 class Drain(google.protobuf.message.Message):
+    """Take no new leg; finish what runs. What still runs after grace_s ends LEG_DRAINED. 0: as long as it takes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GRACE_S_FIELD_NUMBER: builtins.int
+    grace_s: builtins.float
+    def __init__(
+        self,
+        *,
+        grace_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["grace_s", b"grace_s"]) -> None: ...
+
+Global___Drain: typing_extensions.TypeAlias = Drain
+
+@typing.final
+class Resume(google.protobuf.message.Message):
+    """The end of a drain that has not ended the instance: new legs are welcome again."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     def __init__(
         self,
     ) -> None: ...
 
-Global___Drain: typing_extensions.TypeAlias = Drain
+Global___Resume: typing_extensions.TypeAlias = Resume
+
+@typing.final
+class Flip(google.protobuf.message.Message):
+    """Serve the other role from now on: drain within grace_s, then turn on all ranks at one step. Links end then, and the
+    instance announces itself with the new role and incarnation.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    GRACE_S_FIELD_NUMBER: builtins.int
+    role: biphase.protos.common_pb2.Role.ValueType
+    incarnation: builtins.int
+    grace_s: builtins.float
+    def __init__(
+        self,
+        *,
+        role: biphase.protos.common_pb2.Role.ValueType = ...,
+        incarnation: builtins.int = ...,
+        grace_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["grace_s", b"grace_s", "incarnation", b"incarnation", "role", b"role"]) -> None: ...
+
+Global___Flip: typing_extensions.TypeAlias = Flip
+
+@typing.final
+class Retire(google.protobuf.message.Message):
+    """Another life has taken this one's place, or it is wanted no more: end now."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: builtins.int
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason"]) -> None: ...
+
+Global___Retire: typing_extensions.TypeAlias = Retire
 
 @typing.final
 class LinkDown(google.protobuf.message.Message):
@@ -246,6 +311,9 @@ class LinkDown(google.protobuf.message.Message):
     OPEN_DECODE_FIELD_NUMBER: builtins.int
     CANCEL_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
+    FLIP_FIELD_NUMBER: builtins.int
+    RETIRE_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
     @property
     def hello(self) -> Global___Hello: ...
@@ -256,9 +324,13 @@ class LinkDown(google.protobuf.message.Message):
     @property
     def cancel(self) -> Global___CancelLeg: ...
     @property
-    def drain(self) -> Global___Drain:
-        """take no new leg; finish what runs"""
-
+    def drain(self) -> Global___Drain: ...
+    @property
+    def resume(self) -> Global___Resume: ...
+    @property
+    def flip(self) -> Global___Flip: ...
+    @property
+    def retire(self) -> Global___Retire: ...
     def __init__(
         self,
         *,
@@ -268,10 +340,13 @@ class LinkDown(google.protobuf.message.Message):
         open_decode: Global___OpenDecode | None = ...,
         cancel: Global___CancelLeg | None = ...,
         drain: Global___Drain | None = ...,
+        resume: Global___Resume | None = ...,
+        flip: Global___Flip | None = ...,
+        retire: Global___Retire | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "command", b"command", "drain", b"drain", "hello", b"hello", "open_decode", b"open_decode", "open_prefill", b"open_prefill"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "command", b"command", "drain", b"drain", "hello", b"hello", "incarnation", b"incarnation", "open_decode", b"open_decode", "open_prefill", b"open_prefill"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["hello", "open_prefill", "open_decode", "cancel", "drain"] | None: ...
+    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "command", b"command", "drain", b"drain", "flip", b"flip", "hello", b"hello", "open_decode", b"open_decode", "open_prefill", b"open_prefill", "resume", b"resume", "retire", b"retire"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "command", b"command", "drain", b"drain", "flip", b"flip", "hello", b"hello", "incarnation", b"incarnation", "open_decode", b"open_decode", "open_prefill", b"open_prefill", "resume", b"resume", "retire", b"retire"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["hello", "open_prefill", "open_decode", "cancel", "drain", "resume", "flip", "retire"] | None: ...
 
 Global___LinkDown: typing_extensions.TypeAlias = LinkDown
 
@@ -543,6 +618,119 @@ class Load(google.protobuf.message.Message):
 Global___Load: typing_extensions.TypeAlias = Load
 
 @typing.final
+class StepTime(google.protobuf.message.Message):
+    """seconds of a step = fixed_s + per_token_s * new tokens + per_context_s * tokens attended to, over its sequences"""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FIXED_S_FIELD_NUMBER: builtins.int
+    PER_TOKEN_S_FIELD_NUMBER: builtins.int
+    PER_CONTEXT_S_FIELD_NUMBER: builtins.int
+    NUM_STEPS_FIELD_NUMBER: builtins.int
+    fixed_s: builtins.float
+    per_token_s: builtins.float
+    per_context_s: builtins.float
+    num_steps: builtins.int
+    """that it was fitted on; 0: nothing is known yet"""
+    def __init__(
+        self,
+        *,
+        fixed_s: builtins.float = ...,
+        per_token_s: builtins.float = ...,
+        per_context_s: builtins.float = ...,
+        num_steps: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fixed_s", b"fixed_s", "num_steps", b"num_steps", "per_context_s", b"per_context_s", "per_token_s", b"per_token_s"]) -> None: ...
+
+Global___StepTime: typing_extensions.TypeAlias = StepTime
+
+@typing.final
+class RecentSteps(google.protobuf.message.Message):
+    """Steps of the last seconds: what they took, and their work, for comparing instances at equal work."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_STEPS_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: builtins.int
+    num_steps: builtins.int
+    seconds: builtins.float
+    tokens: builtins.int
+    context_tokens: builtins.int
+    def __init__(
+        self,
+        *,
+        num_steps: builtins.int = ...,
+        seconds: builtins.float = ...,
+        tokens: builtins.int = ...,
+        context_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context_tokens", b"context_tokens", "num_steps", b"num_steps", "seconds", b"seconds", "tokens", b"tokens"]) -> None: ...
+
+Global___RecentSteps: typing_extensions.TypeAlias = RecentSteps
+
+@typing.final
+class WorkerSignals(google.protobuf.message.Message):
+    """To the controller, about once a second while anything runs. Totals are since this incarnation began."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    UPTIME_S_FIELD_NUMBER: builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: builtins.int
+    DECODE_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_STEPS_FIELD_NUMBER: builtins.int
+    BUSY_S_FIELD_NUMBER: builtins.int
+    QUEUED_FIELD_NUMBER: builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
+    RUNNING_TOKENS_FIELD_NUMBER: builtins.int
+    FREE_BLOCKS_FIELD_NUMBER: builtins.int
+    PREFILL_STEP_FIELD_NUMBER: builtins.int
+    DECODE_STEP_FIELD_NUMBER: builtins.int
+    RECENT_FIELD_NUMBER: builtins.int
+    uptime_s: builtins.float
+    prefill_tokens: builtins.int
+    """computed"""
+    decode_tokens: builtins.int
+    num_steps: builtins.int
+    busy_s: builtins.float
+    """in steps"""
+    queued: builtins.int
+    queued_tokens: builtins.int
+    running: builtins.int
+    running_tokens: builtins.int
+    """context held by what runs"""
+    free_blocks: builtins.int
+    @property
+    def prefill_step(self) -> Global___StepTime: ...
+    @property
+    def decode_step(self) -> Global___StepTime: ...
+    @property
+    def recent(self) -> Global___RecentSteps: ...
+    def __init__(
+        self,
+        *,
+        uptime_s: builtins.float = ...,
+        prefill_tokens: builtins.int = ...,
+        decode_tokens: builtins.int = ...,
+        num_steps: builtins.int = ...,
+        busy_s: builtins.float = ...,
+        queued: builtins.int = ...,
+        queued_tokens: builtins.int = ...,
+        running: builtins.int = ...,
+        running_tokens: builtins.int = ...,
+        free_blocks: builtins.int = ...,
+        prefill_step: Global___StepTime | None = ...,
+        decode_step: Global___StepTime | None = ...,
+        recent: Global___RecentSteps | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["decode_step", b"decode_step", "prefill_step", b"prefill_step", "recent", b"recent"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["busy_s", b"busy_s", "decode_step", b"decode_step", "decode_tokens", b"decode_tokens", "free_blocks", b"free_blocks", "num_steps", b"num_steps", "prefill_step", b"prefill_step", "prefill_tokens", b"prefill_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "recent", b"recent", "running", b"running", "running_tokens", b"running_tokens", "uptime_s", b"uptime_s"]) -> None: ...
+
+Global___WorkerSignals: typing_extensions.TypeAlias = WorkerSignals
+
+@typing.final
 class LinkUp(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -554,6 +742,7 @@ class LinkUp(google.protobuf.message.Message):
     TOKENS_FIELD_NUMBER: builtins.int
     ENDED_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
+    SIGNALS_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
     @property
     def welcome(self) -> Global___Welcome: ...
@@ -569,6 +758,10 @@ class LinkUp(google.protobuf.message.Message):
     def ended(self) -> Global___LegEnded: ...
     @property
     def load(self) -> Global___Load: ...
+    @property
+    def signals(self) -> Global___WorkerSignals:
+        """on the controller's link alone"""
+
     def __init__(
         self,
         *,
@@ -580,10 +773,11 @@ class LinkUp(google.protobuf.message.Message):
         tokens: Global___StepTokens | None = ...,
         ended: Global___LegEnded | None = ...,
         load: Global___Load | None = ...,
+        signals: Global___WorkerSignals | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ended", b"ended", "event", b"event", "handed_off", b"handed_off", "load", b"load", "refused", b"refused", "started", b"started", "tokens", b"tokens", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ended", b"ended", "event", b"event", "handed_off", b"handed_off", "incarnation", b"incarnation", "load", b"load", "refused", b"refused", "started", b"started", "tokens", b"tokens", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["welcome", "refused", "started", "handed_off", "tokens", "ended", "load"] | None: ...
+    def HasField(self, field_name: typing.Literal["ended", b"ended", "event", b"event", "handed_off", b"handed_off", "load", b"load", "refused", b"refused", "signals", b"signals", "started", b"started", "tokens", b"tokens", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ended", b"ended", "event", b"event", "handed_off", b"handed_off", "incarnation", b"incarnation", "load", b"load", "refused", b"refused", "signals", b"signals", "started", b"started", "tokens", b"tokens", "welcome", b"welcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["welcome", "refused", "started", "handed_off", "tokens", "ended", "load", "signals"] | None: ...
 
 Global___LinkUp: typing_extensions.TypeAlias = LinkUp
 

@@ -275,7 +275,7 @@ class Lifecycle:
                     return []
                 failure = Fail(kind="internal", detail="the prefill leg is done, but its first token never came")
                 return self._fail(failure)
-            case "cancelled":
+            case "cancelled" | "drained":
                 failure = Fail(kind="unavailable", detail=event.detail or "the prefill instance ended the request")
             case "lease_expired":
                 failure = Fail(kind="handoff_failed", detail=event.detail or "the lease of the prompt's KV expired")
@@ -297,7 +297,7 @@ class Lifecycle:
                 # still be on its way over the other link: revoke, and judge when the prefill leg has ended.
                 self._doomed = failure
                 return [CancelLeg(role="prefill", reason=failure.detail)]
-            case "cancelled":
+            case "cancelled" | "drained":
                 detail = event.detail or "the decode instance ended the request"
                 return self._fail(self._gone or Fail(kind="unavailable", detail=detail))
             case _:

@@ -6,7 +6,8 @@ highest epoch is obeyed, and within it the highest version.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -45,12 +46,11 @@ class MembershipWatch:
 
     async def run(self) -> None:
         backoff_s = FIRST_BACKOFF_S
-        request = controller_pb2.WatchMembershipRequest(peer_name=self._router_name)
         async with grpc.aio.insecure_channel(self._address, options=channel_options()) as channel:
             stub = controller_pb2_grpc.ControllerStub(channel)
             while True:
                 try:
-                    async for membership in stub.WatchMembership(request):
+                    async for membership in stub.WatchMembership(self._reports()):
                         backoff_s = FIRST_BACKOFF_S
                         self.take(membership)
                     reason = "it ended the stream"
@@ -66,6 +66,11 @@ class MembershipWatch:
                 )
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
+
+    async def _reports(self) -> AsyncIterator[controller_pb2.RouterReport]:
+        """What the controller hears from us as long as the stream stands."""
+        yield controller_pb2.RouterReport(name=self._router_name, pid=os.getpid())
+        await asyncio.Event().wait()
 
     def take(self, message: Any) -> None:
         """Apply one Membership message unless a newer one has been seen. Raises KeyError for an unknown role."""

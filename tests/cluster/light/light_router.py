@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -10,6 +11,11 @@ import grpc.aio
 from biphase.protos import controller_pb2, controller_pb2_grpc, router_pb2, router_pb2_grpc
 from biphase.protos.grpc_setup import bind, channel_options, server_options
 from biphase.protos.process import Announcer
+
+
+async def reports() -> AsyncIterator[controller_pb2.RouterReport]:
+    yield controller_pb2.RouterReport(name="router-0", pid=os.getpid())
+    await asyncio.Event().wait()
 
 
 class LightRouter(router_pb2_grpc.RouterServicer):
@@ -22,8 +28,7 @@ class LightRouter(router_pb2_grpc.RouterServicer):
             async with grpc.aio.insecure_channel(self._config.controller, options=channel_options()) as channel:
                 try:
                     stub = controller_pb2_grpc.ControllerStub(channel)
-                    request = controller_pb2.WatchMembershipRequest(peer_name="router-0")
-                    async for membership in stub.WatchMembership(request, wait_for_ready=True):
+                    async for membership in stub.WatchMembership(reports(), wait_for_ready=True):
                         if (membership.epoch, membership.version) > (self.membership.epoch, self.membership.version):
                             self.membership = membership
                 except grpc.aio.AioRpcError:
