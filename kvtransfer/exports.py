@@ -134,9 +134,14 @@ class ExportTable:
         """Have ``watcher`` called with the ticket after each change of one; it must only schedule work."""
         self._watcher = watcher
 
+    def check_pull(self, ticket: TicketId, epoch: int, now_s: float) -> None:
+        """Whether a reader may be opened; changes nothing of the ticket. Raises ExportRefused."""
+        self.expire(now_s)
+        self._readable(ticket, epoch)
+
     def begin_pull(self, ticket: TicketId, epoch: int, now_s: float) -> Pull:
         """Open a reader. A newer epoch ends the pulls of older ones. Raises ExportRefused."""
-        self.expire(now_s)
+        self.check_pull(ticket, epoch, now_s)
         export = self._readable(ticket, epoch)
         self._begin_epoch(export, epoch, now_s)
         pull = Pull(ticket=ticket, epoch=epoch, blocks=export.blocks, num_tokens=export.num_tokens)

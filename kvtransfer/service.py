@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 from biphase.kernels.kv_pack import KvMemory
 from biphase.kvtransfer import frames
@@ -23,6 +24,8 @@ from biphase.kvtransfer.wire import FrameSink, PullOrder
 from biphase.protos.ids import TicketId
 
 _log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 OPENED_WITHIN_S = 1.0
 """A reader may come to one rank before that has heard of its ticket from rank 0: it waits so long."""
@@ -126,6 +129,11 @@ class KvService:
         except ExportRefused as error:
             raise KvRefused.of(error) from None
 
+    async def admit(self, order: PullOrder) -> None:
+        """Returns where a reader holds a ticket of ours: before anything is kept ready for it. Raises KvRefused."""
+        check_incarnation(self.signature, order.incarnation)
+        await self._once_opened(order, self._exports.check_pull)
+
     async def serve(self, order: PullOrder, sink: FrameSink) -> None:
         """Serve one pull to its end, in the current task, and close the sink.
 
@@ -135,17 +143,18 @@ class KvService:
         sink = self._wrap_sink(sink)
         try:
             check_incarnation(self.signature, order.incarnation)
-            await self._serve_open(await self._begin(order), order, sink)
+            await self._serve_open(await self._once_opened(order, self._exports.begin_pull), order, sink)
         finally:
             sink.close()
 
     # Serving one pull.
 
-    async def _begin(self, order: PullOrder) -> Pull:
+    async def _once_opened(self, order: PullOrder, ask: Callable[[TicketId, int, float], _Answer]) -> _Answer:
+        """What the table answers; where it may not have heard of the ticket yet, once it has."""
         until_s = time.monotonic() + OPENED_WITHIN_S
         while True:
             try:
-                return self._exports.begin_pull(order.ticket, order.epoch, time.monotonic())
+                return ask(order.ticket, order.epoch, time.monotonic())
             except ExportRefused as error:
                 remaining_s = until_s - time.monotonic()
                 if self._leads or error.refusal is not Refusal.UNKNOWN or remaining_s <= 0.0:

@@ -59,6 +59,17 @@ class InlineSink:
         self._due = self._began + num_bytes
         await self._connection.send(parts)
 
+    async def abort(self, header: bytes, payload: Room | Sequence[memoryview] | bytes, share: float) -> None:
+        data = b"".join(_parts(payload))
+        await self.break_after(prefix(Kind.FRAME, len(data)) + header + data, share)
+
+    async def break_after(self, data: bytes, share: float) -> None:
+        """Send the beginning of a message and break the connection."""
+        try:
+            await self._connection.send([data[: int(share * len(data))]])
+        finally:
+            self._connection.break_with("broken on purpose")
+
     def close(self) -> None:
         pass
 
@@ -102,6 +113,15 @@ class PlaneSink:
             raise ValueError(f"a reference of {len(reference)} bytes, {MOST_REFERENCE_BYTES} are the most")
         self.num_shown += 1
         await self._inline.send_message(prefix(Kind.SHOWN, num_bytes, len(reference)) + header + reference)
+
+    async def abort(self, header: bytes, payload: Room | Sequence[memoryview] | bytes, share: float) -> None:
+        """The second half of the frame is its payload: then all of the reference has gone."""
+        if isinstance(payload, bytes | Sequence):
+            await self._inline.abort(header, payload, share)
+            return
+        reference = await self._sender.send(payload)
+        message = prefix(Kind.SHOWN, payload_bytes(payload.payload), len(reference)) + header + reference
+        await self._inline.break_after(message, min(1.0, 2 * share))
 
     def taken(self, reference: bytes) -> None:
         self.num_shown -= 1

@@ -35,11 +35,16 @@ class WiredPrefill:
 
 @asynccontextmanager
 async def wired_prefill(
-    plane: Callable[[], DataPlane] | None = None, *, piece_s: float = 5.0, **of_side: Any
+    plane: Callable[[], DataPlane] | None = None,
+    *,
+    piece_s: float = 5.0,
+    most_connections: int = 1024,
+    **of_side: Any,
 ) -> AsyncIterator[WiredPrefill]:
     async with prefill_side(**of_side) as side:
         made = plane() if plane is not None else None
-        server = TcpKvServer(side.service, [made] if made is not None else [], piece_s=piece_s)
+        planes = [made] if made is not None else []
+        server = TcpKvServer(side.service, planes, piece_s=piece_s, most_connections=most_connections)
         port = await server.start("127.0.0.1", 0)
         try:
             yield WiredPrefill(side, server, made, f"127.0.0.1:{port}")
