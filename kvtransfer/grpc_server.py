@@ -4,8 +4,10 @@ A frame is one message, made where it is packed: gRPC sends it from a copy of it
 the write returns.
 """
 
+import asyncio
 import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
 
 import grpc
 import grpc.aio
@@ -78,7 +80,7 @@ class GrpcKvServer:
             return self._service.handshake(theirs).to_proto()
         except KvRefused as refused:
             await _abort(context, refused)
-            raise  # not reached: abort raises
+            return kv_pb2.KvSignature()  # to nobody
 
     async def Release(self, request: kv_pb2.ReleaseRequest, context: grpc.aio.ServicerContext) -> kv_pb2.ReleaseReply:
         try:
@@ -90,12 +92,16 @@ class GrpcKvServer:
     async def _pull(self, request: kv_pb2.PullRequest | Undecodable, context: grpc.aio.ServicerContext) -> None:
         await refuse_undecodable(request, context)
         assert isinstance(request, kv_pb2.PullRequest)
+        sink = GrpcSink(context)
         try:
-            await self._service.serve(_order(request), GrpcSink(context))
+            await self._service.serve(_order(request), sink)
         except KvRefused as refused:
             await _abort(context, refused)
-        except ConnectionError as error:  # for the reader, the wire is broken, and not that we refused
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except ConnectionError as error:
+            if sink.cut:
+                raise asyncio.CancelledError from None  # a call without a status: gRPC resets its stream
+            # for the reader, the wire is broken, and not that we refused
+            await _end(context, grpc.StatusCode.UNAVAILABLE, str(error))
 
 
 class GrpcSink:
@@ -108,6 +114,8 @@ class GrpcSink:
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self._context = context
+        self.cut = False
+        """Whether the call is to end without a word."""
 
     async def room(self, num_bytes: int) -> "GrpcRoom":
         return GrpcRoom(num_bytes)
@@ -118,6 +126,11 @@ class GrpcSink:
         else:
             message = b"".join((header, *([payload] if isinstance(payload, bytes) else _parts(payload))))
         await self._context.write(message)
+
+    async def abort(self, header: bytes, payload: Room | Sequence[memoryview] | bytes, share: float) -> None:
+        """Between messages, which come whole or not at all. The connection is gRPC's own and that of other calls too."""
+        self.cut = True
+        raise ConnectionError("broken on purpose")
 
     def close(self) -> None:
         pass
@@ -144,7 +157,14 @@ def _parts(payload: Room | Sequence[memoryview]) -> Sequence[memoryview]:
 
 
 async def _abort(context: grpc.aio.ServicerContext, refused: KvRefused) -> None:
-    await context.abort(_STATUS[refused.because], str(refused))
+    await _end(context, _STATUS[refused.because], str(refused))
+
+
+async def _end(context: grpc.aio.ServicerContext, code: grpc.StatusCode, text: str) -> None:
+    """Abort, where there is somebody to be told: gRPC logs a stack trace for a status to a call that was cancelled."""
+    if not context.cancelled():
+        with suppress(grpc.aio.InternalError):  # it was cancelled in this moment
+            await context.abort(code, text)
 
 
 def _order(request: kv_pb2.PullRequest) -> PullOrder:

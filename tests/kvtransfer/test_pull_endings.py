@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from grpc._cython.cygrpc import ExecuteBatchError  # type: ignore[import-untyped]
 from support.kv import BLOCKS, FIRST_TOKEN, LAYOUT, NUM_TOKENS, decode_side, prefill_side, pull, until_no_pull
 
 from biphase.kernels.kv_layout import KvBox
@@ -198,3 +199,25 @@ async def test_a_source_that_dies_mid_pull_ends_the_pull(how: signal.Signals, wi
             await pulling
         assert time.monotonic() - began_s < within_s
         assert decode.puller.counters()["open_pulls"] == 0
+
+
+class CancelledCall:
+    """A call as its servicer sees it once the client has cancelled it: gRPC takes no status for it any more."""
+
+    def __init__(self, known: bool) -> None:
+        self._known = known
+
+    def cancelled(self) -> bool:
+        return self._known
+
+    async def abort(self, code: grpc.StatusCode, text: str) -> None:
+        raise ExecuteBatchError("Failed grpc_call_start_batch: 8")
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_refusal_of_a_call_that_was_cancelled_is_no_error(known: bool) -> None:
+    async with prefill_side() as prefill:
+        request = kv_pb2.PullRequest(ticket=b"?" * 16, epoch=1, incarnation=1)
+        await prefill.server._pull(request, CancelledCall(known))  # type: ignore[arg-type]
+        release = kv_pb2.ReleaseRequest(ticket=b"?" * 16, epoch=1, incarnation=9)
+        await prefill.server.Release(release, CancelledCall(known))  # type: ignore[arg-type]
