@@ -12,11 +12,10 @@ import secrets
 from collections import Counter, OrderedDict
 from typing import Any, TypeVar
 
-import msgpack
-
 from biphase.kvtransfer.pair_groups.backends import make_backend
 from biphase.kvtransfer.pair_groups.buffers import Buffers
 from biphase.kvtransfer.pair_groups.ends import DistReceiver, DistSender
+from biphase.kvtransfer.pair_groups.messages import Answer, MessageError, Wish
 from biphase.kvtransfer.pair_groups.pair import Pair
 from biphase.kvtransfer.pair_groups.receiving import ReceivingPair
 from biphase.kvtransfer.pair_groups.rendezvous import Rendezvous
@@ -73,12 +72,12 @@ class DistPlane:
 
     async def sender(self, hello: bytes, peer: str) -> "DistSender":
         try:
-            wish = msgpack.unpackb(hello)
-            reader, life, last, backend = str(wish["reader"]), int(wish["life"]), int(wish["last"]), wish["backend"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConnectionError(f"a request from {peer} that dist cannot read: {error!r}") from None
-        if backend != self._backend.name:
-            raise ConnectionError(f"the reader's pair groups are {backend}, ours {self._backend.name}")
+            wish = Wish.unpacked(hello)
+        except MessageError as error:
+            raise ConnectionError(f"a request from {peer} that dist cannot read: {error}") from None
+        reader, life = wish.reader, wish.life
+        if wish.backend != self._backend.name:
+            raise ConnectionError(f"the reader's pair groups are {wish.backend}, ours {self._backend.name}")
         pair = self._pairs.get(("to", reader))
         if pair is not None and life > self._lives[reader]:
             self._drop(pair, "the reader has dropped the pair group")
@@ -89,31 +88,30 @@ class DistPlane:
             pair = self._open(SendingPair, "to", reader, f"{self._id}.{self._num_built}", None)
         assert isinstance(pair, SendingPair)
         self._pairs.move_to_end(("to", reader))
-        pair.acknowledge(last)
+        pair.acknowledge(wish.last)
         pull = pair.new_pull()
-        answer = {"store": self._rendezvous.address, "pair": pair.key, "pull": pull, "standing": pair.standing()}
-        return DistSender(pair, pull, self._buffers, msgpack.packb(answer), wait_s=self._deadline_s * _WAIT)
+        answer = Answer(store=self._rendezvous.address, pair=pair.key, pull=pull, standing=pair.standing())
+        return DistSender(pair, pull, self._buffers, answer.packed(), wait_s=self._deadline_s * _WAIT)
 
     async def receiver(self, peer: str) -> "DistReceiver":
         pair = self._pairs.get(("from", peer))
         last = pair.last if isinstance(pair, ReceivingPair) else 0
-        wish = {"reader": self._id, "life": self._lives[peer], "last": last, "backend": self._backend.name}
-        return DistReceiver(self.join, self.leave, self._buffers, peer, msgpack.packb(wish))
+        wish = Wish(reader=self._id, life=self._lives[peer], last=last, backend=self._backend.name)
+        return DistReceiver(self.join, self.leave, self._buffers, peer, wish.packed())
 
     async def join(self, peer: str, answer: bytes) -> tuple[ReceivingPair, int]:
         """The group that a sender's answer names, built if it must be, and the pull's number on it, for ``leave``."""
         try:
-            said = msgpack.unpackb(answer)
-            host, port = said["store"]
-            key, pull, standing = str(said["pair"]), int(said["pull"]), bytes(said["standing"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConnectionError(f"an answer of {peer} that dist cannot read: {error!r}") from None
+            said = Answer.unpacked(answer)
+        except MessageError as error:
+            raise ConnectionError(f"an answer of {peer} that dist cannot read: {error}") from None
+        key, pull = said.pair, said.pull
         pair = self._pairs.get(("from", peer))
         if pair is not None and pair.key != key:
             self._drop(pair, f"{peer} has dropped the pair group")
             pair = None
         if pair is None:
-            pair = self._open(ReceivingPair, "from", peer, key, (str(host), int(port)))
+            pair = self._open(ReceivingPair, "from", peer, key, said.store)
         assert isinstance(pair, ReceivingPair)
         self._pairs.move_to_end(("from", peer))
         pair.users += 1
@@ -121,7 +119,7 @@ class DistPlane:
         try:
             async with asyncio.timeout(self._patience_s):
                 await asyncio.shield(pair.built)
-            pair.learn(standing)
+            pair.learn(said.standing)
         except TimeoutError:
             self.leave(pair, pull)
             raise ConnectionError(f"the pair group with {peer} is still being built") from None

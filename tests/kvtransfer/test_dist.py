@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import msgpack
 import pytest
 import torch
 from support.payload_peer import Peer, fetch_all, serving_peer
@@ -50,6 +51,10 @@ def test_ends_meet_at_an_address_of_either_kind() -> None:
     ours = Rendezvous("::1", timeout_s=5.0)
     ours.theirs(ours.address, "pair").set("a", "b")
     assert ours.ours("pair").get("a") == b"b"
+
+
+def packed(said: dict[str, object], name: str, value: object) -> bytes:
+    return bytes(msgpack.packb({**said, name: value}))
 
 
 def payloads(first_seed: int, count: int = 8) -> list[tuple[int, int]]:
@@ -135,13 +140,36 @@ async def test_a_pull_does_not_wait_for_a_pair_that_takes_long(peer: Peer, new_p
         await fetch_all(pull, 8)
 
 
-async def test_what_is_no_message_of_dist_is_refused(new_plane: NewPlane) -> None:
+WISH = {"reader": "r", "life": 0, "last": 0, "backend": "gloo"}
+ANSWER = {"store": ["127.0.0.1", 1], "pair": "p", "pull": 1, "standing": b""}
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [b"\x80", b"\x01", b"\xc1", *(packed(WISH, "life", bad) for bad in (float("inf"), -1, "1", 2**64 - 1, None))],
+)
+async def test_what_is_no_request_of_dist_is_refused(new_plane: NewPlane, hello: bytes) -> None:
     plane = new_plane()
     with pytest.raises(ConnectionError, match="that dist cannot read"):
-        await plane.sender(b"\x80", "somebody")
+        await plane.sender(hello, "somebody")
+    assert plane.counters()["dist_pairs"] == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\x01",
+        packed(ANSWER, "pull", float("inf")),
+        packed(ANSWER, "standing", 2**40),
+        packed(ANSWER, "store", ["127.0.0.1", 2**40]),
+    ],
+)
+async def test_what_is_no_answer_of_dist_is_refused(new_plane: NewPlane, answer: bytes) -> None:
+    plane = new_plane()
     receiver = await plane.receiver("somebody")
     with pytest.raises(ConnectionError, match="that dist cannot read"):
-        await receiver.start(b"\x01")
+        await receiver.start(answer)
+    assert plane.counters()["dist_pairs"] == 0
 
 
 async def test_a_peer_that_dies_costs_its_pair_at_once(
