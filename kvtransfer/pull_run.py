@@ -38,13 +38,16 @@ class SourceSilent(SourceUnreachable):
 
 
 class PullRun:
-    """One job under way. ``decoding``: whether a decode wants the loop's time."""
+    """One job under way. ``decoding``: whether a decode wants the loop's time. ``pace``: of all jobs of the rank."""
 
-    def __init__(self, job: PullJob, memory: RankMemory, peers: Peers, decoding: Callable[[], bool]) -> None:
+    def __init__(
+        self, job: PullJob, memory: RankMemory, peers: Peers, pace: Pace, decoding: Callable[[], bool]
+    ) -> None:
         self._job = job
         self._memory = memory
         self._peers = peers
-        self._pace = Pace(decoding)
+        self._pace = pace
+        self._decoding = decoding
         self._routes = {part.source_rank: peers.in_order(part.routes) for part in job.parts}
         self._route = {part.source_rank: next(self._routes[part.source_rank]) for part in job.parts}
         self._trailer_s = 0.0
@@ -89,7 +92,7 @@ class PullRun:
             route = self._route[part.source_rank]
             try:
                 for order in self._orders(part, again):
-                    await self._drain(route, part, order)
+                    await self._pace.counting(self._drain(route, part, order))
                 self._peers.trust(route)
                 return
             except SourceUnreachable as error:
@@ -163,7 +166,8 @@ class PullRun:
                         watch.progressed()
                     elif handoff.computed_tokens > before:
                         watch.progressed()
-                    await self._pace.rest()
+                    with watch.resting():
+                        await self._pace.rest(self._decoding())
             except SourceUnreachable:
                 if not watch.fired:
                     raise

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from biphase.kernels.kv_pack import KvMemory
 from biphase.kvtransfer.allocator import keep_freed_memory
+from biphase.kvtransfer.pace import Pace
 from biphase.kvtransfer.peers import Peers
 from biphase.kvtransfer.pull_job import PartsPulled, PullJob
 from biphase.kvtransfer.pull_run import PullRun
@@ -30,6 +31,7 @@ class RankPuller:
         self.memory = RankMemory.whole(memory)
         self.peers = Peers(transports)
         self._decoding = decoding
+        self._pace = Pace()
         self._open_pulls = 0
         self._totals = {"bad_pieces": 0, "fallbacks": 0}
         self._bytes: Counter[str] = Counter()
@@ -39,7 +41,7 @@ class RankPuller:
 
         Whatever the outcome, cancellation included, nothing writes into its blocks once this has returned or raised.
         """
-        run = PullRun(job, self.memory, self.peers, self._decoding or (lambda: job.beside_decode))
+        run = PullRun(job, self.memory, self.peers, self._pace, self._decoding or (lambda: job.beside_decode))
         self._open_pulls += 1
         try:
             return await run.to_its_end()

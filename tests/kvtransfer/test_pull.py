@@ -147,25 +147,69 @@ async def test_a_pull_rests_while_a_decode_runs_and_loses_nothing() -> None:
         assert np.array_equal(decode.content(BLOCKS, NUM_TOKENS), prefill.content(NUM_TOKENS))
 
 
-async def test_rest_is_owed_for_the_loops_own_cpu_time_and_only_beside_a_decode(
+async def test_rest_is_owed_for_the_pulls_own_cpu_time_and_only_beside_a_decode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    work_s, now_s, busy = 0.0, 0.0, False
+    cpu_s, now_s, busy = 0.0, 0.0, False
     rests: list[float] = []
 
     async def sleep(seconds: float) -> None:
-        nonlocal now_s
+        nonlocal now_s, cpu_s
         rests.append(seconds)
         now_s += seconds
+        await real_sleep(0)
 
-    monkeypatch.setattr(pace_module, "time", SimpleNamespace(thread_time=lambda: work_s, monotonic=lambda: now_s))
+    real_sleep = asyncio.sleep
+    monkeypatch.setattr(pace_module, "time", SimpleNamespace(thread_time=lambda: cpu_s, monotonic=lambda: now_s))
     monkeypatch.setattr(pace_module, "asyncio", SimpleNamespace(sleep=sleep))
-    pace = pace_module.Pace(lambda: busy)
-    work_s = 1.0
-    await pace.rest()
+    pace = pace_module.Pace()
+
+    async def work(num_pieces: int, piece_s: float, others_s: float = 0.0) -> None:
+        nonlocal cpu_s
+        for _ in range(num_pieces):
+            cpu_s += piece_s
+            await pace.rest(busy)
+            asyncio.get_running_loop().call_soon(others, others_s)
+            await real_sleep(0)
+
+    def others(seconds: float) -> None:
+        nonlocal cpu_s
+        cpu_s += seconds
+
+    await pace.counting(work(1, 1.0))
     assert rests == []
     busy = True
-    for _ in range(10):
-        work_s += 0.001
-        await pace.rest()
+    await pace.counting(work(10, 0.001))
     assert sum(rests) == pytest.approx(0.01 * pace_module._REST_OF_WORK)
+    rests.clear()
+    await pace.counting(work(10, 0.001, others_s=1.0))  # of others' second, no more than a wire may have had
+    assert sum(rests) <= 0.01 * pace_module._REST_OF_WORK * pace_module._OF_WIRE
+    rests.clear()
+    await pace.counting(work(3, 10.0))
+    assert rests == pytest.approx([pace_module._LONGEST_REST_S] * 3)
+
+
+async def test_a_pull_beside_a_decode_and_a_busy_loop_goes_on_resting_as_little() -> None:
+    """Neither the rests, which keep its source waiting, nor what others take of the loop make it give its source up."""
+    stop = asyncio.Event()
+
+    async def others() -> None:
+        while not stop.is_set():
+            until_s = time.thread_time() + 0.006
+            while time.thread_time() < until_s:
+                pass
+            await asyncio.sleep(0.004)
+
+    async with prefill_side() as prefill, decode_side(decoding=lambda: True) as decode:
+        burning = asyncio.create_task(others())
+        ticket = prefill.open(NUM_TOKENS, computed=1)
+        pulling = asyncio.create_task(pull(decode, ticket))
+        for tokens in range(2, NUM_TOKENS):
+            prefill.exports.advance(ticket.id, tokens)
+            await asyncio.sleep(0.02)
+        prefill.exports.finish(ticket.id, FIRST_TOKEN, time.monotonic())
+        began_s = time.monotonic()
+        await pulling
+        assert time.monotonic() - began_s < 1.0
+        stop.set()
+        await burning
