@@ -9,6 +9,7 @@ import pytest
 from support.sources import ROOT
 
 from biphase.cluster.deploy_schema import load_deployment
+from biphase.planner.policy_file import load_policy
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -49,8 +50,11 @@ def test_the_readmes_code_is_a_dozen_lines_of_python() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
-def test_example_deploy_files_are_taken_as_they_are(path: Path) -> None:
-    load_deployment(path)
+def test_example_files_are_taken_as_they_are(path: Path) -> None:
+    if path.name.startswith("policy"):
+        load_policy(path)
+    else:
+        load_deployment(path)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def heavy_after(code: str, heavy: tuple[str, ...]) -> str:
         ("client", (*HEAVY, "pydantic", "yaml", "rich")),
         ("protos", (*HEAVY, "pydantic")),
         ("router", (*HEAVY, "pydantic")),
+        ("planner", (*HEAVY, "numpy", "google.protobuf")),
         ("kvtransfer", ("ray", "transformers", "pydantic")),
     ],
 )

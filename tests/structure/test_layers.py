@@ -14,7 +14,18 @@ MAY_IMPORT = {
     "decode_worker": {"engine", "kvtransfer", "protos"},
     "router": {"protos"},
     "client": {"protos"},
-    "cluster": {"protos", "kernels", "engine", "kvtransfer", "prefill_worker", "decode_worker", "router", "client"},
+    "planner": {"protos"},
+    "cluster": {
+        "protos",
+        "kernels",
+        "engine",
+        "kvtransfer",
+        "prefill_worker",
+        "decode_worker",
+        "router",
+        "planner",
+        "client",
+    },
 }
 
 PURE = {
@@ -26,13 +37,16 @@ PURE = {
     "biphase.router.policy",
     "biphase.router.lifecycle",
     "biphase.cluster.reconcile",
+    "biphase.engine.step_fit",
+    "biphase.planner.policy",
+    "biphase.planner.schedules",
 }
 """These must call themselves pure; every module that does is held to it, and so is all that it imports of ours."""
 
 NOT_IN_PURE = {"asyncio", "multiprocessing", "os", "random", "socket", "subprocess", "threading", "time"}
 """Of the standard library: clocks, chance, threads and the outside."""
 
-PURE_LIBRARIES = {"numpy", "xxhash"}
+PURE_LIBRARIES = {"cronsim", "numpy", "xxhash"}
 """Of other libraries: those that only compute."""
 
 HOLD_VALUES = {

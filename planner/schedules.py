@@ -1,0 +1,53 @@
+"""Which schedules are in force: cron expressions in a time zone, read as Debian's cron reads them, changes of the clock
+included. Pure: the time is an argument, seconds since 1970.
+"""
+
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+from cronsim import CronSim, CronSimError
+
+from biphase.planner.policy import Policy, Schedule
+
+
+def reason_against(schedule: Schedule) -> tuple[str, str] | None:
+    """Why a schedule's time cannot be understood, as (key, the rest of the line); None where it can."""
+    try:
+        zone = ZoneInfo(schedule.time_zone)
+    except (KeyError, ValueError, OSError):
+        return "time_zone", f"is {schedule.time_zone!r}: no such time zone, give one as in Europe/Berlin"
+    if len(schedule.cron.split()) != 5:
+        count = len(schedule.cron.split())
+        return "cron", f"is {schedule.cron!r}: {count} fields, give 5: minute, hour, day of month, month, day of week"
+    try:
+        next(CronSim(schedule.cron, datetime(2000, 1, 1, tzinfo=zone)))
+    except CronSimError as error:
+        return "cron", f"is {schedule.cron!r}: {str(error)[0].lower()}{str(error)[1:]}"
+    except StopIteration:
+        return "cron", f"is {schedule.cron!r}: no such day ever comes"
+    return None
+
+
+def last_start_s(schedule: Schedule, unix_s: float) -> float | None:
+    """When the schedule began last, None if it never did."""
+    zone = ZoneInfo(schedule.time_zone)
+    # the expression's own second belongs to it: look back from just after
+    before = datetime.fromtimestamp(int(unix_s), tz=UTC).astimezone(zone) + timedelta(seconds=1)
+    try:
+        found = next(CronSim(schedule.cron, before, reverse=True))
+    except StopIteration:
+        return None
+    return found.timestamp()
+
+
+def is_on(schedule: Schedule, unix_s: float) -> bool:
+    began_s = last_start_s(schedule, unix_s)
+    return began_s is not None and unix_s < began_s + schedule.duration_s
+
+
+def in_force(policy: Policy, unix_s: float) -> tuple[Policy, tuple[str, ...]]:
+    """The policy with the bounds of the schedules that are on, later ones over earlier, and their labels."""
+    on = [schedule for schedule in policy.schedules if is_on(schedule, unix_s)]
+    for schedule in on:
+        policy = policy.with_schedule(schedule)
+    return policy, tuple(schedule.label for schedule in on)

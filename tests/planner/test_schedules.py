@@ -1,0 +1,64 @@
+"""Schedules: when they are on, over changes of the clock too."""
+
+from datetime import datetime
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from biphase.planner.policy import GpuBudget, Policy, RoleBounds, Schedule
+from biphase.planner.schedules import in_force, is_on, last_start_s
+
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+def at(*when: int) -> float:
+    return datetime(*when, tzinfo=BERLIN).timestamp()  # type: ignore[arg-type,misc]
+
+
+WORKING = Schedule(
+    name="working hours",
+    cron="0 8 * * mon-fri",
+    duration_s=10 * 3600,
+    time_zone="Europe/Berlin",
+    prefill=RoleBounds(min_replicas=2, max_replicas=6),
+)
+
+
+@pytest.mark.parametrize(
+    ("when", "on"),
+    [
+        ((2026, 5, 4, 7, 59, 59), False),  # a Monday
+        ((2026, 5, 4, 8, 0, 0), True),
+        ((2026, 5, 4, 17, 59, 59), True),
+        ((2026, 5, 4, 18, 0, 0), False),
+        ((2026, 5, 9, 9, 0, 0), False),  # a Saturday
+        ((2026, 1, 5, 8, 0, 0), True),  # winter time
+    ],
+)
+def test_working_hours_in_their_zone(when: tuple[int, ...], on: bool) -> None:
+    assert is_on(WORKING, at(*when)) is on
+
+
+def test_an_hour_that_the_clock_leaves_out_is_not_lost_and_one_that_comes_twice_counts_once() -> None:
+    nightly = Schedule(cron="30 2 * * *", duration_s=3600, time_zone="Europe/Berlin")
+    assert last_start_s(nightly, at(2026, 3, 29, 3, 30)) == at(2026, 3, 29, 3, 0)
+    first = datetime(2026, 10, 25, 2, 30, tzinfo=BERLIN).timestamp()
+    assert last_start_s(nightly, at(2026, 10, 25, 12, 0)) == first
+
+
+def test_bounds_in_force_and_later_ones_win() -> None:
+    evening = Schedule(
+        cron="0 17 * * *",
+        duration_s=3600,
+        time_zone="Europe/Berlin",
+        gpu_budget=GpuBudget(max=4),
+        prefill=RoleBounds(min_replicas=1, max_replicas=1),
+    )
+    policy = Policy(schedules=(WORKING, evening))
+    night, labels = in_force(policy, at(2026, 5, 4, 3, 0))
+    assert (night, labels) == (policy, ())
+    noon, labels = in_force(policy, at(2026, 5, 4, 12, 0))
+    assert (noon.prefill.min_replicas, noon.gpu_budget.max, labels) == (2, 8.0, ("working hours",))
+    late, labels = in_force(policy, at(2026, 5, 4, 17, 30))
+    assert (late.prefill.max_replicas, late.gpu_budget.max) == (1, 4)
+    assert labels == ("working hours", "0 17 * * *")
