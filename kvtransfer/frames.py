@@ -6,7 +6,7 @@
            12  layer_start, layer_end, head_start, head_end, token_start, token_end (u32 each): request coordinates
            36  payload bytes (u32)
            40  computed tokens (u32): how far the source has computed, in every frame
-           44  zero (u32)
+           44  sent (u32): when it was sealed, on the source's clock (timing.stamp); 0: it does not say
            48  digest (16 bytes): xxh3-128 over header bytes 0..47, the ticket and the content
 
 The payload follows its header, or travels beside it (see wire.py).
@@ -56,7 +56,7 @@ class FrameError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trailer:
-    """The last word of a whole pull. ``age_ms`` is how long ago, when sent, token 0 had been sampled."""
+    """The last word of a whole pull. ``age_ms`` is how long ago, when sealed, token 0 had been sampled."""
 
     first_token: int
     total_bytes: int
@@ -72,6 +72,7 @@ class Header(NamedTuple):
     box: KvBox
     payload_bytes: int
     computed_tokens: int
+    sent: int
     data: bytes
 
 
@@ -83,22 +84,23 @@ def seal(
     box: KvBox = _NOTHING,
     payload_bytes: int = 0,
     computed_tokens: int = 0,
+    sent: int = 0,
     contents: Iterable[Any] = (),
     content_sum: int | None = None,
 ) -> bytes:
     """The header of a frame whose payload is ``contents``, buffers in their order. With ``content_sum`` the digest is
     over that, and the payload is not read."""
     ranges = (box.layer_start, box.layer_end, box.head_start, box.head_end, box.token_start, box.token_end)
-    fields = _FIELDS.pack(_MAGIC, kind, epoch, *ranges, payload_bytes, computed_tokens, 0)
+    fields = _FIELDS.pack(_MAGIC, kind, epoch, *ranges, payload_bytes, computed_tokens, sent)
     return fields + _digest(fields, ticket, contents if content_sum is None else (_SUM.pack(content_sum),))
 
 
-def beat(ticket: TicketId, epoch: int, computed_tokens: int) -> bytes:
+def beat(ticket: TicketId, epoch: int, computed_tokens: int, sent: int = 0) -> bytes:
     """A sign of life while nothing is due: a header without payload."""
-    return seal(ticket, FrameKind.BEAT, epoch=epoch, computed_tokens=computed_tokens)
+    return seal(ticket, FrameKind.BEAT, epoch=epoch, computed_tokens=computed_tokens, sent=sent)
 
 
-def trailer(ticket: TicketId, epoch: int, value: Trailer, computed_tokens: int) -> tuple[bytes, bytes]:
+def trailer(ticket: TicketId, epoch: int, value: Trailer, computed_tokens: int, sent: int = 0) -> tuple[bytes, bytes]:
     """Its header and its payload."""
     payload = _TRAILER.pack(value.first_token, value.total_bytes, value.num_pieces, value.age_ms)
     header = seal(
@@ -107,6 +109,7 @@ def trailer(ticket: TicketId, epoch: int, value: Trailer, computed_tokens: int) 
         epoch=epoch,
         payload_bytes=len(payload),
         computed_tokens=computed_tokens,
+        sent=sent,
         contents=(payload,),
     )
     return header, payload
@@ -119,7 +122,7 @@ def parse_header(data: bytes, num_bytes: int) -> Header:
     """
     if len(data) != HEADER_BYTES:
         raise FrameError(f"a frame of {len(data)} bytes is shorter than its {HEADER_BYTES} byte header")
-    magic, kind, epoch, *ranges, payload_bytes, computed_tokens, _ = _FIELDS.unpack_from(data)
+    magic, kind, epoch, *ranges, payload_bytes, computed_tokens, sent = _FIELDS.unpack_from(data)
     if magic != _MAGIC:
         raise FrameError(f"a frame begins with {magic.hex()}, not {_MAGIC.hex()}")
     known = _KINDS.get(kind)
@@ -141,6 +144,7 @@ def parse_header(data: bytes, num_bytes: int) -> Header:
         ),
         payload_bytes=payload_bytes,
         computed_tokens=computed_tokens,
+        sent=sent,
         data=bytes(data),
     )
 

@@ -65,7 +65,8 @@ class PullJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartsPulled:
-    """A rank has everything of its job. ``trailer_s``: when the trailer came, on its own clock."""
+    """A rank has everything of its job. On its own clock, ``trailer_s``: when the trailer came, ``sampled_s``: when token 0
+    was sampled; see SourceClock for what that may be off by."""
 
     num_bytes: int
     num_bad: int
@@ -73,3 +74,4 @@ class PartsPulled:
     bytes_by_transport: dict[str, int]
     trailer: Trailer | None = None
     trailer_s: float = 0.0
+    sampled_s: float = 0.0

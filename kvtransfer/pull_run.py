@@ -21,6 +21,7 @@ from biphase.kvtransfer.peers import Peers
 from biphase.kvtransfer.pull_job import PartsPulled, PullJob, PullPart, Route
 from biphase.kvtransfer.rank_memory import RankMemory
 from biphase.kvtransfer.signature import SUM_DIGEST
+from biphase.kvtransfer.timing import SourceClock
 from biphase.kvtransfer.together import together
 from biphase.kvtransfer.wire import Arrival, PullOrder, SourceRefused, SourceUnreachable
 from biphase.protos.errors import one_line
@@ -51,6 +52,8 @@ class PullRun:
         self._routes = {part.source_rank: peers.in_order(part.routes) for part in job.parts}
         self._route = {part.source_rank: next(self._routes[part.source_rank]) for part in job.parts}
         self._trailer_s = 0.0
+        self._clocks = {part.source_rank: SourceClock() for part in job.parts}
+        self._sampled_s = 0.0
         self.fallbacks = 0
         self.bytes_by_transport: Counter[str] = Counter()
         self.handoff = Handoff(
@@ -84,6 +87,7 @@ class PullRun:
             bytes_by_transport=dict(self.bytes_by_transport),
             trailer=handoff.trailer,
             trailer_s=self._trailer_s,
+            sampled_s=self._sampled_s,
         )
 
     async def _ask(self, part: PullPart, *, again: bool = False) -> None:
@@ -147,6 +151,7 @@ class PullRun:
             try:
                 async for arrival in stream:
                     watch.heard()
+                    came_s = time.monotonic()
                     before = handoff.computed_tokens
                     try:
                         header = frames.parse_header(arrival.header, arrival.num_bytes)
@@ -161,6 +166,7 @@ class PullRun:
                         continue
                     finally:
                         del arrival  # free for the message that is received meanwhile
+                    self._note_times(part, header, came_s)
                     if header.kind is FrameKind.PIECE:
                         self.bytes_by_transport[route.transport] += header.payload_bytes
                         watch.progressed()
@@ -177,6 +183,13 @@ class PullRun:
             finally:
                 watch.end()
                 stream.break_off("the reader has ended it")
+
+    def _note_times(self, part: PullPart, header: Header, came_s: float) -> None:
+        clock = self._clocks[part.source_rank]
+        clock.saw(header.sent, came_s)
+        if header.kind is FrameKind.TRAILER:
+            assert self.handoff.trailer is not None
+            self._sampled_s = min(came_s, clock.here_s(header.sent)) - self.handoff.trailer.age_ms / 1000.0
 
     async def _take(self, arrival: Arrival, header: Header, part: PullPart, order: PullOrder) -> None:
         """Write a piece, or note what else the frame says. Raises FrameError for one that does not count."""

@@ -47,7 +47,8 @@ class PullFollowers(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullResult:
-    """A complete handoff. ``ms`` is the whole pull; ``exposed_ms`` the part after token 0 was sampled at the source.
+    """A complete handoff. ``ms`` is the whole pull; ``exposed_ms`` the part after token 0 was sampled at the source, short
+    of it by what the clocks of both ends are known too badly (timing.SourceClock).
 
     ``released`` is False where the source has not yet answered Release: it is then told again in the background.
     """
@@ -140,7 +141,7 @@ class KvPuller:
             bytes=num_bytes,
             ms=(done_s - began_s) * 1000.0,
             first_token=trailer.first_token,
-            exposed_ms=trailer.age_ms + (done_s - pulled[0].trailer_s) * 1000.0,
+            exposed_ms=max(0.0, done_s - pulled[0].sampled_s) * 1000.0,
             released=released,
         )
 

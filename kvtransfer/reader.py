@@ -15,6 +15,7 @@ from biphase.kvtransfer.frames import FrameKind, Trailer
 from biphase.kvtransfer.pieces import split
 from biphase.kvtransfer.rank_memory import RankMemory
 from biphase.kvtransfer.signature import HEADER_DIGEST, SUM_DIGEST
+from biphase.kvtransfer.timing import stamp
 from biphase.kvtransfer.wire import FrameSink, PullOrder, Room
 
 MOST_PARTS = 256
@@ -73,13 +74,14 @@ class Reader:
         while (first := exports.first_token(pull)) is None:
             await self._wait()
         first_token, sampled_s = first
+        now_s = time.monotonic()
         trailer = Trailer(
             first_token=first_token,
             total_bytes=self.num_bytes,
             num_pieces=self.num_pieces,
-            age_ms=(time.monotonic() - sampled_s) * 1000.0,
+            age_ms=(now_s - sampled_s) * 1000.0,
         )
-        await self._sink.send(*frames.trailer(pull.ticket, pull.epoch, trailer, pull.num_tokens))
+        await self._sink.send(*frames.trailer(pull.ticket, pull.epoch, trailer, pull.num_tokens, stamp(now_s)))
 
     async def _send(self, box: KvBox, payload_bytes: int) -> None:
         """Send a box that may be read now."""
@@ -165,6 +167,7 @@ class Reader:
             box=piece,
             payload_bytes=num_bytes,
             computed_tokens=computed_tokens,
+            sent=stamp(time.monotonic()),
             contents=() if digest == HEADER_DIGEST else contents,
             content_sum=content_sum if digest == SUM_DIGEST else None,
         )
@@ -180,6 +183,6 @@ class Reader:
             await self._beat()
 
     async def _beat(self) -> None:
-        pull = self.pull
-        await self._sink.send(frames.beat(pull.ticket, pull.epoch, self._exports.readable_tokens(pull)), b"")
+        pull, sent = self.pull, stamp(time.monotonic())
+        await self._sink.send(frames.beat(pull.ticket, pull.epoch, self._exports.readable_tokens(pull), sent), b"")
         self._said_s = time.monotonic()
