@@ -144,7 +144,9 @@ async def running_source(transport: str, spec: str, num_blocks: int) -> AsyncIte
         yield Source(process, json.loads(line)["grpc"])
         process.stdin.close()
         async with asyncio.timeout(10.0):
-            await process.wait()
+            code = await process.wait()
+        if code:
+            raise RuntimeError(f"the source has ended with code {code}")
     finally:
         if process.returncode is None:
             process.kill()

@@ -8,6 +8,7 @@ builds another.
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from biphase.kvtransfer.pair_groups.backends import Backend
 from biphase.kvtransfer.pair_groups.buffers import Buffers
 
 _HELLO_BYTES = 8
+_POLL_S = 0.002
 
 
 class Pair:
@@ -60,6 +62,16 @@ class Pair:
         if self.broken is None:
             self._end(reason)
 
+    @property
+    def over(self) -> bool:
+        """Its thread has ended, and with it all that the group was."""
+        return not self._thread.is_alive()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for that. Blocks: not for the event loop."""
+        self._thread.join(max(0.0, timeout_s))
+        return self.over
+
     def _end(self, reason: str) -> None:
         self.broken = reason
         self._posted.put(None)
@@ -90,7 +102,7 @@ class Pair:
     def _live(self, store: Callable[[], Store], build_s: float) -> None:
         """From building to the end of the last operation."""
         try:
-            self._group = self._backend.build(store(), self.rank, build_s)
+            self._group = self._backend.build(self._meet(store(), build_s), self.rank, build_s)
             self._greet(build_s)
         except (OSError, RuntimeError, ValueError) as error:
             self._tell(self._broke, f"no pair group was built within {build_s:g} s: {_first_line(error)}")
@@ -109,6 +121,17 @@ class Pair:
             del work, item
             self._tell(done, error_text)
         self._finish(broken=error_text is not None or not self._posted.empty())
+
+    def _meet(self, store: Store, build_s: float) -> Store:
+        """The store once both ends are there: what waits for the other in gloo or nccl cannot be called off."""
+        until_s = time.monotonic() + build_s
+        store.set(f"there/{self.rank}", "")
+        while not store.check([f"there/{1 - self.rank}"]):
+            self.check()
+            if time.monotonic() > until_s:
+                raise RuntimeError("nobody came")
+            time.sleep(_POLL_S)
+        return store
 
     def _greet(self, build_s: float) -> None:
         """Both ways once: the connections are made now, not with the first payload."""

@@ -9,6 +9,7 @@ the group is built on and later pulls find it. A peer that dies or stops costs i
 import asyncio
 import logging
 import secrets
+import time
 from collections import Counter, OrderedDict
 from typing import Any, TypeVar
 
@@ -33,6 +34,9 @@ _PATIENCE_S = {"gloo": 0.5, "nccl": 0.05}
 
 _WAIT = 1.5
 """How much longer a pull waits for room: a group that is lost is to end first, so that the next pull finds none."""
+
+_GRACE_S = 1.0
+"""For taking a group apart, beyond the deadline of what is under way on it."""
 
 _KEEP_BYTES = 128 << 20
 
@@ -61,6 +65,8 @@ class DistPlane:
         self._deadline_s = deadline_s
         self._id = secrets.token_hex(8)
         self._pairs: OrderedDict[tuple[str, str], Pair] = OrderedDict()
+        self._all: list[Pair] = []
+        """With those that have been dropped and whose threads have not ended."""
         self._lives: Counter[str] = Counter()
         self._num_built = 0
         self._counters: Counter[str] = Counter()
@@ -69,6 +75,11 @@ class DistPlane:
     def counters(self) -> dict[str, int]:
         names = ("built", "broken", "closed_for_room")
         return {"dist_pairs": len(self._pairs), **{f"dist_pairs_{name}": self._counters[name] for name in names}}
+
+    @property
+    def store(self) -> tuple[str, int]:
+        """Where groups that it sends on are built."""
+        return self._rendezvous.address
 
     async def sender(self, hello: bytes, peer: str) -> "DistSender":
         try:
@@ -90,7 +101,7 @@ class DistPlane:
         self._pairs.move_to_end(("to", reader))
         pair.acknowledge(wish.last)
         pull = pair.new_pull()
-        answer = Answer(store=self._rendezvous.address, pair=pair.key, pull=pull, standing=pair.standing())
+        answer = Answer(store=self.store, pair=pair.key, pull=pull, standing=pair.standing())
         return DistSender(pair, pull, self._buffers, answer.packed(), wait_s=self._deadline_s * _WAIT)
 
     async def receiver(self, peer: str) -> "DistReceiver":
@@ -133,10 +144,21 @@ class DistPlane:
         pair.end(pull)
 
     async def close(self) -> None:
-        """Groups that are still in use end within the deadline, in threads of their own."""
+        """Returns when every group's thread has ended, at the latest after the deadline: a process that leaves while one
+        still takes gloo apart is aborted."""
         self._closed = True
         for pair in list(self._pairs.values()):
             self._drop(pair, "the instance is stopping")
+        await asyncio.get_running_loop().run_in_executor(
+            None, self._join, [pair for pair in self._all if not pair.over]
+        )
+
+    def _join(self, pairs: list[Pair]) -> None:
+        """In a thread."""
+        until_s = time.monotonic() + self._deadline_s + _GRACE_S
+        left = [pair for pair in pairs if not pair.join(until_s - time.monotonic())]
+        if left:
+            _log.warning("%d pair groups have not ended within %g s", len(left), self._deadline_s + _GRACE_S)
 
     def _open(self, kind: type[_AnyPair], way: str, peer: str, key: str, address: tuple[str, int] | None) -> _AnyPair:
         if self._closed:
@@ -168,6 +190,7 @@ class DistPlane:
                 self._counters["built"] += 1
 
         pair.built.add_done_callback(is_built)
+        self._all = [each for each in self._all if not each.over] + [pair]
         self._pairs[way, peer] = pair
         return pair
 

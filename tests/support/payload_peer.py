@@ -140,7 +140,8 @@ def serving_peer(plane: str, *arguments: str) -> Iterator[Peer]:
         try:
             yield Peer(process, int(process.stdout.readline()))
             process.stdin.close()
-            process.wait(20)
+            code = process.wait(20)
+            assert code in (0, -signal.SIGKILL), f"the peer has ended with code {code}"
         finally:
             process.kill()
 
