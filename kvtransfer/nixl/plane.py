@@ -71,6 +71,8 @@ class NixlPlane:
 
     async def receiver(self, peer: str) -> "NixlReceiver":
         self._check()
+        if self.reader.num_lost >= self._num_slots:
+            raise ConnectionError(f"nixl keeps all {self._num_slots} of our slots in reads that it never ended")
         return NixlReceiver(self, self._wait_s)
 
     async def close(self) -> None:

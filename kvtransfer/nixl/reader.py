@@ -1,22 +1,31 @@
 """Reading other processes' memory into ours: NIXL reads as coroutines, and memory that is never given back too early."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from biphase.kvtransfer.nixl.library import bindings, errors
 
+_log = logging.getLogger(__name__)
+
 _TRIES_AT_ONCE = 8
 _POLL_S = 0.0005
 _DRAIN_POLL_S = 0.05
+DRAIN_S = 60.0
+"""After so long a read that was given up is taken for one that the library will never end."""
 
 
 class Reader:
     """Reads by one agent, in its event loop."""
 
-    def __init__(self, agent: Any, backend: Any) -> None:
+    def __init__(self, agent: Any, backend: Any, *, drain_s: float = DRAIN_S) -> None:
         self._agent = agent
+        self._drain_s = drain_s
+        self.num_lost = 0
+        """Reads whose memory may be written for ever: nobody gets it back."""
         self._backend = backend
         self._library = bindings()
         self._draining: set[asyncio.Task[None]] = set()
@@ -90,8 +99,14 @@ class Reader:
         task.add_done_callback(self._draining.discard)
 
     async def _until_ended(self, request: Any, given_up: Callable[[], None]) -> None:
+        """``given_up`` is not called where the library has not ended it in time."""
+        until_s = time.monotonic() + self._drain_s
         with suppress(ConnectionError):
-            while not self._ask(self._agent.getXferStatus, request):  # noqa: ASYNC110 - the library sets no event
+            while not self._ask(self._agent.getXferStatus, request):
+                if time.monotonic() > until_s:
+                    self.num_lost += 1
+                    _log.warning("nixl has not ended a read in %g s: its memory is left to it", self._drain_s)
+                    return
                 await asyncio.sleep(_DRAIN_POLL_S)
         self._release(request)
         given_up()

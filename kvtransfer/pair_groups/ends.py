@@ -52,23 +52,14 @@ class DistSender:
 
     async def room(self, num_bytes: int) -> _DistRoom:
         self._check()
-        try:
-            async with asyncio.timeout(self._wait_s):
-                await asyncio.shield(self._pair.built)
-                while self._pair.full or len(self._untaken) >= _UNTAKEN:
-                    await self._pair.changed()
-                    self._check()
-        except TimeoutError:
-            raise ConnectionError(f"the reader has taken nothing for {self._wait_s:g} s") from None
+        await self._until(lambda: not self._pair.full and len(self._untaken) < _UNTAKEN)
         buffer = self._buffers.get(num_bytes)
         return _DistRoom(view(buffer, num_bytes), buffer, num_bytes)
 
     async def send(self, room: Room) -> bytes:
         assert isinstance(room, _DistRoom)
         self._check()
-        while self._pair.full:  # others have filled it since
-            await self._pair.changed()
-            self._check()
+        await self._until(lambda: not self._pair.full)  # others may have filled it since
         number, reference = self._pair.send(room.buffer, room.num_bytes, self._pull)
         self._untaken.add(number)
         return reference
@@ -87,6 +78,19 @@ class DistSender:
         if not self._closed:
             self._closed = True
             self._pair.users -= 1
+
+    async def _until(self, true: Callable[[], bool]) -> None:
+        """Raises ConnectionError where it does not come true in time, or never will."""
+        if true() and self._pair.built.done():
+            return
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await asyncio.shield(self._pair.built)
+                while not true():
+                    await self._pair.changed()
+                    self._check()
+        except TimeoutError:
+            raise ConnectionError(f"the reader has taken nothing for {self._wait_s:g} s") from None
 
     def _check(self) -> None:
         if self._closed:

@@ -1,9 +1,15 @@
 """What is under way on a pair group, whatever order the references come in and whichever never come."""
 
+import asyncio
+from typing import Any
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biphase.kvtransfer.pair_groups.buffers import Buffers
+from biphase.kvtransfer.pair_groups.ends import DistSender
 from biphase.kvtransfer.pair_groups.window import WINDOW, DueWindow, Payload, SentWindow, WindowError, payload_of
 
 
@@ -54,3 +60,30 @@ def test_a_reference_beyond_what_is_known() -> None:
         DueWindow().learn(sent.add(1, 1)[1])
     with pytest.raises(WindowError, match="no payload"):
         payload_of(SentWindow().reference())
+
+
+class FillingPair:
+    """A sending pair that other pulls fill between a room and what is sent from it, and that nobody empties."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.full = False
+        self.built: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.built.set_result(None)
+
+    def check(self) -> None:
+        pass
+
+    async def changed(self) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_a_full_pair_is_not_waited_for_without_end() -> None:
+    buffers = Buffers(0, lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
+    pair: Any = FillingPair()
+    sender = DistSender(pair, 1, buffers, b"", wait_s=0.05)
+    room = await sender.room(10)
+    pair.full = True
+    async with asyncio.timeout(5):
+        with pytest.raises(ConnectionError, match=r"the reader has taken nothing for 0\.05 s"):
+            await sender.send(room)

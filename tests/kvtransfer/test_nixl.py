@@ -11,8 +11,9 @@ import pytest
 from support.payload_peer import Peer, fetch_all, serving_peer
 from support.slot_reader import COUNT, slot_reader
 
-from biphase.kvtransfer.nixl.library import net_devices, why_not
-from biphase.kvtransfer.nixl.plane import NixlPlane
+from biphase.kvtransfer.nixl.library import bindings, net_devices, why_not
+from biphase.kvtransfer.nixl.plane import NUM_SLOTS, NixlPlane
+from biphase.kvtransfer.nixl.reader import Reader
 
 installed = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -97,6 +98,35 @@ async def test_what_is_no_message_of_nixl_is_refused(plane: NixlPlane) -> None:
     receiver = await plane.receiver("somebody")
     with pytest.raises(ConnectionError, match="no description"):
         await receiver.start(b"\x01")
+
+
+class NeverEnding:
+    """An agent whose reads stay under way."""
+
+    def createXferReq(self, *args: object) -> int:
+        return 1
+
+    def postXferReq(self, *args: object) -> object:
+        return bindings().NIXL_IN_PROG
+
+    getXferStatus = postXferReq
+
+
+@installed
+async def test_a_read_that_the_library_never_ends_is_not_asked_about_for_ever(plane: NixlPlane) -> None:
+    """Its slot is lost: it may be written still. Where all are, pulls go another way at once."""
+    plane.reader = Reader(NeverEnding(), None, drain_s=0.1)
+    given_up: list[int] = []
+    for _ in range(NUM_SLOTS):
+        assert await plane.receiver("somebody") is not None
+        with pytest.raises(ConnectionError, match=r"took more than 0\.01 s"):
+            await plane.reader.read("a", 1, 2, 3, timeout_s=0.01, given_up=lambda: given_up.append(1))
+    async with asyncio.timeout(5):
+        while plane.reader.num_unfinished:
+            await asyncio.sleep(0.01)
+    assert (given_up, plane.reader.num_lost) == ([], NUM_SLOTS)
+    with pytest.raises(ConnectionError, match=f"nixl keeps all {NUM_SLOTS} of our slots"):
+        await plane.receiver("somebody")
 
 
 def test_the_interface_is_named(tmp_path: Path) -> None:
