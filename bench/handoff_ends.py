@@ -130,6 +130,7 @@ class NotingSink:
         self._sink, self._posted = sink, posted
         self.gathers = sink.gathers
         self.piece_bytes = sink.piece_bytes
+        self.abort = sink.abort
         self.close = sink.close
 
     async def room(self, num_bytes: int) -> Room:

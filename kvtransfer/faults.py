@@ -1,7 +1,7 @@
 """Faults on the way of a pull's frames, on purpose: for tests, and for drills with ``biphase serve --inject-faults``.
 
-A FaultPlan says how likely each kind is per frame, a FaultInjector wraps the sinks of the serving end and counts what it
-did. At most one fault strikes a frame:
+A FaultPlan says how likely each kind is per piece or trailer, a FaultInjector wraps the sinks of the serving end and counts
+what it did. Beats pass: one that is lost, late or there twice harms nobody. At most one fault strikes a frame:
 
     drop        it never leaves
     delay       it leaves later (20 ms unless told)
@@ -10,9 +10,9 @@ did. At most one fault strikes a frame:
     truncate    its payload ends early
     reorder     it comes after the next one; one that is held back when the pull ends is lost
     stall       nothing leaves for long (5 s unless told, twice what a reader takes for a silent source)
-    disconnect  the wire breaks
+    disconnect  the wire breaks, in mid-frame mostly, and the reader is told nothing
 
-Which frames are struck follows from the seed, the number of the pull and the frames it sends, not from time.
+Which frames are struck follows from the seed, the rank, the number of the pull and the frames it sends, not from time.
 """
 
 import asyncio
@@ -34,11 +34,12 @@ _UNITS_S = {"ms": 1e-3, "s": 1.0}
 _LASTS = ("delay", "stall")
 _LONGEST_S = 600.0
 _HEADER_SHARE = 0.25  # of corrupted frames, those whose header is
+_MID_FRAME_SHARE = 0.8  # of disconnects, those in mid-frame
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultPlan:
-    """Chance of each kind per frame. ``spec`` and ``parse`` are each other's inverse."""
+    """Chance of each kind per piece or trailer. ``spec`` and ``parse`` are each other's inverse."""
 
     rates: dict[str, float] = field(default_factory=dict)
     delay_s: float = 0.02
@@ -89,11 +90,17 @@ class FaultPlan:
 
 
 class FaultInjector:
-    """Wraps the sinks of one serving process. ``counts``: frames struck, by kind; ``frames``: all that passed."""
+    """Wraps the sinks of one serving process, of ``rank``: ranks of one plan are not struck in step.
 
-    def __init__(self, plan: FaultPlan) -> None:
+    ``counts``: frames struck, by kind; ``by_frame``: the same for pieces and for trailers; ``num_frames``: all of those that
+    came by.
+    """
+
+    def __init__(self, plan: FaultPlan, rank: int = 0) -> None:
         self.plan = plan
+        self.rank = rank
         self.counts: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+        self.by_frame = {kind: Counter(dict.fromkeys(KINDS, 0)) for kind in (FrameKind.PIECE, FrameKind.TRAILER)}
         self.num_pulls = 0
         self.num_frames = 0
 
@@ -119,7 +126,7 @@ class FaultySink:
         self._sink = sink
         self._plan = plan
         self._tally = injector or FaultInjector(plan)
-        self._random = random.Random(f"{plan.seed}/{number}")
+        self._random = random.Random(f"{plan.seed}/{self._tally.rank}/{number}")
         self._held: tuple[bytes, bytes] | None = None
         self._disconnected = False
 
@@ -141,10 +148,14 @@ class FaultySink:
 
     async def send(self, header: bytes, payload: Room | Sequence[memoryview] | bytes) -> None:
         self._check()
+        if header[_KIND_AT] == FrameKind.BEAT:
+            await self._sink.send(header, payload)
+            return
         self._tally.num_frames += 1
         kind = self._draw(header, payload)
         if kind is not None:
             self._tally.counts[kind] += 1
+            self._tally.by_frame[FrameKind(header[_KIND_AT])][kind] += 1
         held, self._held = self._held, None
         match kind:
             case "drop":
@@ -152,8 +163,7 @@ class FaultySink:
             case "reorder":
                 self._held = header, _copy(payload)
             case "disconnect":
-                self._disconnected = True
-                self._check()
+                await self._disconnect(header, _copy(payload))
             case "corrupt":
                 await self._pass_on(*self._corrupted(header, _copy(payload)))
             case "truncate":
@@ -171,6 +181,11 @@ class FaultySink:
         if held is not None:
             await self._pass_on(*held)
 
+    async def abort(self, header: bytes, payload: Room | Sequence[memoryview] | bytes, share: float) -> None:
+        self._disconnected = True
+        await self._sink.abort(header, await self._as_it_travels(header, payload) if share else b"", share)
+        self._check()
+
     def close(self) -> None:
         self._held = None
         self._sink.close()
@@ -180,7 +195,7 @@ class FaultySink:
             raise ConnectionError("disconnected on purpose")
 
     def _draw(self, header: bytes, payload: Room | Sequence[memoryview] | bytes) -> str | None:
-        """The kind that strikes this frame. A beat cannot be cut short, and nothing comes after the trailer."""
+        """The kind that strikes this frame. What is empty cannot be cut short, and nothing comes after the trailer."""
         at = self._random.random()
         kind = next((kind for kind, end in self._plan.ends if at < end), None)
         if kind == "truncate" and _num_bytes(payload) == 0:
@@ -199,16 +214,24 @@ class FaultySink:
         changed[self._random.randrange(len(changed))] ^= 1 << self._random.randrange(8)
         return bytes(changed)
 
+    async def _disconnect(self, header: bytes, payload: bytes) -> None:
+        share = self._random.random()
+        await self.abort(header, payload, share if self._random.random() < _MID_FRAME_SHARE else 0.0)
+
     async def _pass_on(self, header: bytes, payload: Room | Sequence[memoryview] | bytes) -> None:
+        await self._sink.send(header, await self._as_it_travels(header, payload))
+
+    async def _as_it_travels(
+        self, header: bytes, payload: Room | Sequence[memoryview] | bytes
+    ) -> Room | Sequence[memoryview] | bytes:
         """As pieces travel on this wire, not in its way for short messages: in a room, or in parts."""
         if isinstance(payload, _Scratch):
             payload = _copy(payload)
-        if isinstance(payload, bytes) and payload and header[_KIND_AT] != FrameKind.TRAILER:
-            room = await self._sink.room(len(payload))
-            room.payload[:] = payload
-            await self._sink.send(header, room)
-        else:
-            await self._sink.send(header, payload)
+        if not isinstance(payload, bytes) or not payload or header[_KIND_AT] == FrameKind.TRAILER:
+            return payload
+        room = await self._sink.room(len(payload))
+        room.payload[:] = payload
+        return room
 
 
 @dataclass(slots=True)

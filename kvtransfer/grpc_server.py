@@ -4,7 +4,6 @@ A frame is one message, made where it is packed: gRPC sends it from a copy of it
 the write returns.
 """
 
-import asyncio
 import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
@@ -92,15 +91,11 @@ class GrpcKvServer:
     async def _pull(self, request: kv_pb2.PullRequest | Undecodable, context: grpc.aio.ServicerContext) -> None:
         await refuse_undecodable(request, context)
         assert isinstance(request, kv_pb2.PullRequest)
-        sink = GrpcSink(context)
         try:
-            await self._service.serve(_order(request), sink)
+            await self._service.serve(_order(request), GrpcSink(context))
         except KvRefused as refused:
             await _abort(context, refused)
-        except ConnectionError as error:
-            if sink.cut:
-                raise asyncio.CancelledError from None  # a call without a status: gRPC resets its stream
-            # for the reader, the wire is broken, and not that we refused
+        except ConnectionError as error:  # for the reader, the wire is broken, and not that we refused
             await _end(context, grpc.StatusCode.UNAVAILABLE, str(error))
 
 
@@ -114,8 +109,6 @@ class GrpcSink:
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self._context = context
-        self.cut = False
-        """Whether the call is to end without a word."""
 
     async def room(self, num_bytes: int) -> "GrpcRoom":
         return GrpcRoom(num_bytes)
@@ -128,8 +121,8 @@ class GrpcSink:
         await self._context.write(message)
 
     async def abort(self, header: bytes, payload: Room | Sequence[memoryview] | bytes, share: float) -> None:
-        """Between messages, which come whole or not at all. The connection is gRPC's own and that of other calls too."""
-        self.cut = True
+        """Between messages, which come whole or not at all, and by the call's status: its connection is gRPC's own, and a
+        call that its handler leaves without one never ends."""
         raise ConnectionError("broken on purpose")
 
     def close(self) -> None:

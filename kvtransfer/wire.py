@@ -138,6 +138,11 @@ class FrameSink(Protocol):
         """When it returns or raises, cancelled too, the memory behind ``payload`` is no longer read on our account."""
         ...
 
+    async def abort(self, header: bytes, payload: "Room | Sequence[memoryview] | bytes", share: float) -> None:
+        """For drills: as ``send``, but break the wire after ``share`` of the frame, as hard as this one can be broken, in
+        mid-frame where it can. The reader is told nothing."""
+        ...
+
     def close(self) -> None:
         """The pull is over, however it ended: rooms that the reader has not taken are void. Idempotent."""
         ...

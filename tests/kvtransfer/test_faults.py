@@ -31,6 +31,7 @@ class ListSink:
         self.frames: list[tuple[bytes, bytes]] = []
         self.rooms_out = 0
         self.closed = False
+        self.aborted: list[tuple[int, float]] = []
 
     async def room(self, num_bytes: int) -> ListRoom:
         self.rooms_out += 1
@@ -42,8 +43,18 @@ class ListSink:
             payload = bytes(payload.payload)
         self.frames.append((header, payload if isinstance(payload, bytes) else b"".join(payload)))
 
+    async def abort(self, header: bytes, payload: Room | Sequence[memoryview] | bytes, share: float) -> None:
+        """Notes how many bytes of payload there were, and where it was to break."""
+        num_bytes = len(payload.payload) if isinstance(payload, ListRoom) else len(b"".join(_views(payload)))
+        self.rooms_out -= isinstance(payload, ListRoom)
+        self.aborted.append((num_bytes, share))
+
     def close(self) -> None:
         self.closed = True
+
+
+def _views(payload: Any) -> Any:
+    return [payload] if isinstance(payload, bytes) else payload
 
 
 def piece(number: int, size: int = 100) -> tuple[bytes, bytes]:
@@ -138,6 +149,19 @@ async def test_after_a_disconnect_nothing_leaves() -> None:
     assert sink.counts["disconnect"] == 1
 
 
+@pytest.mark.parametrize("way", ["room", "parts", "bytes"])
+async def test_a_disconnect_breaks_the_wire_beneath_mostly_in_mid_frame(way: str) -> None:
+    injector, inner = FaultInjector(FaultPlan.parse("disconnect=1")), ListSink()
+    for _ in range(50):
+        with pytest.raises(ConnectionError, match="on purpose"):
+            await through(injector.wrap(inner), FRAMES, way)
+    assert len(inner.aborted) == 50 and inner.frames == [] and inner.rooms_out == 0
+    between = [num_bytes for num_bytes, share in inner.aborted if share == 0.0]
+    shares = [share for num_bytes, share in inner.aborted if num_bytes == 100]
+    assert 2 <= len(between) <= 20 and not any(between)
+    assert len(between) + len(shares) == 50 and min(shares) < 0.2 and max(shares) > 0.8
+
+
 async def test_the_pools_own_memory_is_never_touched() -> None:
     """Parts of a pool are copied before they are corrupted."""
     pool = bytearray(range(100))
@@ -157,6 +181,45 @@ async def test_trailers_and_beats_are_struck_where_that_means_something() -> Non
     await through(sink, [beat], "bytes")
     assert inner.frames == [beat]
     assert sink.counts["truncate"] == 0
+
+
+async def test_beats_pass_and_count_for_nothing() -> None:
+    """They come as time goes by: they must not move what strikes the pieces between them either."""
+    beat = header(FrameKind.BEAT), b""
+    for kind in KINDS:
+        inner = ListSink()
+        injector = FaultInjector(FaultPlan.parse(f"{kind}=1"))
+        await through(injector.wrap(inner), [beat] * 3, "bytes")
+        assert inner.frames == [beat] * 3 and not inner.aborted
+        assert injector.num_frames == 0 and not any(injector.counts.values())
+    found = []
+    for num_beats in (0, 3):
+        inner = ListSink()
+        sink = FaultySink(inner, FaultPlan.parse("drop=0.3,reorder=0.4,seed=3"))
+        for number in range(50):
+            await through(sink, [beat] * num_beats, "bytes")
+            await through(sink, [piece(number)])
+        found.append([frame for frame in inner.frames if frame != beat])
+    assert found[0] == found[1] and 20 <= len(found[0]) < 50
+
+
+async def test_strikes_are_counted_by_kind_of_frame() -> None:
+    injector = FaultInjector(FaultPlan.parse("drop=0.5,seed=2"))
+    await through(injector.wrap(ListSink()), [*FRAMES * 5, *[TRAILER] * 10])
+    pieces, trailers = (injector.by_frame[kind]["drop"] for kind in (FrameKind.PIECE, FrameKind.TRAILER))
+    assert 8 <= pieces <= 22 and 2 <= trailers <= 8
+    assert injector.counts["drop"] == pieces + trailers and injector.num_frames == 40
+
+
+async def test_ranks_of_one_plan_are_not_struck_in_step() -> None:
+    struck = []
+    for rank in (0, 1, 1):
+        inner = ListSink()
+        injector = FaultInjector(FaultPlan.parse("drop=0.5,seed=7"), rank)
+        for _ in range(3):
+            await through(injector.wrap(inner), FRAMES)
+        struck.append(inner.frames)
+    assert struck[0] != struck[1] == struck[2]
 
 
 async def test_what_is_held_back_at_the_end_is_lost_and_the_sink_closed() -> None:

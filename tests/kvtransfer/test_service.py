@@ -57,6 +57,9 @@ class SlowSink:
         parts = [payload.payload] if isinstance(payload, Room) else payload
         self.taken.append(b"".join(bytes(part) for part in parts))  # type: ignore[union-attr]
 
+    async def abort(self, header: bytes, payload: Room | Sequence[memoryview] | bytes, share: float) -> None:
+        raise ConnectionError("broken on purpose")
+
     def close(self) -> None:
         self.closed = True
 

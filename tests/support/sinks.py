@@ -39,5 +39,8 @@ class KindsSink:
             self.layers = max(self.layers, parse_header(header, num_bytes).box.layer_end)
         self.sent.set()
 
+    async def abort(self, header: bytes, payload: Room | Sequence[memoryview] | bytes, share: float) -> None:
+        raise ConnectionError("broken on purpose")
+
     def close(self) -> None:
         pass
