@@ -30,7 +30,7 @@ def serve_kv(
     on_readers: Callable[[TicketId, int, int], None] = lambda ticket, num_open, epoch: None,
 ) -> ServedKv:
     """The service of this rank, not started. Raises SetupError for faults that make no sense."""
-    injector = FaultInjector(FaultPlan.parse(config.inject_faults)) if config.inject_faults else None
+    injector = FaultInjector(FaultPlan.parse(config.inject_faults), engine.rank) if config.inject_faults else None
     service = KvService(
         exports=exports,
         memory=RankMemory(engine.kv_memory, engine.full_layout, engine.plan, engine.rank),
