@@ -42,7 +42,8 @@ _MUST_EQUAL = (
 class RankEndpoint:
     """Where one rank of an instance can be reached (``host:port``), and what decides over which transport.
 
-    ``host_id`` is equal where memory can be shared, empty where nothing is known; ``device`` is ``cpu`` or torch's name.
+    ``host_id`` is equal where memory can be shared, empty where nothing is known; ``device`` is ``cpu`` or torch's name;
+    ``rdma``: whether it has an RDMA port that is in use.
     """
 
     grpc: str = ""
@@ -50,6 +51,7 @@ class RankEndpoint:
     host_id: str = ""
     device: str = "cpu"
     transports: tuple[str, ...] = ("grpc",)
+    rdma: bool = False
 
     def to_proto(self) -> kv_pb2.RankEndpoint:
         return kv_pb2.RankEndpoint(**asdict(self))
@@ -62,6 +64,7 @@ class RankEndpoint:
             host_id=message.host_id,
             device=message.device,
             transports=tuple(message.transports),
+            rdma=message.rdma,
         )
 
 

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from biphase.kvtransfer.grpc_server import GrpcKvServer
 from biphase.kvtransfer.grpc_transport import GrpcTransport
+from biphase.kvtransfer.nixl.library import rdma_ports
 from biphase.kvtransfer.service import KvService
 from biphase.kvtransfer.shm.host import host_id
 from biphase.kvtransfer.shm.plane import ShmPlane
@@ -46,7 +47,14 @@ async def serving(
             raw = TcpKvServer(service, planes)
             closing.push_async_callback(raw.stop)
             tcp = address(await raw.start(host, 0))
-        yield RankEndpoint(grpc=grpc, tcp=tcp, host_id=host_id(), device=device, transports=_names(planes, wanted))
+        yield RankEndpoint(
+            grpc=grpc,
+            tcp=tcp,
+            host_id=host_id(),
+            device=device,
+            transports=_names(planes, wanted),
+            rdma=bool(rdma_ports()),
+        )
 
 
 @asynccontextmanager
@@ -60,7 +68,10 @@ async def reading(
         if wanted != "grpc":
             planes = await closing.enter_async_context(_planes(own_host, device, wanted))
             transports += [TcpTransport(), *(TcpTransport(plane) for plane in planes)]
-        yield transports, RankEndpoint(host_id=host_id(), device=device, transports=_names(planes, wanted))
+        yield (
+            transports,
+            RankEndpoint(host_id=host_id(), device=device, transports=_names(planes, wanted), rdma=bool(rdma_ports())),
+        )
 
 
 def _names(planes: list[DataPlane], wanted: str) -> tuple[str, ...]:

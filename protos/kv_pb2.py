@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62iphase/protos/kv.proto\x12\nbiphase.v1\"\xfd\x02\n\x0bKvSignature\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x12\n\nmodel_hash\x18\x04 \x01(\x0c\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x0c\n\x04rope\x18\t \x01(\t\x12\x12\n\nblock_size\x18\n \x01(\r\x12\x0f\n\x07\x64igests\x18\x0b \x03(\t\x12\x0e\n\x06\x63odecs\x18\x0c \x03(\t\x12\x19\n\x11max_message_bytes\x18\r \x01(\r\x12\x11\n\tkv_scales\x18\x0e \x01(\x0c\x12\x1c\n\x14tensor_parallel_size\x18\x0f \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x10 \x01(\r\x12\'\n\x05ranks\x18\x11 \x03(\x0b\x32\x18.biphase.v1.RankEndpoint\"^\n\x0cRankEndpoint\x12\x0c\n\x04grpc\x18\x01 \x01(\t\x12\x0b\n\x03tcp\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x12\n\ntransports\x18\x05 \x03(\t\"\xeb\x01\n\x0bPullRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x13\n\x0blayer_start\x18\x04 \x01(\r\x12\x11\n\tlayer_end\x18\x05 \x01(\r\x12\x12\n\nhead_start\x18\x06 \x01(\r\x12\x10\n\x08head_end\x18\x07 \x01(\r\x12\x13\n\x0btoken_start\x18\x08 \x01(\r\x12\x11\n\ttoken_end\x18\t \x01(\r\x12\r\n\x05\x63odec\x18\n \x01(\t\x12\x13\n\x0bpieces_only\x18\x0b \x01(\x08\x12\x0e\n\x06\x64igest\x18\x0c \x01(\t\"D\n\x0eReleaseRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\"\x0e\n\x0cReleaseReply2\x8c\x01\n\nKvEndpoint\x12=\n\tHandshake\x12\x17.biphase.v1.KvSignature\x1a\x17.biphase.v1.KvSignature\x12?\n\x07Release\x12\x1a.biphase.v1.ReleaseRequest\x1a\x18.biphase.v1.ReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62iphase/protos/kv.proto\x12\nbiphase.v1\"\xfd\x02\n\x0bKvSignature\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x12\n\nmodel_hash\x18\x04 \x01(\x0c\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x0c\n\x04rope\x18\t \x01(\t\x12\x12\n\nblock_size\x18\n \x01(\r\x12\x0f\n\x07\x64igests\x18\x0b \x03(\t\x12\x0e\n\x06\x63odecs\x18\x0c \x03(\t\x12\x19\n\x11max_message_bytes\x18\r \x01(\r\x12\x11\n\tkv_scales\x18\x0e \x01(\x0c\x12\x1c\n\x14tensor_parallel_size\x18\x0f \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x10 \x01(\r\x12\'\n\x05ranks\x18\x11 \x03(\x0b\x32\x18.biphase.v1.RankEndpoint\"l\n\x0cRankEndpoint\x12\x0c\n\x04grpc\x18\x01 \x01(\t\x12\x0b\n\x03tcp\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x0c\n\x04rdma\x18\x06 \x01(\x08\"\xeb\x01\n\x0bPullRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x13\n\x0blayer_start\x18\x04 \x01(\r\x12\x11\n\tlayer_end\x18\x05 \x01(\r\x12\x12\n\nhead_start\x18\x06 \x01(\r\x12\x10\n\x08head_end\x18\x07 \x01(\r\x12\x13\n\x0btoken_start\x18\x08 \x01(\r\x12\x11\n\ttoken_end\x18\t \x01(\r\x12\r\n\x05\x63odec\x18\n \x01(\t\x12\x13\n\x0bpieces_only\x18\x0b \x01(\x08\x12\x0e\n\x06\x64igest\x18\x0c \x01(\t\"D\n\x0eReleaseRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\"\x0e\n\x0cReleaseReply2\x8c\x01\n\nKvEndpoint\x12=\n\tHandshake\x12\x17.biphase.v1.KvSignature\x1a\x17.biphase.v1.KvSignature\x12?\n\x07Release\x12\x1a.biphase.v1.ReleaseRequest\x1a\x18.biphase.v1.ReleaseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVSIGNATURE']._serialized_start=40
   _globals['_KVSIGNATURE']._serialized_end=421
   _globals['_RANKENDPOINT']._serialized_start=423
-  _globals['_RANKENDPOINT']._serialized_end=517
-  _globals['_PULLREQUEST']._serialized_start=520
-  _globals['_PULLREQUEST']._serialized_end=755
-  _globals['_RELEASEREQUEST']._serialized_start=757
-  _globals['_RELEASEREQUEST']._serialized_end=825
-  _globals['_RELEASEREPLY']._serialized_start=827
-  _globals['_RELEASEREPLY']._serialized_end=841
-  _globals['_KVENDPOINT']._serialized_start=844
-  _globals['_KVENDPOINT']._serialized_end=984
+  _globals['_RANKENDPOINT']._serialized_end=531
+  _globals['_PULLREQUEST']._serialized_start=534
+  _globals['_PULLREQUEST']._serialized_end=769
+  _globals['_RELEASEREQUEST']._serialized_start=771
+  _globals['_RELEASEREQUEST']._serialized_end=839
+  _globals['_RELEASEREPLY']._serialized_start=841
+  _globals['_RELEASEREPLY']._serialized_end=855
+  _globals['_KVENDPOINT']._serialized_start=858
+  _globals['_KVENDPOINT']._serialized_end=998
 # @@protoc_insertion_point(module_scope)

@@ -106,6 +106,7 @@ class RankEndpoint(google.protobuf.message.Message):
     HOST_ID_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
     TRANSPORTS_FIELD_NUMBER: builtins.int
+    RDMA_FIELD_NUMBER: builtins.int
     grpc: builtins.str
     """host:port"""
     tcp: builtins.str
@@ -114,6 +115,8 @@ class RankEndpoint(google.protobuf.message.Message):
     """equal where memory can be shared"""
     device: builtins.str
     """"cpu", "cuda:0" """
+    rdma: builtins.bool
+    """whether it has an RDMA port in use"""
     @property
     def transports(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """what it can do"""
@@ -126,8 +129,9 @@ class RankEndpoint(google.protobuf.message.Message):
         host_id: builtins.str = ...,
         device: builtins.str = ...,
         transports: collections.abc.Iterable[builtins.str] | None = ...,
+        rdma: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "grpc", b"grpc", "host_id", b"host_id", "tcp", b"tcp", "transports", b"transports"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "grpc", b"grpc", "host_id", b"host_id", "rdma", b"rdma", "tcp", b"tcp", "transports", b"transports"]) -> None: ...
 
 Global___RankEndpoint: typing_extensions.TypeAlias = RankEndpoint
 

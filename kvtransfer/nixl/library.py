@@ -72,8 +72,23 @@ def new_agent(name: str, host: str) -> tuple[Any, Any]:
         raise ConnectionError(f"nixl has no UCX: {error}") from None
 
 
-def net_devices(host: str, infiniband: Path = Path("/sys/class/infiniband")) -> str:
-    """The interface that has the address ``host``, and every RDMA port, in UCX's words; empty where any will do.
+_INFINIBAND = Path("/sys/class/infiniband")
+
+
+def rdma_ports(infiniband: Path = _INFINIBAND) -> list[str]:
+    """Those of this machine that are in use, in UCX's words."""
+    return [f"{port.parents[1].name}:{port.name}" for port in sorted(infiniband.glob("*/ports/*")) if _is_active(port)]
+
+
+def _is_active(port: Path) -> bool:
+    try:
+        return "ACTIVE" in (port / "state").read_text()
+    except OSError:
+        return False
+
+
+def net_devices(host: str, infiniband: Path = _INFINIBAND) -> str:
+    """The interface that has the address ``host``, and every RDMA port in use, in UCX's words; empty where any will do.
 
     UCX listens on all interfaces that it may use, so it may use the cluster's only.
     """
@@ -88,5 +103,4 @@ def net_devices(host: str, infiniband: Path = Path("/sys/class/infiniband")) -> 
     ]
     if not names:
         return ""
-    ports = [f"{port.parents[1].name}:{port.name}" for port in sorted(infiniband.glob("*/ports/*"))]
-    return ",".join([*ports, *names])
+    return ",".join([*rdma_ports(infiniband), *names])

@@ -1,4 +1,4 @@
-"""What the two ends of a pull say to each other about their pair group, in the frames' stream (msgpack). Pure."""
+"""What the two ends of a pull say to each other about their pair group, in the frames' stream (msgpack)."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

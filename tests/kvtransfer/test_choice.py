@@ -20,11 +20,20 @@ def test_the_best_that_both_ends_have_comes_first() -> None:
     assert names(ALL, ALL) == ["shm", "nixl", "tcp", "dist", "grpc"]
     assert names(GPU, GPU) == ["cuda_ipc", "shm", "nixl", "tcp", "dist", "grpc"]
     away = replace(ALL, host_id="two")
-    assert names(ALL, away) == ["tcp", "nixl", "dist", "grpc"]
-    assert names(GPU, replace(GPU, host_id="two")) == ["nixl", "dist", "tcp", "grpc"]
+    assert names(ALL, away) == ["tcp", "dist", "nixl", "grpc"]
+    assert names(GPU, replace(GPU, host_id="two")) == ["dist", "tcp", "nixl", "grpc"]
     assert names(GPU, ALL) == ["shm", "nixl", "tcp", "dist", "grpc"]
     assert names(ALL, replace(ALL, transports=("tcp", "grpc"))) == ["tcp", "grpc"]
     assert names(replace(ALL, transports=("grpc",)), ALL) == ["grpc"]
+
+
+def test_nixl_comes_first_between_hosts_where_both_have_rdma() -> None:
+    """Over TCP it is slower than what comes in its place."""
+    ours, theirs = replace(GPU, rdma=True), replace(GPU, rdma=True, host_id="two")
+    assert names(ours, theirs) == ["nixl", "dist", "tcp", "grpc"]
+    assert order(ours, theirs)[0].reason == "both ends have nixl and RDMA"
+    assert names(ours, replace(theirs, rdma=False))[0] == "dist"
+    assert names(replace(ours, rdma=False), theirs)[0] == "dist"
 
 
 def test_an_end_that_knows_no_host_shares_no_memory() -> None:

@@ -11,7 +11,7 @@ import pytest
 from support.payload_peer import Peer, fetch_all, serving_peer
 from support.slot_reader import COUNT, slot_reader
 
-from biphase.kvtransfer.nixl.library import bindings, net_devices, why_not
+from biphase.kvtransfer.nixl.library import bindings, net_devices, rdma_ports, why_not
 from biphase.kvtransfer.nixl.plane import NUM_SLOTS, NixlPlane
 from biphase.kvtransfer.nixl.reader import Reader
 
@@ -132,7 +132,10 @@ async def test_a_read_that_the_library_never_ends_is_not_asked_about_for_ever(pl
 def test_the_interface_is_named(tmp_path: Path) -> None:
     assert net_devices("127.0.0.1", tmp_path) == "lo"
     assert net_devices("0.0.0.0", tmp_path) == ""
-    (tmp_path / "mlx5_0/ports/1").mkdir(parents=True)
+    for device, state in (("mlx5_0", "4: ACTIVE\n"), ("mlx5_1", "1: DOWN\n")):
+        (tmp_path / device / "ports/1").mkdir(parents=True)
+        (tmp_path / device / "ports/1/state").write_text(state)
+    assert rdma_ports(tmp_path) == ["mlx5_0:1"]
     assert net_devices("127.0.0.1", tmp_path) == "mlx5_0:1,lo"
 
 

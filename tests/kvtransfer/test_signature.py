@@ -34,7 +34,7 @@ class Engine:
 
 
 def test_an_engine_signs_for_the_whole_instance() -> None:
-    ends = (RankEndpoint(grpc="a:1"), RankEndpoint(grpc="a:2"))
+    ends = (RankEndpoint(grpc="a:1"), RankEndpoint(grpc="a:2", rdma=True))
     made = KvSignatureValue.of_engine(Engine(), instance="prefill-0", incarnation=3, kv_codec="int8", ranks=ends)
     assert (made.instance, made.incarnation, made.model_hash) == ("prefill-0", 3, b"m" * 16)
     assert (made.num_layers, made.num_kv_heads) == (LAYOUT.num_layers, LAYOUT.num_kv_heads)
