@@ -104,7 +104,7 @@ class CodecChooser:
         return CodecChoice(codec=RAW, reason=reason, predicted_s=predicted[RAW])
 
     def observe(self, pair: Hashable, codec: str, *, raw_bytes: int, wire_bytes: int, seconds: float) -> None:
-        """A transfer whose KV was already computed took so long, from its first piece asked for to its last written."""
+        """So much of a transfer came when its KV was wholly computed, and took so long to its last piece written."""
         known = self._pairs.setdefault(pair, _Pair())
         known.since_raw = 0 if codec == RAW else known.since_raw + 1
         if wire_bytes < _LEAST_BYTES or seconds <= 0.0:

@@ -92,17 +92,15 @@ class JobMaker:
             jobs.append(replace(job, parts=tuple(parts)))
         return jobs
 
-    def observe(self, ticket: KvTicket, codec: str, pulled: Sequence[PartsPulled], began_s: float) -> None:
-        """What a pull has shown of the pair's wires, where the KV waited for us and not we for it."""
-        trailer, seconds = pulled[0].trailer, pulled[0].trailer_s - began_s
-        if trailer is not None and trailer.age_ms / 1000.0 >= seconds:
-            self._codecs.observe(
-                ticket.instance,
-                codec,
-                raw_bytes=sum(part.num_bytes for part in pulled),
-                wire_bytes=sum(sum(part.bytes_by_transport.values()) for part in pulled),
-                seconds=seconds,
-            )
+    def observe(self, ticket: KvTicket, codec: str, pulled: Sequence[PartsPulled]) -> None:
+        """What a pull has shown of the pair's wires, where the KV waited for them and not they for it."""
+        self._codecs.observe(
+            ticket.instance,
+            codec,
+            raw_bytes=sum(part.tail_raw_bytes for part in pulled),
+            wire_bytes=sum(part.tail_wire_bytes for part in pulled),
+            seconds=max(part.tail_s for part in pulled),
+        )
 
     def _codec(self, ticket: KvTicket, source: KvSignatureValue) -> str:
         if self._lives.get(ticket.instance) != ticket.incarnation:

@@ -65,13 +65,15 @@ class PullJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartsPulled:
-    """A rank has everything of its job. On its own clock, ``trailer_s``: when the trailer came, ``sampled_s``: when token 0
-    was sampled; see SourceClock for what that may be off by."""
+    """A rank has everything of its job. ``sampled_s``: when token 0 was sampled, on its own clock; see SourceClock for what
+    that may be off by. ``tail_*``: what timing.Tail has seen."""
 
     num_bytes: int
     num_bad: int
     fallbacks: int
     bytes_by_transport: dict[str, int]
     trailer: Trailer | None = None
-    trailer_s: float = 0.0
     sampled_s: float = 0.0
+    tail_raw_bytes: int = 0
+    tail_wire_bytes: int = 0
+    tail_s: float = 0.0

@@ -27,6 +27,10 @@ class LeaderPulls:
         self._waiting: dict[tuple[int, int], asyncio.Future[Message]] = {}
         link.subscribe("kv.pulled", self._pulled)
 
+    def detach(self) -> None:
+        """No pull runs, and none begins any more."""
+        self._link.unsubscribe("kv.pulled")
+
     async def pull(self, rank: int, job: PullJob) -> PartsPulled:
         """Raises SourceUnreachable or SourceRefused, and CancelledError only when the rank has ended it."""
         number = self._next_number
@@ -73,7 +77,9 @@ class FollowerPulls:
         return len(self._tasks)
 
     async def close(self) -> None:
-        """End all; returns when none writes any more."""
+        """End all, begin none; returns when none writes any more."""
+        self._link.unsubscribe("kv.pull")
+        self._link.unsubscribe("kv.cancel")
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -111,5 +117,8 @@ class FollowerPulls:
             "num_bad": pulled.num_bad,
             "fallbacks": pulled.fallbacks,
             "bytes_by_transport": pulled.bytes_by_transport,
+            "tail_raw_bytes": pulled.tail_raw_bytes,
+            "tail_wire_bytes": pulled.tail_wire_bytes,
+            "tail_s": pulled.tail_s,
         }
         return {"failure": "", "text": "", "pulled": fields}

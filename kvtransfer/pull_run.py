@@ -21,7 +21,7 @@ from biphase.kvtransfer.peers import Peers
 from biphase.kvtransfer.pull_job import PartsPulled, PullJob, PullPart, Route
 from biphase.kvtransfer.rank_memory import RankMemory
 from biphase.kvtransfer.signature import SUM_DIGEST
-from biphase.kvtransfer.timing import SourceClock
+from biphase.kvtransfer.timing import SourceClock, Tail
 from biphase.kvtransfer.together import together
 from biphase.kvtransfer.wire import Arrival, PullOrder, SourceRefused, SourceUnreachable
 from biphase.protos.errors import one_line
@@ -51,9 +51,9 @@ class PullRun:
         self._decoding = decoding
         self._routes = {part.source_rank: peers.in_order(part.routes) for part in job.parts}
         self._route = {part.source_rank: next(self._routes[part.source_rank]) for part in job.parts}
-        self._trailer_s = 0.0
         self._clocks = {part.source_rank: SourceClock() for part in job.parts}
         self._sampled_s = 0.0
+        self._tail = Tail(part.source_rank for part in job.parts if part.box.num_tokens)
         self.fallbacks = 0
         self.bytes_by_transport: Counter[str] = Counter()
         self.handoff = Handoff(
@@ -64,11 +64,12 @@ class PullRun:
         )
 
     async def to_its_end(self) -> PartsPulled:
-        handoff = self.handoff
+        handoff, tail = self.handoff, self._tail
         handoff.on(Connected())
         try:
             await together([self._ask(part) for part in self._job.parts])
             if handoff.streams_ended() is State.REPAIRING:
+                tail.broken()
                 _log.warning("asking %s again: %s", self._job.instance, handoff.last_bad or "pieces are missing")
                 await together([self._ask(part, again=True) for part in self._job.parts])
                 if handoff.streams_ended() is State.FAILED:
@@ -86,8 +87,10 @@ class PullRun:
             fallbacks=self.fallbacks,
             bytes_by_transport=dict(self.bytes_by_transport),
             trailer=handoff.trailer,
-            trailer_s=self._trailer_s,
             sampled_s=self._sampled_s,
+            tail_raw_bytes=tail.seen.raw_bytes,
+            tail_wire_bytes=tail.seen.wire_bytes,
+            tail_s=tail.seen.seconds,
         )
 
     async def _ask(self, part: PullPart, *, again: bool = False) -> None:
@@ -109,6 +112,7 @@ class PullRun:
 
     def _fall_back(self, part: PullPart, route: Route, following: Route, error: SourceUnreachable) -> None:
         self.fallbacks += 1
+        self._tail.broken()
         self._peers.avoid(route)
         self._route[part.source_rank] = following
         _log.warning(
@@ -147,6 +151,7 @@ class PullRun:
             stream = peer.source.pull(order)
             watch = Watch(self._job.timeout_s, stream.break_off)
             num_bad_before = handoff.num_bad
+            before_s = time.monotonic()
             beside = False  # whether a payload is on its way beside the stream
             try:
                 async for arrival in stream:
@@ -166,7 +171,7 @@ class PullRun:
                         continue
                     finally:
                         del arrival  # free for the message that is received meanwhile
-                    self._note_times(part, header, came_s)
+                    before_s = self._note_times(part, header, came_s, before_s)
                     if header.kind is FrameKind.PIECE:
                         self.bytes_by_transport[route.transport] += header.payload_bytes
                         watch.progressed()
@@ -174,6 +179,7 @@ class PullRun:
                         watch.progressed()
                     with watch.resting():
                         await self._pace.rest(self._decoding())
+                    self._tail.rested(before_s, time.monotonic())
             except SourceUnreachable:
                 if not watch.fired:
                     raise
@@ -184,12 +190,21 @@ class PullRun:
                 watch.end()
                 stream.break_off("the reader has ended it")
 
-    def _note_times(self, part: PullPart, header: Header, came_s: float) -> None:
-        clock = self._clocks[part.source_rank]
+    def _note_times(self, part: PullPart, header: Header, came_s: float, before_s: float) -> float:
+        """Of a frame that began to come at ``came_s``, the one ahead of it being here at ``before_s``. Returns when it was
+        here itself."""
+        clock, here_s = self._clocks[part.source_rank], time.monotonic()
         clock.saw(header.sent, came_s)
-        if header.kind is FrameKind.TRAILER:
+        sent_s = clock.here_s(header.sent)
+        if header.computed_tokens >= part.box.token_end:
+            self._tail.computed(part.source_rank, sent_s=sent_s, before_s=before_s, came_s=came_s)
+        if header.kind is FrameKind.PIECE:
+            raw_bytes = header.box.num_bytes(self._memory.layout)
+            self._tail.piece(raw_bytes, header.payload_bytes, here_s)
+        elif header.kind is FrameKind.TRAILER:
             assert self.handoff.trailer is not None
-            self._sampled_s = min(came_s, clock.here_s(header.sent)) - self.handoff.trailer.age_ms / 1000.0
+            self._sampled_s = min(came_s, sent_s) - self.handoff.trailer.age_ms / 1000.0
+        return here_s
 
     async def _take(self, arrival: Arrival, header: Header, part: PullPart, order: PullOrder) -> None:
         """Write a piece, or note what else the frame says. Raises FrameError for one that does not count."""
@@ -200,7 +215,6 @@ class PullRun:
             handoff.heard(header)
             if header.kind is FrameKind.TRAILER:
                 handoff.on(TrailerArrived(frames.read_trailer(payload)))
-                self._trailer_s = time.monotonic()
             return
         handoff.admit(header, part.box, order.box, order.codec)
         in_place = arrival.scatters and order.codec == "raw" and order.digest != SUM_DIGEST

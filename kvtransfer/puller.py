@@ -114,7 +114,6 @@ class KvPuller:
                 jobs = self._maker.jobs(
                     ticket, epoch, blocks, source, timeout_s=timeout_s, beside_decode=self._decoding()
                 )
-                asked_s = time.monotonic()
                 pulled = await together([self._part(rank, job) for rank, job in enumerate(jobs)])
                 released = await self._release(self._nearest(jobs[0], ticket), ticket, epoch, timeout_s)
         except SourceUnreachable as error:
@@ -132,7 +131,7 @@ class KvPuller:
             self._theirs.update({"bad_pieces": part.num_bad, "fallbacks": part.fallbacks})
             self._theirs.update({f"bytes_by_{name}": num for name, num in part.bytes_by_transport.items()})
         num_bytes = sum(part.num_bytes for part in pulled)
-        self._maker.observe(ticket, jobs[0].codec, pulled, asked_s)
+        self._maker.observe(ticket, jobs[0].codec, pulled)
         self._counters["pulls_done"] += 1
         self._counters["bytes_pulled"] += num_bytes
         trailer = pulled[0].trailer

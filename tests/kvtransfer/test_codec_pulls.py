@@ -1,16 +1,21 @@
 """A pull packed by a codec brings what that codec keeps of the source's KV, whatever the blocks of either end."""
 
+import asyncio
+import time
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
-from support.kv import LAYOUT, NUM_BLOCKS, make_signature, prefill_side, tokens_of
+from support.kv import FIRST_TOKEN, LAYOUT, NUM_BLOCKS, make_signature, prefill_side, tokens_of
 
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kernels.kv_pack.codec import CODECS, packed_bytes
 from biphase.kvtransfer.codec_choice import CodecChooser, CodecTimes
 from biphase.kvtransfer.codec_times import speakable
 from biphase.kvtransfer.puller import KvPuller
+from biphase.kvtransfer.wire import FrameSink
 from biphase.protos.ids import BlockId
 
 TOKENS = 100
@@ -96,3 +101,41 @@ async def test_a_new_life_of_the_source_is_asked_raw_again() -> None:
     await puller.close()
     raw, packed = LAYOUT.box(TOKENS).num_bytes(LAYOUT), packed_bytes(LAYOUT, LAYOUT.box(TOKENS), "int4")
     assert sent == [raw, packed, raw]
+
+
+class SlowSink:
+    """A wire of 2 MB/s."""
+
+    gathers = False
+
+    def __init__(self, sink: FrameSink) -> None:
+        self._sink = sink
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sink, name)
+
+    async def send(self, header: bytes, payload: Any) -> None:
+        await asyncio.sleep(len(payload.payload) / 2e6 if hasattr(payload, "payload") else 0.0)
+        await self._sink.send(header, payload)
+
+
+@pytest.mark.parametrize("computed", [0, 48, TOKENS])
+async def test_auto_learns_of_a_slow_wire_from_pulls_that_begin_before_all_is_computed(computed: int) -> None:
+    pool = np.full(LAYOUT.pool_shape(NUM_BLOCKS), np.nan, dtype=np.float32)
+    signature = replace(make_signature("decode-0"), codecs=SPOKEN)
+    at_once = {codec: CodecTimes(pack=1e-12, unpack=1e-12) for codec in SPOKEN}
+    chooser = CodecChooser(wanted="auto", budget=1.0, times=at_once)
+    puller = KvPuller(memory=CpuKvMemory(pool, LAYOUT), signature=signature, codecs=chooser)
+    async with prefill_side(signature=replace(make_signature("prefill-0"), codecs=SPOKEN)) as prefill:
+        prefill.service._wrap_sink = SlowSink
+        for wanted in ("raw", "int4"):
+            before = puller.counters().get("bytes_by_grpc", 0)
+            ticket = prefill.open(TOKENS, computed=computed)
+            finish = partial(prefill.exports.finish, ticket.id, FIRST_TOKEN)
+            asyncio.get_running_loop().call_later(0.05, lambda finish=finish: finish(time.monotonic()))
+            await puller.pull(ticket, 1, [BlockId(block) for block in range(7)], timeout_s=10.0)
+            sent = puller.counters()["bytes_by_grpc"] - before
+            assert sent == packed_bytes(LAYOUT, LAYOUT.box(TOKENS), wanted)
+            if wanted == "raw":
+                assert 0.5e6 < chooser.bandwidth("prefill-0") < 2.2e6
+        await puller.close()

@@ -9,7 +9,7 @@ import pytest
 from support.kv import FIRST_TOKEN, NUM_TOKENS, decode_side, prefill_side, pull
 
 from biphase.kvtransfer.frames import FrameKind, parse_header
-from biphase.kvtransfer.timing import SourceClock, stamp
+from biphase.kvtransfer.timing import SourceClock, Tail, TailSeen, stamp
 from biphase.kvtransfer.wire import FrameSink, Room
 
 
@@ -26,6 +26,25 @@ def test_a_source_that_says_nothing_leaves_its_clock_unknown() -> None:
     clock = SourceClock()
     clock.saw(0, 5.0)
     assert clock.here_s(0) == float("inf")
+
+
+def test_the_tail_is_what_comes_when_all_streams_know_everything_computed_without_the_rests() -> None:
+    tail = Tail(["a", "b"])
+    tail.piece(100, 100, 0.5)
+    tail.computed("a", sent_s=1.0, before_s=0.5, came_s=1.2)
+    tail.piece(100, 100, 1.2)
+    tail.rested(1.2, 1.9)
+    assert tail.seen == TailSeen()
+    tail.computed("b", sent_s=2.0, before_s=2.5, came_s=3.0)  # behind a frame that took until 2.5
+    tail.piece(100, 50, 3.0)
+    tail.rested(3.0, 4.0)
+    tail.rested(3.5, 4.5)  # of the other stream: half a second of it is new
+    tail.computed("b", sent_s=9.0, before_s=9.0, came_s=9.0)
+    tail.piece(100, 50, 5.0)
+    assert tail.seen == TailSeen(raw_bytes=200, wire_bytes=100, seconds=1.0)
+    tail.broken()
+    tail.piece(100, 50, 6.0)
+    assert tail.seen == TailSeen()
 
 
 class HeldBack:
