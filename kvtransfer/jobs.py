@@ -34,12 +34,14 @@ Choose = Callable[[RankEndpoint, RankEndpoint], Sequence[Choice]]
 
 
 class JobMaker:
-    """Owned by the puller. ``layout``: of the whole model. ``chosen``: what was last chosen, by pair, and why."""
+    """Owned by the puller. ``layout``: of the whole model. ``chosen``: what pulls go by, by pair, and why: the first
+    choice until one has come, then what brought the last."""
 
     def __init__(
         self, signature: KvSignatureValue, layout: KvLayout, choose: Choose | None, codecs: CodecChooser | None
     ) -> None:
         self.chosen: dict[str, str] = {}
+        self._first_choice: dict[str, str] = {}
         self._signature = signature
         self._layout = layout
         self._choose = choose
@@ -92,11 +94,16 @@ class JobMaker:
             jobs.append(replace(job, parts=tuple(parts)))
         return jobs
 
-    def observe(self, ticket: KvTicket, codec: str, pulled: Sequence[PartsPulled]) -> None:
-        """What a pull has shown of the pair's wires, where the KV waited for them and not they for it."""
+    def observe(self, ticket: KvTicket, jobs: Sequence[PullJob], pulled: Sequence[PartsPulled]) -> None:
+        """Which wires a pull came by, and what it has shown of them where the KV waited for them and not they for it."""
+        for rank, (job, of_rank) in enumerate(zip(jobs, pulled, strict=True)):
+            for part, name, why in zip(job.parts, of_rank.carried_by, of_rank.instead, strict=True):
+                pair = _pair(rank, part.source_rank, ticket)
+                if pair in self._first_choice:
+                    self._note(pair, f"{name}: {why}" if why else self._first_choice[pair])
         self._codecs.observe(
             ticket.instance,
-            codec,
+            jobs[0].codec,
             raw_bytes=sum(part.tail_raw_bytes for part in pulled),
             wire_bytes=sum(part.tail_wire_bytes for part in pulled),
             seconds=max(part.tail_s for part in pulled),
@@ -120,18 +127,27 @@ class JobMaker:
             address = grpc if choice.name == "grpc" else theirs.tcp
             if address:
                 if not routes:
-                    self._note(f"rank {rank} from rank {source_rank} of {ticket.instance}", choice)
+                    self._choose_first(_pair(rank, source_rank, ticket), f"{choice.name}: {choice.reason}")
                 routes.append(Route(transport=choice.name, address=address))
         return tuple(routes) or (Route(transport="grpc", address=grpc),)
 
-    def _note(self, pair: str, choice: Choice) -> None:
-        """Say what was chosen and why, once per pair and change."""
-        text = f"{choice.name}: {choice.reason}"
-        if self.chosen.get(pair) != text:
-            if len(self.chosen) >= _MOST_CHOSEN:
+    def _choose_first(self, pair: str, text: str) -> None:
+        if self._first_choice.get(pair) != text:
+            if len(self._first_choice) >= _MOST_CHOSEN:
+                self._first_choice.clear()
                 self.chosen.clear()
+            self._first_choice[pair] = text
+            self._note(pair, text)
+
+    def _note(self, pair: str, text: str) -> None:
+        """Say what it is and why, once per pair and change."""
+        if self.chosen.get(pair) != text:
             self.chosen[pair] = text
             _log.info("%s pulls by %s", pair, text)
+
+
+def _pair(rank: int, source_rank: int, ticket: KvTicket) -> str:
+    return f"rank {rank} from rank {source_rank} of {ticket.instance}"
 
 
 def shape_of(signature: KvSignatureValue) -> KvShape:

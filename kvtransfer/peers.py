@@ -37,8 +37,8 @@ class Peers:
         self._transports = {transport.name: transport for transport in transports}
         self._peers: dict[tuple[str, str], Peer] = {}
         self._closing: set[asyncio.Task[None]] = set()
-        self._avoided: dict[Route, tuple[float, float]] = {}
-        """Until when, and for how long."""
+        self._avoided: dict[Route, tuple[float, float, str]] = {}
+        """Until when, for how long, and why."""
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -72,15 +72,19 @@ class Peers:
     def in_order(self, routes: Sequence[Route]) -> Iterator[Route]:
         """Those that failed lately come last."""
         now_s = time.monotonic()
-        return iter(sorted(routes, key=lambda route: self._avoided.get(route, (0.0, 0.0))[0] > now_s))
+        return iter(sorted(routes, key=lambda route: self._avoided.get(route, (0.0, 0.0, ""))[0] > now_s))
 
-    def avoid(self, route: Route) -> None:
+    def avoid(self, route: Route, why: str) -> None:
         """It has failed, and another way is taken."""
         if len(self._avoided) >= _MOST_AVOIDED:
             self._avoided.clear()
         first_s, most_s = AVOID_S
         for_s = min(most_s, 2 * self._avoided[route][1]) if route in self._avoided else first_s
-        self._avoided[route] = (time.monotonic() + for_s, for_s)
+        self._avoided[route] = (time.monotonic() + for_s, for_s, why)
+
+    def failure(self, route: Route) -> str:
+        """Why it was last avoided; empty where it has worked since."""
+        return self._avoided[route][2] if route in self._avoided else ""
 
     def trust(self, route: Route) -> None:
         """It has worked."""

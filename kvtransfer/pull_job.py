@@ -66,12 +66,15 @@ class PullJob:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartsPulled:
     """A rank has everything of its job. ``sampled_s``: when token 0 was sampled, on its own clock; see SourceClock for what
-    that may be off by. ``tail_*``: what timing.Tail has seen."""
+    that may be off by. By part, ``carried_by``: the transport that brought the last of it, ``instead``: why that and not
+    the first choice, empty where it was. ``tail_*``: what timing.Tail has seen."""
 
     num_bytes: int
     num_bad: int
     fallbacks: int
     bytes_by_transport: dict[str, int]
+    carried_by: list[str]
+    instead: list[str]
     trailer: Trailer | None = None
     sampled_s: float = 0.0
     tail_raw_bytes: int = 0

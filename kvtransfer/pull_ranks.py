@@ -117,6 +117,8 @@ class FollowerPulls:
             "num_bad": pulled.num_bad,
             "fallbacks": pulled.fallbacks,
             "bytes_by_transport": pulled.bytes_by_transport,
+            "carried_by": pulled.carried_by,
+            "instead": pulled.instead,
             "tail_raw_bytes": pulled.tail_raw_bytes,
             "tail_wire_bytes": pulled.tail_wire_bytes,
             "tail_s": pulled.tail_s,

@@ -86,6 +86,8 @@ class PullRun:
             num_bad=handoff.num_bad,
             fallbacks=self.fallbacks,
             bytes_by_transport=dict(self.bytes_by_transport),
+            carried_by=[self._route[part.source_rank].transport for part in self._job.parts],
+            instead=[self._instead(part) for part in self._job.parts],
             trailer=handoff.trailer,
             sampled_s=self._sampled_s,
             tail_raw_bytes=tail.seen.raw_bytes,
@@ -113,7 +115,7 @@ class PullRun:
     def _fall_back(self, part: PullPart, route: Route, following: Route, error: SourceUnreachable) -> None:
         self.fallbacks += 1
         self._tail.broken()
-        self._peers.avoid(route)
+        self._peers.avoid(route, one_line(error))
         self._route[part.source_rank] = following
         _log.warning(
             "%s to rank %d of %s at %s failed, going on by %s: %s",
@@ -124,6 +126,13 @@ class PullRun:
             following.transport,
             one_line(error),
         )
+
+    def _instead(self, part: PullPart) -> str:
+        wanted = part.routes[0]
+        if self._route[part.source_rank] == wanted:
+            return ""
+        why = self._peers.failure(wanted)
+        return f"{wanted.transport} failed: {why}" if why else f"{wanted.transport} had failed"
 
     def _orders(self, part: PullPart, again: bool) -> Iterator[PullOrder]:
         job = self._job

@@ -11,8 +11,10 @@ from support.kv import FIRST_TOKEN
 from support.kv_ranks import FULL, decode_ranks, prefill_ranks, tokens_of
 
 from biphase.kvtransfer import pace as pace_module
+from biphase.kvtransfer import peers as peers_module
 from biphase.kvtransfer.shm.plane import ShmReceiver
 from biphase.kvtransfer.tcp.sink import InlineSink
+from biphase.kvtransfer.tcp.source import TcpSource
 from biphase.kvtransfer.wire import FrameSink, Room
 from biphase.protos.errors import HandoffFailed
 from biphase.protos.ids import BlockId
@@ -93,6 +95,47 @@ async def test_a_wire_that_fails_gives_way_to_the_next_once(after: int) -> None:
             ticket = await prefill.open(NUM_TOKENS)
             await decode.puller.pull(ticket, 1, BLOCKS, timeout_s=20)
             assert decode.puller.counters()["fallbacks"] == 1  # left aside for a while
+            assert decode.puller.transports["rank 0 from rank 1 of prefill-0"] == "grpc: tcp failed: the wire broke"
+            assert decode.puller.transports["rank 0 from rank 0 of prefill-0"].startswith("tcp: ")
+
+
+async def test_status_names_the_first_choice_again_when_it_works_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers_module, "AVOID_S", (0.0, 0.0))
+    breaks = {"tcp": False}
+
+    def wrap(rank: int, sink: FrameSink) -> FrameSink:
+        return Breaking(sink, 0) if breaks["tcp"] and isinstance(sink, InlineSink) else sink
+
+    async with prefill_ranks(ONE, wanted="tcp", wrap_sink=wrap) as prefill:
+        async with decode_ranks(ONE, wanted="tcp") as decode:
+            said = []
+            for breaks["tcp"] in (False, True, False):
+                await decode.puller.pull(await prefill.open(NUM_TOKENS), 1, BLOCKS, timeout_s=20)
+                said.append(decode.puller.transports["rank 0 from rank 0 of prefill-0"])
+    assert said[0] == said[2] and said[0].startswith("tcp: ")
+    assert said[1] == "grpc: tcp failed: the wire broke"
+
+
+async def test_release_goes_by_the_wire_that_carried_the_kv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the one that failed in that very pull, however long ago: its time aside is over already here."""
+    monkeypatch.setattr(peers_module, "AVOID_S", (0.0, 0.0))
+    asked = []
+    release = TcpSource.release
+
+    async def over_tcp(source: TcpSource, *arguments: Any) -> None:
+        asked.append(source)
+        await release(source, *arguments)
+
+    monkeypatch.setattr(TcpSource, "release", over_tcp)
+
+    def wrap(rank: int, sink: FrameSink) -> FrameSink:
+        return Breaking(sink, 1) if isinstance(sink, InlineSink) else sink
+
+    async with prefill_ranks(ONE, wanted="tcp", wrap_sink=wrap) as prefill:
+        async with decode_ranks(ONE, wanted="tcp") as decode:
+            await decode.puller.pull(await prefill.open(NUM_TOKENS), 1, BLOCKS, timeout_s=20)
+            assert decode.puller.counters()["fallbacks"] == 1
+            assert not asked
 
 
 async def test_a_wire_that_keeps_a_payload_back_gives_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
