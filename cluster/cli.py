@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from biphase.client.bench import flags as bench_flags
 from biphase.cluster.deployment import Dtype, KvCodec, KvDtype, KvTransport
 from biphase.cluster.version import version
 from biphase.protos.errors import BiphaseError, InvalidRequest, SetupError, one_line
@@ -31,6 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_stop(commands)
     _add_generate(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -144,6 +146,17 @@ def _add_generate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     generate.set_defaults(run="generate", parser=generate)
 
 
+def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="put load on a deployment and measure it",
+        description=bench_flags.DESCRIPTION,
+        epilog=bench_flags.EPILOG,
+    )
+    bench_flags.add_arguments(bench)
+    bench.set_defaults(run="bench", parser=bench)
+
+
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; what cannot be taken ends here, with the usage of the subcommand that was meant."""
     parser = make_parser()
@@ -174,6 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from biphase.cluster.status_command import stop
 
                 return stop(arguments)
+            case "bench":
+                from biphase.cluster.bench_command import run_bench
+
+                return run_bench(arguments)
             case _:
                 from biphase.cluster.generate_command import generate
 

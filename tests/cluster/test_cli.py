@@ -31,7 +31,7 @@ def test_version(environment: Environment) -> None:
     assert run_biphase(environment, "--version").stdout.startswith("biphase ")
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "stop", "generate"])
+@pytest.mark.parametrize("command", ["serve", "status", "stop", "generate", "bench"])
 def test_every_command_has_help(environment: Environment, command: str) -> None:
     done = run_biphase(environment, command, "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -19,11 +19,13 @@ def write_dummy_directory(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A token per byte, and three special ones."""
+def write_tokenizer(folder: Path, vocab_size: int = VOCAB) -> None:
+    """A token per byte, and three special ones; the rest of ``vocab_size`` are words of digits that no text becomes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    assert len(vocab) <= VOCAB
+    assert len(vocab) <= vocab_size
+    if vocab_size != VOCAB:
+        vocab |= {f"{index:05}": index for index in range(len(vocab), vocab_size)}
     library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
