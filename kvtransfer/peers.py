@@ -4,17 +4,25 @@ Of several ways to one source, those that failed lately are tried last.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from biphase.kvtransfer.pull_job import Route
 from biphase.kvtransfer.signature import KvSignatureValue
-from biphase.kvtransfer.wire import Source, SourceUnreachable, Transport
+from biphase.kvtransfer.wire import PullOrder, Source, SourceRefused, SourceUnreachable, Transport
+from biphase.protos.errors import one_line
+
+_log = logging.getLogger(__name__)
 
 AVOID_S = (1.0, 60.0)
 """How long a wire that failed to one address is tried last there: at first, and at most when it fails again and again."""
 
+MOMENT_S = 0.05
+"""How long a pull waits for what is built for it: gloo's groups are there in milliseconds, nccl's take a second."""
+
+_PREPARE_S = 5.0
 _MOST_AVOIDED = 1024
 
 
@@ -37,6 +45,7 @@ class Peers:
         self._transports = {transport.name: transport for transport in transports}
         self._peers: dict[tuple[str, str], Peer] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._preparing: dict[Route, asyncio.Task[None]] = {}
         self._avoided: dict[Route, tuple[float, float, str]] = {}
         """Until when, for how long, and why."""
 
@@ -70,9 +79,40 @@ class Peers:
             self._close_if_forgotten(peer)
 
     def in_order(self, routes: Sequence[Route]) -> Iterator[Route]:
-        """Those that failed lately come last."""
-        now_s = time.monotonic()
-        return iter(sorted(routes, key=lambda route: self._avoided.get(route, (0.0, 0.0, ""))[0] > now_s))
+        """Those that failed lately come last, and those that are not ready."""
+        return iter(sorted(routes, key=lambda route: self._is_avoided(route) or not self._is_ready(route)))
+
+    async def make_ready(self, wanted: Sequence[tuple[Route, PullOrder]]) -> None:
+        """Have what these ways need built, each by the leave of an order over it. What takes longer than a moment goes on
+        beside, and ``in_order`` puts such a way behind the others until it is there."""
+        tasks = []
+        for route, order in wanted:
+            if self._is_ready(route) or self._is_avoided(route):
+                continue
+            if route not in self._preparing:
+                self._preparing[route] = asyncio.get_running_loop().create_task(self._prepare(route, order))
+            tasks.append(self._preparing[route])
+        if tasks:
+            await asyncio.wait(tasks, timeout=MOMENT_S)
+
+    async def _prepare(self, route: Route, order: PullOrder) -> None:
+        try:
+            with self.using(route.transport, route.address) as peer:
+                await peer.source.prepare(order, _PREPARE_S)  # type: ignore[attr-defined]
+        except SourceRefused:  # its ticket is over: the next one's may do
+            pass
+        except SourceUnreachable as error:
+            _log.warning("%s at %s cannot be made ready: %s", route.transport, route.address, one_line(error))
+            self.avoid(route, one_line(error))
+        finally:
+            del self._preparing[route]
+
+    def _is_ready(self, route: Route) -> bool:
+        ready = getattr(self._transports.get(route.transport), "ready", None)
+        return ready is None or bool(ready(route.address))
+
+    def _is_avoided(self, route: Route) -> bool:
+        return route in self._avoided and self._avoided[route][0] > time.monotonic()
 
     def avoid(self, route: Route, why: str) -> None:
         """It has failed, and another way is taken."""
@@ -97,7 +137,12 @@ class Peers:
             task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
-        """Close all. None may be in use."""
+        """Close all. None may be in use by a pull."""
+        preparing = list(self._preparing.values())
+        for task in preparing:
+            task.cancel()
+        if preparing:
+            await asyncio.wait(preparing)
         if self._closing:
             await asyncio.wait(self._closing)
         peers, self._peers = list(self._peers.values()), {}

@@ -11,10 +11,10 @@ from biphase.kernels.kv_pack import KvMemory
 from biphase.kvtransfer.allocator import keep_freed_memory
 from biphase.kvtransfer.pace import Pace
 from biphase.kvtransfer.peers import Peers
-from biphase.kvtransfer.pull_job import PartsPulled, PullJob
+from biphase.kvtransfer.pull_job import PartsPulled, PullJob, PullPart
 from biphase.kvtransfer.pull_run import PullRun
 from biphase.kvtransfer.rank_memory import RankMemory
-from biphase.kvtransfer.wire import Transport
+from biphase.kvtransfer.wire import PullOrder, Transport
 
 
 class RankPuller:
@@ -41,6 +41,7 @@ class RankPuller:
 
         Whatever the outcome, cancellation included, nothing writes into its blocks once this has returned or raised.
         """
+        await self.peers.make_ready([(part.routes[0], _order(job, part)) for part in job.parts if part.routes])
         run = PullRun(job, self.memory, self.peers, self._pace, self._decoding or (lambda: job.beside_decode))
         self._open_pulls += 1
         try:
@@ -58,3 +59,8 @@ class RankPuller:
     def counters(self) -> dict[str, int]:
         by_transport = {f"bytes_by_{name}": num_bytes for name, num_bytes in self._bytes.items()}
         return {**self._totals, "open_pulls": self._open_pulls, "peers": len(self.peers), **by_transport}
+
+
+def _order(job: PullJob, part: PullPart) -> PullOrder:
+    """What lets us come to the source of a part."""
+    return PullOrder(ticket=job.ticket, epoch=job.epoch, incarnation=job.incarnation, box=part.box)

@@ -24,6 +24,10 @@ class SourceUnreachable(Exception):
     """The source does not answer, or the connection to it broke; one line."""
 
 
+class NotReady(ConnectionError):
+    """A plane's group of two is still being built: no failure, and later pulls find it; one line."""
+
+
 class SourceRefused(Exception):
     """The source answered no; one line of its own words."""
 

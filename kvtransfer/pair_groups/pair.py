@@ -57,6 +57,11 @@ class Pair:
         """Nobody uses it, and it is not being built."""
         return self.users == 0 and self.built.done()
 
+    @property
+    def ready(self) -> bool:
+        """It is built, and nothing has ended it."""
+        return self.broken is None and self.built.done()
+
     def close(self, reason: str = "the pair group was closed") -> None:
         """Its thread ends within the deadline; whoever waits learns it at once. Idempotent."""
         if self.broken is None:

@@ -1,9 +1,9 @@
 """The ``dist`` data plane: payloads over pair groups of two, references in the frames' stream.
 
 A group of two beside the instance's own groups, and few of them: at most ``max_pairs`` are open in a process, the least
-recently used idle one is closed for a new one, so memory per communicator is bounded. Groups are built off the request
-path: the first pull between two ranks waits ``patience_s`` for theirs and goes another way if that is not enough, while
-the group is built on and later pulls find it. A peer that dies or stops costs its group, within the deadline.
+recently used idle one is closed for a new one, so memory per communicator is bounded. Groups are built beside
+requests: whoever pulls asks ``ready`` first, has the group built where it is not and goes another way meanwhile; one that
+comes all the same waits ``patience_s`` for it. A peer that dies or stops costs its group, within the deadline.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from biphase.kvtransfer.pair_groups.pair import Pair
 from biphase.kvtransfer.pair_groups.receiving import ReceivingPair
 from biphase.kvtransfer.pair_groups.rendezvous import Rendezvous
 from biphase.kvtransfer.pair_groups.sending import SendingPair
+from biphase.kvtransfer.wire import NotReady
 
 _log = logging.getLogger(__name__)
 
@@ -110,6 +111,11 @@ class DistPlane:
         wish = Wish(reader=self._id, life=self._lives[peer], last=last, backend=self._backend.name)
         return DistReceiver(self.join, self.leave, self._buffers, peer, wish.packed())
 
+    def ready(self, peer: str) -> bool:
+        """Whether a pull from there finds its group."""
+        pair = self._pairs.get(("from", peer))
+        return pair is not None and pair.ready
+
     async def join(self, peer: str, answer: bytes) -> tuple[ReceivingPair, int]:
         """The group that a sender's answer names, built if it must be, and the pull's number on it, for ``leave``."""
         try:
@@ -133,7 +139,7 @@ class DistPlane:
             pair.learn(said.standing)
         except TimeoutError:
             self.leave(pair, pull)
-            raise ConnectionError(f"the pair group with {peer} is still being built") from None
+            raise NotReady(f"the pair group with {peer} is still being built") from None
         except BaseException:
             self.leave(pair, pull)
             raise

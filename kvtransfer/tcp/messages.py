@@ -2,7 +2,7 @@
 
 Every message begins with eight bytes: kind (u8), reference bytes (u8), two bytes zero, size (u32), little-endian.
 
-    CALL    reader to source  ``size`` bytes of msgpack: handshake, release or pull
+    CALL    reader to source  ``size`` bytes of msgpack: handshake, release, pull or prepare
     REPLY   source to reader  ``size`` bytes of msgpack: the answer, or why there is none; in a pull the latter ends it
     FRAME   source to reader  64 byte frame header, then ``size`` bytes of payload
     SHOWN   source to reader  64 byte frame header, then a reference to ``size`` bytes of payload out of band

@@ -95,6 +95,9 @@ class Served:
         if call == "pull":
             await self._pull(body)
             return
+        if call == "prepare":
+            await self._prepare(body)
+            return
         try:
             if call == "handshake":
                 reply = {"signature": self._service.handshake(_signature(body)).to_proto().SerializeToString()}
@@ -155,6 +158,20 @@ class Served:
                 else:
                     sink.void()
         await connection.send([last])
+
+    async def _prepare(self, body: dict[str, Any]) -> None:
+        """What a plane needs for this reader is begun, and nothing is sent: its pulls find it later."""
+        try:
+            sender = await self._sender(read_pull(body))
+            sender.close()
+            reply: dict[str, Any] = {"answer": sender.answer}
+        except KvRefused as refused:
+            reply = _refusal(refused)
+        except WireError:
+            raise
+        except ConnectionError as error:
+            reply = {"unavailable": str(error)}
+        await self._connection.send([message(Kind.REPLY, reply)])
 
     async def _sender(self, call: PullCall) -> PayloadSender:
         """A plane keeps slots or a group for its reader: only for one that holds a ticket."""

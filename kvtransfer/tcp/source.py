@@ -7,9 +7,18 @@ from google.protobuf.message import DecodeError
 
 from biphase.kvtransfer.signature import KvSignatureValue
 from biphase.kvtransfer.tcp.connection import Connection, connect
-from biphase.kvtransfer.tcp.messages import PREFIX_BYTES, Kind, WireError, message, read_body, read_prefix
+from biphase.kvtransfer.tcp.messages import (
+    PREFIX_BYTES,
+    Kind,
+    PullCall,
+    WireError,
+    message,
+    pull_body,
+    read_body,
+    read_prefix,
+)
 from biphase.kvtransfer.tcp.stream import TcpFrameStream, refusal_of
-from biphase.kvtransfer.wire import DataPlane, PullOrder, SourceUnreachable
+from biphase.kvtransfer.wire import DataPlane, NotReady, PullOrder, SourceUnreachable
 from biphase.protos import kv_pb2
 from biphase.protos.ids import TicketId
 
@@ -28,6 +37,11 @@ class TcpTransport:
     def __init__(self, plane: DataPlane | None = None) -> None:
         self._plane = plane
         self.name = plane.name if plane is not None else "tcp"
+
+    def ready(self, address: str) -> bool:
+        """Whether a pull from there finds all that it needs: False while a plane's group with it is yet to be built."""
+        ready = getattr(self._plane, "ready", None)
+        return ready is None or bool(ready(address))
 
     def open(self, address: str) -> "TcpSource":
         return TcpSource(address, self._plane)
@@ -58,6 +72,25 @@ class TcpSource:
 
     def pull(self, order: PullOrder) -> TcpFrameStream:
         return TcpFrameStream(order, take=self._take, give_back=self._give_back, plane=self._plane, peer=self._address)
+
+    async def prepare(self, order: PullOrder, timeout_s: float) -> None:
+        """Have the plane's group with this source built, for pulls to come. ``order``: of a ticket that lets us. Returns
+        when it is there or goes on being built without us."""
+        assert self._plane is not None
+        receiver = await self._plane.receiver(self._address)
+        try:
+            call = pull_body(PullCall(order, self._plane.name, receiver.hello))
+            reply = await self._call({**call, "call": "prepare"}, timeout_s)
+            answer = reply.get("answer")
+            if not isinstance(answer, bytes):
+                raise SourceUnreachable(f"a plane's answer is {answer!r:.40}")
+            await receiver.start(answer)
+        except NotReady:
+            pass
+        except ConnectionError as error:
+            raise SourceUnreachable(str(error)) from None
+        finally:
+            receiver.close()
 
     async def release(self, ticket: TicketId, epoch: int, incarnation: int, timeout_s: float) -> None:
         body = {"call": "release", "ticket": ticket, "epoch": epoch, "incarnation": incarnation}

@@ -173,3 +173,24 @@ async def test_a_source_that_is_gone_is_given_up_at_once_whatever_the_wire() -> 
             await pulling
         assert time.monotonic() - began_s < 2.0
         assert not decode.pulls[0].num_running
+
+
+@pytest.mark.parametrize("patient", [True, False])
+async def test_a_pull_goes_another_way_while_its_pair_group_is_built(
+    monkeypatch: pytest.MonkeyPatch, patient: bool
+) -> None:
+    """That is no failure of the wire: no fallback is counted, and the next pull finds the group."""
+    monkeypatch.setattr(peers_module, "MOMENT_S", 20.0 if patient else 0.0)
+    async with prefill_ranks(TP2, wanted="dist") as prefill, decode_ranks(ONE, wanted="dist") as decode:
+        bytes_by_dist = [0]
+        for epoch in (1, 2):
+            ticket = await prefill.open(NUM_TOKENS)
+            await decode.puller.pull(ticket, epoch, BLOCKS, timeout_s=20)
+            assert decode.holds(prefill, BLOCKS, NUM_TOKENS)
+            bytes_by_dist.append(decode.puller.counters().get("bytes_by_dist", 0))
+            async with asyncio.timeout(20):
+                while decode.puller._own.peers._preparing:
+                    await asyncio.sleep(0.005)
+        assert (bytes_by_dist[1] > bytes_by_dist[0]) is patient
+        assert bytes_by_dist[2] > bytes_by_dist[1]
+        assert decode.puller.counters()["fallbacks"] == 0
