@@ -27,6 +27,7 @@ class Export:
     epoch: int = 0
     epoch_began_s: float | None = None
     epoch_bytes: int = 0
+    arrived_bytes: int = 0
     pulls: set[Pull] = field(default_factory=set)
     running_sends: int = 0
     reading: dict[int, int] = field(default_factory=dict)
@@ -100,4 +101,6 @@ class Export:
         assert self.outcome is not None
         began_s = self.ended_s if self.epoch_began_s is None else self.epoch_began_s
         ms = (self.ended_s - began_s) * 1000.0
-        return ExportEnded(ticket=self.ticket, outcome=self.outcome, bytes=self.epoch_bytes, ms=ms)
+        return ExportEnded(
+            ticket=self.ticket, outcome=self.outcome, bytes=self.arrived_bytes or self.epoch_bytes, ms=ms
+        )

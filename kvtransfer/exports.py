@@ -184,8 +184,8 @@ class ExportTable:
         if not export.live:
             self._settle(export)
 
-    def release(self, ticket: TicketId, epoch: int, now_s: float) -> None:
-        """The reader holds everything. Answered again the same way when asked again. Raises ExportRefused."""
+    def release(self, ticket: TicketId, epoch: int, now_s: float, num_bytes: int = 0) -> None:
+        """The reader holds everything, which came in ``num_bytes`` of payload; 0: it does not say. Answered again the same way when asked again. Raises ExportRefused."""
         if self._past.get(ticket) == ("released", epoch):
             return
         ending = self._exports.get(ticket)  # released already, while a copy out of its blocks still runs
@@ -197,6 +197,7 @@ class ExportTable:
             raise ExportRefused(
                 Refusal.STALE_EPOCH, f"epoch {epoch} of ticket {short(ticket)} has not been pulled to its end"
             )
+        export.arrived_bytes = num_bytes
         self._end(ticket, "released", now_s)
 
     # What the other ranks say.

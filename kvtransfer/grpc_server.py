@@ -83,7 +83,7 @@ class GrpcKvServer:
 
     async def Release(self, request: kv_pb2.ReleaseRequest, context: grpc.aio.ServicerContext) -> kv_pb2.ReleaseReply:
         try:
-            self._service.release(TicketId(request.ticket), request.epoch, request.incarnation)
+            self._service.release(TicketId(request.ticket), request.epoch, request.incarnation, request.bytes)
         except KvRefused as refused:
             await _abort(context, refused)
         return kv_pb2.ReleaseReply()

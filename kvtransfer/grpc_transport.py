@@ -72,8 +72,10 @@ class GrpcSource:
         )
         return GrpcFrameStream(self._pull(request.SerializeToString()))
 
-    async def release(self, ticket: TicketId, epoch: int, incarnation: int, timeout_s: float) -> None:
-        request = kv_pb2.ReleaseRequest(ticket=ticket, epoch=epoch, incarnation=incarnation)
+    async def release(
+        self, ticket: TicketId, epoch: int, incarnation: int, timeout_s: float, num_bytes: int = 0
+    ) -> None:
+        request = kv_pb2.ReleaseRequest(ticket=ticket, epoch=epoch, incarnation=incarnation, bytes=num_bytes)
         try:
             await self._release(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:

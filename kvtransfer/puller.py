@@ -115,7 +115,9 @@ class KvPuller:
                     ticket, epoch, blocks, source, timeout_s=timeout_s, beside_decode=self._decoding()
                 )
                 pulled = await together([self._part(rank, job) for rank, job in enumerate(jobs)])
-                released = await self._release(self._nearest(jobs[0], pulled[0], ticket), ticket, epoch, timeout_s)
+                payload_bytes = sum(sum(part.bytes_by_transport.values()) for part in pulled)
+                nearest = self._nearest(jobs[0], pulled[0], ticket)
+                released = await self._release(nearest, ticket, epoch, timeout_s, payload_bytes)
         except SourceUnreachable as error:
             self._own.peers.forget("grpc", ticket.kv_address)
             self._counters["pulls_failed"] += 1
@@ -199,28 +201,29 @@ class KvPuller:
                 return next(route for route in part.routes if route.transport == transport)
         return Route(transport="grpc", address=ticket.kv_address)
 
-    async def _release(self, route: Route, ticket: KvTicket, epoch: int, timeout_s: float) -> bool:
+    async def _release(self, route: Route, ticket: KvTicket, epoch: int, timeout_s: float, payload_bytes: int) -> bool:
         """Acknowledge. Where no answer comes the KV is ours all the same; the source is told again beside us, by gRPC."""
         try:
             with self._own.peers.using(route.transport, route.address) as peer:
-                await peer.source.release(ticket.id, epoch, ticket.incarnation, min(RELEASE_S, timeout_s))
+                within_s = min(RELEASE_S, timeout_s)
+                await peer.source.release(ticket.id, epoch, ticket.incarnation, within_s, payload_bytes)
         except SourceUnreachable as error:
             _log.warning("%s at %s has not answered Release: %s", ticket.instance, ticket.kv_address, error)
             self._counters["releases_unanswered"] += 1
-            task = asyncio.get_running_loop().create_task(self._release_again(ticket, epoch, timeout_s))
+            task = asyncio.get_running_loop().create_task(self._release_again(ticket, epoch, timeout_s, payload_bytes))
             self._releases.add(task)
             task.add_done_callback(self._releases.discard)
             return False
         return True
 
-    async def _release_again(self, ticket: KvTicket, epoch: int, timeout_s: float) -> None:
+    async def _release_again(self, ticket: KvTicket, epoch: int, timeout_s: float, payload_bytes: int) -> None:
         try:
             with self._own.peers.using("grpc", ticket.kv_address) as peer:
                 async with asyncio.timeout(timeout_s):
                     while True:
                         await asyncio.sleep(_RELEASE_AGAIN_S)
                         with suppress(SourceUnreachable):
-                            await peer.source.release(ticket.id, epoch, ticket.incarnation, RELEASE_S)
+                            await peer.source.release(ticket.id, epoch, ticket.incarnation, RELEASE_S, payload_bytes)
                             return
         except TimeoutError:
             _log.warning("%s at %s never answered Release", ticket.instance, ticket.kv_address)

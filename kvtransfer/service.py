@@ -119,13 +119,13 @@ class KvService:
             raise KvRefused("stale", reason)
         return self.signature
 
-    def release(self, ticket: TicketId, epoch: int, incarnation: int) -> None:
-        """The reader holds everything. Raises KvRefused."""
+    def release(self, ticket: TicketId, epoch: int, incarnation: int, num_bytes: int = 0) -> None:
+        """The reader holds everything, which came in ``num_bytes`` of payload; 0: it does not say. Raises KvRefused."""
         check_incarnation(self.signature, incarnation)
         if not self._leads:
             raise KvRefused("invalid", f"a release goes to rank 0 of {self.signature.instance}, this is another")
         try:
-            self._exports.release(ticket, epoch, time.monotonic())
+            self._exports.release(ticket, epoch, time.monotonic(), num_bytes)
         except ExportRefused as error:
             raise KvRefused.of(error) from None
 

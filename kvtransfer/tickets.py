@@ -89,7 +89,9 @@ def ended_refusal(ticket: TicketId, outcome: Outcome | None) -> ExportRefused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportEnded:
-    """A ticket has ended and its blocks are back. ``bytes`` and ``ms`` count from the first pull of the last epoch."""
+    """A ticket has ended and its blocks are back. ``bytes`` and ``ms`` count from the first pull of the last epoch.
+
+    ``bytes``: what has arrived, as the reader says when it releases; where it says nothing, what was sent."""
 
     ticket: TicketId
     outcome: Outcome

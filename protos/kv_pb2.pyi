@@ -193,17 +193,21 @@ class ReleaseRequest(google.protobuf.message.Message):
     TICKET_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
     ticket: builtins.bytes
     epoch: builtins.int
     incarnation: builtins.int
+    bytes: builtins.int
+    """of payload that has arrived, on all ranks of the reader"""
     def __init__(
         self,
         *,
         ticket: builtins.bytes = ...,
         epoch: builtins.int = ...,
         incarnation: builtins.int = ...,
+        bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "incarnation", b"incarnation", "ticket", b"ticket"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "epoch", b"epoch", "incarnation", b"incarnation", "ticket", b"ticket"]) -> None: ...
 
 Global___ReleaseRequest: typing_extensions.TypeAlias = ReleaseRequest
 

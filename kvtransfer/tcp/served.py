@@ -102,7 +102,8 @@ class Served:
             if call == "handshake":
                 reply = {"signature": self._service.handshake(_signature(body)).to_proto().SerializeToString()}
             elif call == "release":
-                self._service.release(read_ticket(body), read_epoch(body), read_count(body, "incarnation"))
+                num_bytes = read_count({"bytes": 0, **body}, "bytes")
+                self._service.release(read_ticket(body), read_epoch(body), read_count(body, "incarnation"), num_bytes)
                 reply = {}
             else:
                 raise WireError(f"a call of {call!r:.40}")

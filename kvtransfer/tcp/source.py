@@ -92,8 +92,10 @@ class TcpSource:
         finally:
             receiver.close()
 
-    async def release(self, ticket: TicketId, epoch: int, incarnation: int, timeout_s: float) -> None:
-        body = {"call": "release", "ticket": ticket, "epoch": epoch, "incarnation": incarnation}
+    async def release(
+        self, ticket: TicketId, epoch: int, incarnation: int, timeout_s: float, num_bytes: int = 0
+    ) -> None:
+        body = {"call": "release", "ticket": ticket, "epoch": epoch, "incarnation": incarnation, "bytes": num_bytes}
         await self._call(body, timeout_s)
 
     async def close(self) -> None:

@@ -23,6 +23,7 @@ from support.kv import (
 from support.kv_tampering import TAMPERINGS, Tamper, corrupt_trailer, flip_bit, is_piece, pieces_at, tampering_proxy
 
 from biphase.kernels.kv_pack import CpuKvMemory
+from biphase.kvtransfer.faults import FaultInjector, FaultPlan
 from biphase.protos.errors import HandoffFailed
 from biphase.protos.values import KvTicket
 
@@ -123,3 +124,23 @@ async def test_a_release_that_comes_too_late_fails_the_handoff() -> None:
             ticket = replace(prefill.open(NUM_TOKENS), kv_address=proxy.address)
             with pytest.raises(HandoffFailed, match="REVOKED"):
                 await pull(decode, ticket)
+
+
+async def test_the_source_counts_what_has_arrived_not_what_it_sent() -> None:
+    """Frames are dropped and repeated on the way; what is missing is sent again."""
+    async with prefill_side() as prefill, decode_side() as decode:
+        injector = FaultInjector(FaultPlan.parse("drop=0.15,duplicate=0.1,seed=5"))
+        prefill.service._wrap_sink = injector.wrap
+        num_repaired = 0
+        for _ in range(12):
+            ticket, dropped = prefill.open(NUM_TOKENS), injector.counts["drop"]
+            try:
+                result = await pull(decode, ticket)
+            except HandoffFailed:
+                prefill.exports.revoke(ticket.id, time.monotonic())
+                await prefill.next_end()
+                continue
+            num_repaired += injector.counts["drop"] > dropped
+            ended = await prefill.next_end()
+            assert (ended.outcome, ended.bytes) == ("released", result.bytes)
+        assert num_repaired and injector.counts["duplicate"]

@@ -38,7 +38,8 @@ async def test_content_arrives_by_the_wire_that_was_chosen(
             assert decode.holds(prefill, BLOCKS, NUM_TOKENS)
             for pool in decode.pools:
                 pool[...] = np.nan
-            assert (await prefill.ended.get()).outcome == "released"
+            ended = await prefill.ended.get()
+            assert (ended.outcome, ended.bytes) == ("released", result.bytes)
         used = "shm" if wanted == "auto" else wanted
         own = decode.puller.counters()
         assert own[f"bytes_by_{used}"] > 0 and own["fallbacks"] == own["bad_pieces"] == 0
