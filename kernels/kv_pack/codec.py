@@ -10,25 +10,27 @@
 A group of values with one scale is what one head of one block holds of the box. fp8 and int8:
 
     amax  = max |value|, at least 2^-100
-    scale = amax / limit, correctly rounded          limit: 448, 127
+    scale = amax / limit, correctly rounded          limit: 448, 127; at most the largest that times limit is finite
     code  = round(value * (limit / amax)), to nearest, ties to even, clamped to +-limit
     value = code * scale, rounded to the pool's dtype
 
 int4 sends a coarse value for each dim of a group, in 8 bits, and codes of what remains of each token, in steps of that
 dim's own. Keys have dims that are always far from 0; four bits for the sum of both would be spent on those alone.
 
-    scale  = amax / 1016                             1016 = 127 * 8: the unit of what follows
+    scale  = amax / 1016                             1016 = 127 * 8: the unit of what follows; at most as above
     t      = value * (1016 / amax), clamped to +-1016
     coarse = round((max t + min t) / 16)             over the group's tokens, for each dim; two's complement
     rest   = t - 8 * coarse
     step   = ceil(max |rest| * (1 / 7)), from 1 to 255
     code   = round(rest * (1 / step)), clamped to +-7
-    value  = (8 * coarse + code * step) * scale, rounded to the pool's dtype
+    value  = (8 * coarse + code * step, clamped to +-1016) * scale, rounded to the pool's dtype
 
-all in float32, each operation correctly rounded, so that every backend gets the same bits. Values are finite.
-Little-endian throughout.
+all in float32, each operation correctly rounded, so that every backend gets the same bits. Values are finite, and what
+comes back is: no value is larger than amax, but for the rounding of the scale and of the dtype, so that blocks near the
+end of their dtype's range keep within it. Little-endian throughout.
 """
 
+import math
 from dataclasses import dataclass
 
 from biphase.kernels.kv_layout import KvBox, KvLayout
@@ -40,6 +42,8 @@ COARSE_STEP = 8
 UNITS = 127 * COARSE_STEP
 MOST_STEP = 255
 
+_FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codec:
@@ -49,6 +53,13 @@ class Codec:
     bits: int
     limit: float
     residual: bool = False
+
+    @property
+    def most_scale(self) -> float:
+        """The float32 next below the largest one of all divided by the largest code, or unit: a scale that was rounded
+        upwards would make infinity of the largest values."""
+        mantissa, exponent = math.frexp(_FLOAT32_MAX / (UNITS if self.residual else self.limit))
+        return math.ldexp(math.floor(math.ldexp(mantissa, 24)), exponent - 24)
 
 
 CODECS = {

@@ -30,7 +30,9 @@ def encode(values: torch.Tensor, layout: KvLayout, box: KvBox, codec: str, out: 
         _put(_leave_rest(scaled, kind.limit, layout, box), out[codes_end:scales_start])
     codes = _canonical(scaled, layout, box)
     _put(codes.to(torch.float8_e4m3fn).view(torch.uint8) if codec == "fp8" else _integers(codes, kind), out[:codes_end])
-    out[scales_start:].copy_((amax / largest).view(-1).view(torch.uint8))
+    scales = amax / largest
+    scales.masked_fill_((scales > kind.most_scale) & scales.isfinite(), kind.most_scale)
+    out[scales_start:].copy_(scales.view(-1).view(torch.uint8))
 
 
 def decode(data: torch.Tensor, layout: KvLayout, box: KvBox, codec: str) -> torch.Tensor:
@@ -54,7 +56,7 @@ def decode(data: torch.Tensor, layout: KvLayout, box: KvBox, codec: str) -> torc
         end = codes_end + 2 * torch.Size(per_group).numel() * layout.head_dim
         per_dim = data[codes_end:end].view(*per_group, 2, layout.head_dim)
         coarse = per_dim[..., 0, :].contiguous().view(torch.int8).float()
-        groups.mul_(per_dim[..., 1:, :].float()).add_(coarse.mul_(COARSE_STEP).unsqueeze(-2))
+        groups.mul_(per_dim[..., 1:, :].float()).add_(coarse.mul_(COARSE_STEP).unsqueeze(-2)).clamp_(-UNITS, UNITS)
     scales = data[scales_start:].clone().view(torch.float32).view(per_group)
     return _canonical(groups.mul_(scales[..., None, None]), layout, box)
 

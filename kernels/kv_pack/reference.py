@@ -50,14 +50,14 @@ def encode_reference(values: np.ndarray[Any, Any], layout: KvLayout, box: KvBox,
                 found, columns = _int4(group, amax)
                 codes[plane][rows] = found
                 per_dim.append(columns)
-                scales.append(amax / np.float32(1016))
+                scales.append(min(amax / np.float32(1016), np.float32(CODECS[codec].most_scale)))
                 continue
             limit = np.float32(CODECS[codec].limit)
             scaled = np.clip(group * (limit / amax), -limit, limit)
             codes[plane][rows] = (
                 e4m3_codes(scaled) if codec == "fp8" else np.rint(scaled).astype(np.int8).view(np.uint8)
             )
-            scales.append(amax / limit)
+            scales.append(min(amax / limit, np.float32(CODECS[codec].most_scale)))
     flat = codes.ravel()
     if codec == "int4":
         flat = np.append(flat, np.zeros(flat.size % 2, np.uint8)) & 15

@@ -155,6 +155,7 @@ def _launch(
         RESIDUAL=CODECS[codec].residual,
         BITS=CODECS[codec].bits,
         LIMIT=CODECS[codec].limit,
+        MOST_SCALE=CODECS[codec].most_scale,
         HEAD_DIM=layout.head_dim,
         DIM=_power_of_two(layout.head_dim),
         **settings,

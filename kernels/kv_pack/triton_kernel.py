@@ -125,6 +125,7 @@ def quantized_kernel(
     RESIDUAL: tl.constexpr,
     BITS: tl.constexpr,
     LIMIT: tl.constexpr,
+    MOST_SCALE: tl.constexpr,
     POOL_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,  # tokens of a group: the block size of the pool that is, or was, packed
@@ -197,6 +198,7 @@ def quantized_kernel(
             else:
                 scale = tl.div_rn(amax, limit)
                 scaled = tl.clamp(values * tl.div_rn(limit, amax)[:, None], -LIMIT, LIMIT)
+            scale = tl.where((scale > MOST_SCALE) & (scale < float("inf")), MOST_SCALE, scale)
             if FP8:
                 codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint32)
             else:
@@ -224,6 +226,8 @@ def quantized_kernel(
                     step = bytes_of(step_words, DIM).to(tl.int32)
                     whole = whole * step[None, :] + (coarse * COARSE_STEP)[None, :]
                 values = whole.to(tl.float32)
+                if RESIDUAL:
+                    values = tl.clamp(values, -UNITS, UNITS)
             values *= scale_word.to(tl.float32, bitcast=True)[:, None]
             tl.store(pool, values.to(pool_ptr.dtype.element_ty), mask=is_value)
         products = weighted(position, words)

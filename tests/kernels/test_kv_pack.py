@@ -210,6 +210,42 @@ def test_zeros_and_tiny_values_pack(codec: str) -> None:
         assert float(np.abs(received[0, 1]).max()) <= 2.0**-100
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_largest_values_stay_finite(codec: str, dtype: str) -> None:
+    """A scale that was rounded upwards, and a code that was, must not carry them out of their dtype."""
+    layout = KvLayout(num_layers=1, num_kv_heads=1, head_dim=4, block_size=4, dtype=dtype)
+    kind = getattr(torch, dtype)
+    units = torch.tensor(  # dim 1: rest of +-40 above 960, so a step of 6 and a largest of 1018
+        [[1016, 1016, -1016, 0], [936, 900, 1016, 0], [950, 930, -1016, 0], [1000, 1000, 1016, 0]], dtype=torch.float64
+    )
+    for below in range(100):  # scales of every rounding
+        largest = torch.finfo(kind).max * (1 - below * torch.finfo(kind).eps)
+        sent = torch.zeros(layout.pool_shape(2), dtype=kind)
+        sent[0, 0, :, 0] = (units * (largest / 1016)).to(kind)
+        assert sent.isfinite().all()
+        received = torch.zeros_like(sent)
+        views = [tensor.view(torch.uint8).numpy().view(f"u{layout.itemsize}") for tensor in (sent, received)]
+        data = bytearray(packed_bytes(layout, layout.box(4), codec))
+        CpuKvMemory(views[0], layout).pack([0], layout.box(4), data, codec)
+        values = sent[0, :1].float().numpy().reshape(1, 2, 1, 4, 4)
+        assert data == encode_reference(values, layout, layout.box(4), codec)
+        CpuKvMemory(views[1], layout).unpack([0], layout.box(4), data, codec)
+        assert received.isfinite().all()
+        assert float(received.double().abs().max() / sent.double().abs().max()) <= 1 + 2 * torch.finfo(kind).eps
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_block_that_is_not_finite_does_not_become_so(codec: str) -> None:
+    layout = KvLayout(num_layers=1, num_kv_heads=1, head_dim=4, block_size=4)
+    for bad in (np.inf, -np.inf, np.nan):
+        pool = random_pool(layout)
+        pool[0, 1, 0, 0, 1, 1] = bad
+        received = np.zeros_like(pool)
+        CpuKvMemory(received, layout).unpack([1], layout.box(4), packed(pool, layout, [1], layout.box(4), codec), codec)
+        assert not np.isfinite(received[0, 1, 0]).any() and np.isfinite(received[0, 1, 1]).all()
+
+
 def test_the_references_e4m3_is_torchs() -> None:
     codes = torch.arange(127, dtype=torch.uint8)
     assert np.array_equal(codes.view(torch.float8_e4m3fn).float().numpy(), e4m3_values())

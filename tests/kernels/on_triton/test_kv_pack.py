@@ -265,7 +265,31 @@ def test_int4_has_a_coarse_value_and_a_step_for_each_dim(device: torch.device) -
     written = received[0, case.table[0], 0, 0].cpu()
     assert written[:8, 1].tolist() == [-12.0, 12.0, 0.0, 4.0, -4.0, -8.0, 12.0, 0.0]
     assert torch.equal(written[:, [0, 2, 3, 4]], values[:, [0, 2, 3, 4]].cpu())
-    assert written[:2, 5].tolist() == [-1022.0, 1022.0]
+    assert written[:2, 5].tolist() == [-1016.0, 1016.0]  # 7 * 146 is more than the largest that was sent
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_what_is_finite_stays_finite(codec: str, dtype: str, device: torch.device) -> None:
+    """Blocks whose largest value is the largest of their dtype, or a little less, and all about it."""
+    case = Case(codec=codec, dtype=dtype, tokens=(0, 32), layers=(0, 1), heads=(0, 1))
+    pool = torch.zeros(LAYERS, BLOCKS, 2, HEADS, 16, 16, dtype=DTYPES[dtype], device=device)
+    largest = torch.finfo(pool.dtype).max
+    shares = torch.rand(2, 2, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.2 + 0.8
+    shares *= torch.where(torch.arange(16) % 2 == 0, 1.0, -1.0)
+    shares[:, :, ::2, 3] *= -1.0  # both signs in one dim
+    shares[:, :, 0, 0] = torch.tensor([[1.0, 1.0 - 2.0**-20], [1.0 - 2.0**-22, 1.0]])
+    for nth in range(2):
+        pool[0, case.table[nth], :, 0] = (shares[nth] * largest).to(pool.dtype).to(device)
+    size = packed_bytes(torch_pool.layout_of(pool), case.box, codec)
+    packed, expected = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    assert run(triton_gpu, "pack", case, pool, packed) == run(torch_pool, "pack", case, pool, expected)
+    assert torch.equal(packed, expected)
+    received, wanted = (torch.zeros_like(pool) for _ in range(2))
+    run(triton_gpu, "unpack", case, received, packed)
+    run(torch_pool, "unpack", case, wanted, packed)
+    assert same_bits(received, wanted)
+    assert received.isfinite().all() and received[0, case.table[0], 0, 0, 0, 0] >= 0.99 * largest
 
 
 @pytest.mark.parametrize("axis", ["blocks", "heads", "layers", "K and V", "tokens"])

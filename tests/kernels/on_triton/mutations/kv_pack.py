@@ -44,6 +44,9 @@ MUTATIONS = [
     (_KERNEL, "(bytes_of(coarse_words, DIM) ^ 128).to(tl.int32) - 128", "bytes_of(coarse_words, DIM).to(tl.int32)", _TEST),
     (_KERNEL, "+ (coarse * COARSE_STEP)[None, :]", "+ coarse[None, :]", _TEST),
     (_KERNEL, "        total += tl.sum(dim_sum, axis=0)", "        total += 0", _TEST),
+    # the ends of the range
+    (_KERNEL, "values = tl.clamp(values, -UNITS, UNITS)", "values = values", _TEST),
+    (_KERNEL, "(scale > MOST_SCALE) & (scale < float", "(scale < 0) & (scale < float", _TEST),
     # groups of another block size
     (_KERNEL, "place // BLOCK_SIZE, mask", "nth + 0 * place, mask", _TEST),
     (_KERNEL, "place % BLOCK_SIZE * HEAD_DIM", "slots * HEAD_DIM", _TEST),
