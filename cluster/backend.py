@@ -16,6 +16,8 @@ from biphase.protos.process import Announcement
 
 Kind = Literal["prefill", "decode", "router", "controller"]
 CONTROLLER: Literal["controller"] = "controller"
+STATE = "state"
+"""The key of what the controller wants and knows; its events have others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,8 @@ class ProcessSpec:
     """The file in which rank 0 announces its address, where ranks share a file system."""
     env: tuple[tuple[str, str], ...] = ()
     """The BIPHASE_* variables of the user's shell."""
+    avoid_nodes: tuple[str, ...] = ()
+    """Hosts, by the names their processes announce, that get no instance: cordoned, or not reached a moment ago."""
 
     @property
     def log_file(self) -> Path:
@@ -62,6 +66,7 @@ class ProcessSpec:
         values["deployment"] = Deployment.from_json(values["deployment"])
         values["plan"] = ParallelPlan(**values["plan"])
         values["env"] = tuple(values["env"].items())
+        values["avoid_nodes"] = tuple(values["avoid_nodes"])
         return ProcessSpec(**values)
 
 
@@ -92,6 +97,10 @@ class Handle(Protocol):
 class Backend(Protocol):
     """Starts and ends processes; decides nothing."""
 
+    kill_patience_s: float | None
+    """A process that was killed and is not seen gone after this is on a host that cannot be reached, and the next life
+    starts elsewhere. None: every host can be reached."""
+
     async def open(self) -> None:
         """Connect to what places processes. Raises SetupError."""
         ...
@@ -120,11 +129,11 @@ class Backend(Protocol):
         """End it now with all its ranks, stopped (SIGSTOP) or not."""
         ...
 
-    async def save_state(self, text: str) -> None:
-        """Keep the controller's state outside the controller."""
+    async def save_state(self, text: str, key: str = STATE) -> None:
+        """Keep a part of the controller's memory outside the controller, whole or not at all."""
         ...
 
-    async def load_state(self) -> str | None: ...
+    async def load_state(self, key: str = STATE) -> str | None: ...
 
     async def close(self) -> None:
         """Let go. What ``open`` started for this deployment ends here, survivors of the deployment too."""

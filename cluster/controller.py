@@ -1,48 +1,40 @@
-"""The controller's shell: performs what the pure ``reconcile`` core decides, and serves its view over gRPC.
+"""The controller's shell: performs what the pure ``reconcile`` core decides, and tells its view to those who watch.
 
-It holds every process through the backend (its end) and a link to every instance (its silence). It keeps epoch and
-incarnations outside itself, so that its next life adopts what runs and reuses no incarnation. Losing it stops no traffic.
+It holds every process through the backend (its end) and a link to every instance (its silence). What it wants and knows
+is kept outside it, so that its next life adopts what runs, reverts nothing and uses no incarnation twice. Losing it stops
+no traffic. What people and the policy ask for comes in by ``admin`` and ``autoscaling``.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from typing import Any
 
-import grpc
-import grpc.aio
-from google.protobuf.message_factory import GetMessageClass
-
+from biphase.cluster.actions import Abandon, AskToStop, GiveUp, Kill, Start, TellDrain, TellFlip, TellResume
+from biphase.cluster.admin import Admin
 from biphase.cluster.backend import Backend, Handle, ProcessSpec
 from biphase.cluster.broadcast import Broadcast
-from biphase.cluster.controller_service import ControllerService, membership_of, status_of
-from biphase.cluster.controller_state import ControllerState, SlotState
-from biphase.cluster.make_backend import make_backend
-from biphase.cluster.reconcile import GiveUp, Kill, Reconciler, Start
+from biphase.cluster.controller_messages import membership_of, status_of
+from biphase.cluster.controller_state import ControllerState, Pin, restore, slots_of
+from biphase.cluster.deployment import Deployment
+from biphase.cluster.events import EventLog
+from biphase.cluster.generation import generation_of
+from biphase.cluster.life import Life
+from biphase.cluster.reconcile import STOP_S, Reconciler
+from biphase.cluster.router_reports import RouterReports
+from biphase.cluster.routers_confirmed import RoutersConfirmed
+from biphase.cluster.slot import Slot
+from biphase.cluster.updating import Updating
 from biphase.cluster.wanted import spec_of, wanted_of
-from biphase.cluster.worker_link import hold_link
-from biphase.protos import controller_pb2, router_pb2, router_pb2_grpc, worker_pb2
-from biphase.protos.errors import SetupError
-from biphase.protos.grpc_setup import bind, channel_options, server_options, service_handler
+from biphase.cluster.worker_link import retire
+from biphase.protos import convert, worker_pb2
+from biphase.protos.errors import InvalidRequest, SetupError, one_line
 from biphase.protos.process import Announcer
 
-STOP_S = 10.0
-"""How long an instance may take to end after its legs are gone."""
-CONFIRM_POLL_S = 0.03
-CONFIRM_CALL_S = 2.0
+RETIRE_EVERY_S = 2.0
 logger = logging.getLogger("biphase.cluster.controller")
-
-
-@dataclass(slots=True)
-class Life:
-    """One running process: its handle and the tasks that watch it."""
-
-    handle: Handle
-    watch: asyncio.Task[None]
-    link: asyncio.Task[None] | None = None
-    welcome: worker_pb2.Welcome | None = None
 
 
 class Controller:
@@ -50,35 +42,57 @@ class Controller:
 
     def __init__(self, spec: ProcessSpec, backend: Backend, announcer: Announcer) -> None:
         self.spec, self.deployment = spec, spec.deployment
-        self.started_s = time.monotonic()
+        self._clock_offset_s = time.time() - time.monotonic()
+        self.started_s = self.now_s()
         self.epoch = 0
         self.stopping = False
         self.announcer = announcer
-        self.reconciler = Reconciler(wanted_of(self.deployment), self.deployment.start_timeout_s)
+        self.backend = backend
+        self.core = Reconciler(wanted_of(self.deployment), self.deployment.start_timeout_s, backend.kill_patience_s)
+        self.events = EventLog(backend, self.now_s)
+        self.reports = RouterReports(self.now_s)
+        self.pin: Pin | None = None
+        self.generation = generation_of(self.deployment)
+        self.deployments: dict[str, Deployment] = {self.generation: self.deployment}
+        self.policy_text = ""
+        self.autoscaler_state: dict[str, Any] = {}
+        self.update_state: dict[str, Any] = {}
+        self.policy_line = ""
+        """The policy and what it said last, for people."""
+        self.warnings: list[str] = []
+        self.admin = Admin(self)
+        self.updating = Updating(self)
         self.membership = Broadcast(lambda: membership_of(self))
         self.status = Broadcast(lambda: status_of(self))
         self.lives: dict[str, Life] = {}
-        self._backend = backend
+        self._routers = RoutersConfirmed(self)
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
-        self._confirmed: object = None
         self._published_version = -1
         self._saved: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- what others read -------------------------------------------------------------------------------------------
 
+    def now_s(self) -> float:
+        """The Unix time when this life began, and on from there without ever going back."""
+        return time.monotonic() + self._clock_offset_s
+
+    @property
+    def has_policy(self) -> bool:
+        return bool(self.policy_text)
+
     @property
     def state(self) -> str:
         """starting, ready, degraded or stopping, for people."""
         if self.stopping:
             return "stopping"
-        if self.reconciler.all_up and self._confirmed == self._view():
+        if self.core.all_up and self._routers.confirmed:
             return "ready"
-        return "degraded" if self.reconciler.was_ready and self._confirmed is not None else "starting"
+        return "degraded" if self.core.was_ready and self._routers.ever_confirmed else "starting"
 
     def router_addresses(self) -> list[str]:
-        slots = [slot for slot in self.reconciler.slots.values() if slot.wanted.kind == "router" and slot.is_up]
+        slots = [slot for slot in self.core.slots.values() if slot.kind == "router" and slot.is_up]
         return [slot.announcement.address for slot in slots if slot.announcement is not None]
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -86,7 +100,9 @@ class Controller:
     async def run(self, stop: asyncio.Event) -> None:
         """Reconcile until ``stop`` (the processes go on) or a Shutdown (they have ended). SetupError: cannot start."""
         await self._restore()
-        self._spawn(self._confirm_routers())
+        self.spawn(self._routers.run())
+        self.spawn(self.updating.drive())
+        self.spawn(self._keep_pin())
         ended = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(self._ended.wait())]
         try:
             while not stop.is_set() and not self._ended.is_set():
@@ -94,21 +110,20 @@ class Controller:
                 if not self.stopping:
                     await self._step()
                 waits = [asyncio.ensure_future(self._wake.wait()), *ended]
-                due_s = None if self.stopping else self.reconciler.next_due_s()
-                timeout = None if due_s is None else max(0.0, due_s - time.monotonic())
+                due_s = None if self.stopping else self.core.next_due_s()
+                timeout = None if due_s is None else max(0.0, due_s - self.now_s())
                 await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 waits[0].cancel()
         finally:
-            for task in [*ended, *self._tasks, *(life.watch for life in self.lives.values())]:
+            for task in [*ended, *self._tasks]:
                 task.cancel()
             for life in self.lives.values():
-                if life.link is not None:
-                    life.link.cancel()
+                life.let_go()
 
     async def shut_down(self, *, now: bool, drain_s: float) -> None:
         """End routers (they drain, unless ``now``), then instances. A second call with ``now`` cuts the first short."""
         self.stopping = True
-        self._changed()
+        self.changed()
         if now:
             await self._end_all([life.handle for life in self.lives.values()], 0.0)
         else:
@@ -119,193 +134,209 @@ class Controller:
 
     async def _end_all(self, handles: list[Handle], within_s: float) -> None:
         if within_s > 0:
-            await asyncio.gather(*(self._backend.ask_to_stop(handle) for handle in handles))
-            await self._wait_ended(handles, within_s)
+            await asyncio.gather(*(self.backend.ask_to_stop(handle) for handle in handles))
+            await _wait_ended(handles, within_s)
         for handle in handles:
             if handle.end is None:
                 if within_s > 0:
                     logger.warning("%s#%d did not end by itself, killed", handle.name, handle.incarnation)
-                await self._backend.kill(handle)
-        await self._wait_ended(handles, STOP_S)
-
-    @staticmethod
-    async def _wait_ended(handles: list[Handle], within_s: float) -> None:
-        waits = [asyncio.ensure_future(handle.ended()) for handle in handles]
-        if waits:
-            await asyncio.wait(waits, timeout=within_s)
-        for wait in waits:
-            wait.cancel()
+                await self.backend.kill(handle)
+        await _wait_ended(handles, STOP_S)
 
     async def _restore(self) -> None:
         """Take over what the last life knew and what runs; kill what should not run."""
-        text = await self._backend.load_state()
+        await self.events.open()
+        text = await self.backend.load_state()
         state = ControllerState.from_json(text) if text else ControllerState()
         self.epoch = state.epoch + 1
-        self.reconciler.was_ready = state.was_ready
-        if self.reconciler.was_ready:
-            self._confirmed = "an earlier life"
-        for name, kept in state.slots.items():
-            if name in self.reconciler.slots:
-                self.reconciler.slots[name].incarnation = kept.incarnation
-                self.reconciler.slots[name].restarts = kept.restarts
+        restore(self.core, state)
+        if state.was_ready:
+            self._routers.was_confirmed_before()
+        if state.generation:
+            self.generation = state.generation
+            self.deployments = {key: Deployment.from_json(value) for key, value in state.deployments.items()}
+            self.deployment = self.deployments[self.generation]
+        for slot in self.core.slots.values():
+            slot.generation = slot.generation or self.generation
+        self.pin, self.policy_text = state.pin, state.policy
+        self.autoscaler_state, self.update_state = dict(state.autoscaler), dict(state.update)
         newest: dict[str, Handle] = {}
-        for handle in sorted(await self._backend.adopt(), key=lambda handle: handle.incarnation):
-            slot = self.reconciler.slots.get(handle.name)
+        for handle in sorted(await self.backend.adopt(), key=lambda handle: handle.incarnation):
             if handle.kind == "controller":
                 continue
-            if slot is None or handle.incarnation < slot.incarnation:
-                await self._kill_and_wait(handle, "a former life")
+            wanted = self.core.slots.get(handle.name)
+            if wanted is None or handle.incarnation < wanted.life:
+                await self._kill_former(handle, "a former life")
                 continue
             if handle.name in newest:
-                await self._kill_and_wait(newest[handle.name], "a newer life runs")
+                await self._kill_former(newest[handle.name], "a newer life runs")
             newest[handle.name] = handle
         for handle in newest.values():
             logger.info("adopted %s#%d (pid %d)", handle.name, handle.incarnation, handle.pid)
-            self.reconciler.adopt(handle.name, handle.incarnation, time.monotonic())
+            self.core.adopt(handle.name, handle.incarnation, self.now_s())
             self._hold(handle)
-        await self._save()
+        if self.epoch > 1:
+            self.events.add("start", "controller", f"the controller began its life {self.epoch}, {len(newest)} adopted")
+        await self.save()
 
-    async def _kill_and_wait(self, handle: Handle, why: str) -> None:
+    async def _kill_former(self, handle: Handle, why: str) -> None:
+        """A life that was replaced: gone before anything starts, where its host can be reached."""
         logger.warning("killing %s#%d: %s", handle.name, handle.incarnation, why)
-        await self._backend.kill(handle)
-        await handle.ended()
+        await self.backend.kill(handle)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(handle.ended(), self.backend.kill_patience_s)
 
-    async def _save(self) -> None:
-        slots = {
-            name: SlotState(incarnation=slot.incarnation, restarts=slot.restarts)
-            for name, slot in self.reconciler.slots.items()
-        }
-        text = ControllerState(epoch=self.epoch, was_ready=self.reconciler.was_ready, slots=slots).to_json()
+    async def save(self) -> None:
+        """Keep what is wanted, where it has changed."""
+        in_use = {slot.generation for slot in self.core.slots.values()} | {self.generation}
+        in_use |= {slot.next_generation for slot in self.core.slots.values() if slot.next_generation}
+        self.deployments = {key: value for key, value in self.deployments.items() if key in in_use}
+        text = ControllerState(
+            epoch=self.epoch,
+            was_ready=self.core.was_ready,
+            slots=slots_of(self.core),
+            former=self.core.former,
+            cordoned=self.core.node_failures.cordoned,
+            pin=self.pin,
+            generation=self.generation,
+            deployments={key: value.to_json() for key, value in self.deployments.items()},
+            policy=self.policy_text,
+            autoscaler=self.autoscaler_state,
+            update=self.update_state,
+        ).to_json()
         if text != self._saved:
-            await self._backend.save_state(text)
+            await self.backend.save_state(text)
             self._saved = text
+        await self.events.keep()
+
+    # -- doing ------------------------------------------------------------------------------------------------------
 
     async def _step(self) -> None:
-        actions = self.reconciler.decide(time.monotonic())
+        actions = self.core.decide(self.now_s())
         self._publish()
-        await self._save()  # before a start: an incarnation is never used twice
+        self._tell_notes()
+        await self.save()  # before a start: an incarnation is never used twice
         for action in actions:
             match action:
-                case Start(name=name, incarnation=incarnation):
-                    logger.info("starting %s#%d", name, incarnation)
-                    self._hold(await self._backend.start(spec_of(self.spec, name, incarnation)))
+                case Start():
+                    await self._start(self.core.slots[action.name])
                 case Kill(name=name, incarnation=incarnation, reason=reason):
                     logger.warning("killing %s#%d: %s", name, incarnation, reason)
-                    await self._backend.kill(self.lives[name].handle)
+                    await self.backend.kill(self.lives[name].handle)
+                case Abandon(name=name, incarnation=incarnation):
+                    life = self.lives.pop(name)
+                    self.events.add("end", name, f"{name}#{incarnation} cannot be reached, its place is given away")
+                    self.spawn(self._retire(life, incarnation))
+                case AskToStop(name=name):
+                    await self.backend.ask_to_stop(self.lives[name].handle)
+                case TellDrain(name=name, grace_s=grace_s):
+                    self._tell(name, worker_pb2.LinkDown(drain=worker_pb2.Drain(grace_s=grace_s)))
+                case TellResume(name=name):
+                    self._tell(name, worker_pb2.LinkDown(resume=worker_pb2.Resume()))
+                case TellFlip(name=name, to=to, grace_s=grace_s):
+                    role = convert.role_to_proto("prefill" if to.kind == "prefill" else "decode")
+                    flip = worker_pb2.Flip(role=role, incarnation=to.incarnation, grace_s=grace_s)
+                    self._tell(name, worker_pb2.LinkDown(flip=flip))
                 case GiveUp(reason=reason):
                     logger.error("giving up: %s", reason)
                     await self._end_all([life.handle for life in self.lives.values()], 0.0)
                     raise SetupError(reason)
         if actions:
-            self._changed()
+            self.changed()
+
+    async def _start(self, slot: Slot) -> None:
+        avoid = [*self.core.node_failures.cordoned, *([slot.avoid_node] if slot.avoid_node else [])]
+        deployment = self.deployments.get(slot.generation, self.deployment)
+        spec = spec_of(self.spec, slot.name, slot.incarnation, kind=slot.kind, deployment=deployment, avoid=avoid)
+        logger.info("starting %s#%d", slot.name, slot.incarnation)
+        try:
+            self._hold(await self.backend.start(spec))
+        except SetupError as error:
+            if not self.core.was_ready:
+                raise
+            self.core.gone(slot.name, slot.life, f"cannot be started: {one_line(error)}", self.now_s())
+
+    def _tell(self, name: str, command: worker_pb2.LinkDown) -> None:
+        link = self.lives[name].link
+        if link is not None:
+            logger.info("telling %s: %s", name, command.WhichOneof("command"))
+            link.send(command)
+
+    async def _keep_pin(self) -> None:
+        """End a pin when its time is over."""
+        while True:
+            if self.pin is not None and self.pin.until_s is not None:
+                left_s = self.pin.until_s - self.now_s()
+                if left_s <= 0:
+                    try:
+                        await self.admin.unpin("the time of the pin is over")
+                    except InvalidRequest as error:
+                        self.events.add("refused", "", f"end of the pin: {one_line(error)}")
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.status.wait(), left_s)
+            else:
+                await self.status.wait()
+
+    def _tell_notes(self) -> None:
+        for kind, subject, text in self.core.notes:
+            self.events.add(kind, subject, text)
+        self.core.notes.clear()
+
+    async def _retire(self, life: Life, incarnation: int) -> None:
+        """A life whose place was given away is told to end, and killed, as soon as it can be reached again."""
+        handle, address = life.handle, life.address
+        life.let_go()
+        while handle.end is None:
+            if address:
+                why = "another life has taken its place"
+                await retire(address, incarnation, self.epoch, why, RETIRE_EVERY_S)
+            await self.backend.kill(handle)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(handle.ended(), RETIRE_EVERY_S)
+        logger.info("%s#%d is gone at last: %s", handle.name, handle.incarnation, handle.end)
 
     def _publish(self) -> None:
-        if self.reconciler.version != self._published_version:
-            self._published_version = self.reconciler.version
-            members = ", ".join(f"{member.name}#{member.incarnation}" for member in self.reconciler.members)
-            logger.info("membership %d.%d: %s", self.epoch, self.reconciler.version, members or "nobody")
+        if self.core.version != self._published_version:
+            self._published_version = self.core.version
+            members = ", ".join(f"{member.name}#{member.incarnation}" for member in self.core.members)
+            logger.info("membership %d.%d: %s", self.epoch, self.core.version, members or "nobody")
             self.membership.changed()
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
         """Something happened: reconcile, and tell those who watch."""
         self._publish()  # death leaves the membership now, not after the next step's awaits
         self._wake.set()
         self.status.changed()
 
+    def superseded(self) -> None:
+        """A later life of the controller is obeyed: this one touches nothing any more."""
+        logger.error("a later life of the controller is there, this one ends")
+        self.stopping = True
+        self._ended.set()
+
     # -- holding processes ------------------------------------------------------------------------------------------
 
     def _hold(self, handle: Handle) -> None:
-        self.lives[handle.name] = Life(handle, asyncio.create_task(self._watch(handle)))
+        life = self.lives[handle.name] = Life(self, handle)
+        life.watch = asyncio.create_task(life.follow())
 
-    async def _watch(self, handle: Handle) -> None:
-        """Follow one life to its end; its last word is heard before its end is."""
-        async for announcement in self._backend.watch(handle):
-            self.reconciler.announced(announcement, time.monotonic())
-            life = self.lives[handle.name]
-            if announcement.state == "ready" and handle.kind != "router" and life.link is None:
-                life.link = asyncio.create_task(self._hold_link(handle, announcement.address))
-            self._changed()
-        await handle.ended()
-        logger.info("%s#%d is gone: %s", handle.name, handle.incarnation, handle.end)
-        self._on_gone(handle)
+    def on_gone(self, life: Life) -> None:
+        handle = life.handle
+        self.core.gone(handle.name, handle.incarnation, handle.end or "ended", self.now_s())
+        if handle.name not in self.core.slots and self.lives.get(handle.name) is life:
+            del self.lives[handle.name]
+        self.changed()
 
-    def _on_gone(self, handle: Handle) -> None:
-        life = self.lives[handle.name]
-        if life.handle is handle and life.link is not None:
-            life.link.cancel()
-        self.reconciler.gone(handle.name, handle.incarnation, handle.end or "ended", time.monotonic())
-        self._changed()
-
-    async def _hold_link(self, handle: Handle, address: str) -> None:
-        def on_welcome(welcome: worker_pb2.Welcome) -> None:
-            self.lives[handle.name].welcome = welcome
-            self.reconciler.linked(handle.name, handle.incarnation, time.monotonic())
-            self._changed()
-
-        reason = await hold_link(
-            name=handle.name,
-            address=address,
-            incarnation=handle.incarnation,
-            epoch=self.epoch,
-            on_welcome=on_welcome,
-        )
-        if not self.stopping:
-            logger.warning("%s#%d is lost: %s", handle.name, handle.incarnation, reason)
-            self.reconciler.lost(handle.name, handle.incarnation, f"link lost: {reason}", time.monotonic())
-            self._changed()
-
-    # -- routers ----------------------------------------------------------------------------------------------------
-
-    def _view(self) -> object:
-        """What the routers should see: a value to compare."""
-        return self.reconciler.version, tuple(self.router_addresses())
-
-    async def _confirm_routers(self) -> None:
-        """`ready` is said only when every router has a link to every instance."""
-        while True:
-            view = self._view()
-            if self.reconciler.all_up and self._confirmed != view:
-                seen = await asyncio.gather(*(self._router_sees_all(address) for address in self.router_addresses()))
-                if all(seen) and self._view() == view:
-                    self._confirmed = view
-                    self._changed()
-                    continue
-                await asyncio.sleep(CONFIRM_POLL_S)
-            else:
-                await self.status.wait()
-
-    async def _router_sees_all(self, address: str) -> bool:
-        async with grpc.aio.insecure_channel(address, options=channel_options()) as channel:
-            try:
-                info = await router_pb2_grpc.RouterStub(channel).GetServerInfo(
-                    router_pb2.GetServerInfoRequest(), timeout=CONFIRM_CALL_S
-                )
-            except grpc.aio.AioRpcError:
-                return False
-        ready = {(view.name, view.incarnation) for view in info.instances if view.state == "ready"}
-        return all((member.name, member.incarnation) in ready for member in self.reconciler.members)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-async def serve(spec: ProcessSpec, announcer: Announcer, stop: asyncio.Event) -> None:
-    """Run the controller of ``spec.deployment`` at ``spec.controller_address`` until ``stop`` or a Shutdown."""
-    backend = make_backend(spec.deployment, spec.run_dir, owner=False)
-    await backend.open()
-    controller = Controller(spec, backend, announcer)
-    server = grpc.aio.server(options=server_options())
-    service = ControllerService(controller)
-    handler = service_handler(controller_pb2.DESCRIPTOR, "Controller", service, GetMessageClass)
-    server.add_generic_rpc_handlers((handler,))
-    host, _, port = spec.controller_address.rpartition(":")
-    bind(server, host, int(port))
-    await server.start()
-    announcer.update(state="ready", address=spec.controller_address)
-    try:
-        await controller.run(stop)
-    finally:
-        await server.stop(grace=0.2)
-        await backend.close()
+async def _wait_ended(handles: list[Handle], within_s: float) -> None:
+    waits = [asyncio.ensure_future(handle.ended()) for handle in handles]
+    if waits:
+        await asyncio.wait(waits, timeout=within_s)
+    for wait in waits:
+        wait.cancel()

@@ -5,6 +5,7 @@ Every mistake is one SetupError line that names the file, the line, the key, the
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -109,9 +110,14 @@ class _DeploymentSchema(_Strict):
     limits: _LimitsSchema = Field(default_factory=lambda: _LimitsSchema.model_validate({}))
     drain_s: float = Field(_DEPLOYMENT.drain_s, ge=0, le=86_400)
     start_timeout_s: float = Field(_DEPLOYMENT.start_timeout_s, gt=0, le=86_400)
+    flip_grace_s: float = Field(_DEPLOYMENT.flip_grace_s, gt=0, le=86_400)
+    replace_after_s: float = Field(_DEPLOYMENT.replace_after_s, gt=0, le=86_400)
+    autoscale: str | dict[str, Any] = _DEPLOYMENT.autoscale
 
     def to_deployment(self) -> Deployment:
         values = self.model_dump(exclude={"prefill", "decode", "limits"})
+        if isinstance(self.autoscale, dict):
+            values["autoscale"] = json.dumps(self.autoscale)
         return Deployment(
             **values,
             prefill=self.prefill.to_plan(),

@@ -95,6 +95,12 @@ class Deployment:
     """How long a stop waits for running requests."""
     start_timeout_s: float = 600.0
     """An instance that is not ready by then is started again."""
+    flip_grace_s: float = 30.0
+    """How long what runs on an instance has to end before it turns, or stops by the policy's or a person's wish."""
+    replace_after_s: float = 30.0
+    """An instance that is out for being slow for so long is killed and replaced."""
+    autoscale: str = ""
+    """The policy file, or, beginning with a brace, the policy itself as JSON; empty: counts change by hand alone."""
 
     def plan(self, role: Role) -> RolePlan:
         return self.prefill if role == "prefill" else self.decode

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from biphase.cluster.backend import CONTROLLER, Handle, ProcessSpec
+from biphase.cluster.backend import CONTROLLER, STATE, Handle, ProcessSpec
 from biphase.cluster.gpus import GpuPart, divide, host_gpus
 from biphase.cluster.process_rank import ProcessRank
 from biphase.cluster.rank_group import MissingRank, RankGroup
@@ -27,6 +27,8 @@ READY_POLL_S = 0.5
 
 class ProcessBackend:
     """Processes of one deployment on this host. ``owner`` ends what still runs when it closes (the supervisor does)."""
+
+    kill_patience_s: float | None = None
 
     def __init__(self, run_dir: RunDir, *, owner: bool = False) -> None:
         self._run_dir = run_dir
@@ -137,12 +139,12 @@ class ProcessBackend:
         assert isinstance(handle, RankGroup)
         await handle.kill()
 
-    async def save_state(self, text: str) -> None:
-        replace_file(self._run_dir.state_file, text)
+    async def save_state(self, text: str, key: str = STATE) -> None:
+        replace_file(self._run_dir.kept_file(key), text)
 
-    async def load_state(self) -> str | None:
+    async def load_state(self, key: str = STATE) -> str | None:
         try:
-            return self._run_dir.state_file.read_text()
+            return self._run_dir.kept_file(key).read_text()
         except FileNotFoundError:
             return None
 

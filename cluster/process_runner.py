@@ -6,6 +6,7 @@ The same code runs under every backend; what differs is who hands in ``publish``
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ async def run_process(
         pid=os.getpid(),
         log_file=str(spec.log_file),
         rank=spec.rank,
+        node=_node_of(spec.host),
     )
     announcer = Announcer(first, publish)
     try:
@@ -49,6 +51,10 @@ async def run_process(
         return EXIT_CRASH
     announcer.update(state="stopped", detail="")
     return EXIT_OK
+
+
+def _node_of(host: str) -> str:
+    return socket.gethostname() if host in ("", "localhost", "::1") or host.startswith("127.") else host
 
 
 async def _serve(spec: ProcessSpec, announcer: Announcer, stop: asyncio.Event, find_leader: FindLeader | None) -> None:
@@ -67,7 +73,7 @@ async def _serve(spec: ProcessSpec, announcer: Announcer, stop: asyncio.Event, f
 
             await serve_router(_router_config(spec), announcer, stop)
         case "controller":
-            from biphase.cluster.controller import serve as serve_controller
+            from biphase.cluster.controller_service import serve as serve_controller
 
             await serve_controller(spec, announcer, stop)
 

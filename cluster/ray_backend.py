@@ -27,7 +27,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from biphase.cluster.backend import Handle, ProcessSpec
+from biphase.cluster.backend import STATE, Handle, ProcessSpec
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.gpus import WHOLE, GpuPart, divide, host_gpus
 from biphase.cluster.rank_group import MissingRank, RankGroup
@@ -59,6 +59,8 @@ class RayGroup(RankGroup):
 
 class RayBackend:
     """Actors of one deployment. ``owner``: the supervisor's, which starts or joins the cluster and leaves it."""
+
+    kill_patience_s: float | None = 2.0
 
     def __init__(self, deployment_name: str, *, owner: bool) -> None:
         self._namespace = namespace_of(deployment_name)
@@ -244,15 +246,17 @@ class RayBackend:
         assert isinstance(handle, RayGroup)
         await handle.kill()
 
-    async def save_state(self, text: str) -> None:
-        await self._call(lambda: internal_kv._internal_kv_put(self._state_key(), text.encode(), overwrite=True))
+    async def save_state(self, text: str, key: str = STATE) -> None:
+        kept = self._kept_key(key)
+        await self._call(lambda: internal_kv._internal_kv_put(kept, text.encode(), overwrite=True))
 
-    async def load_state(self) -> str | None:
-        found = await self._call(lambda: internal_kv._internal_kv_get(self._state_key()))
+    async def load_state(self, key: str = STATE) -> str | None:
+        kept = self._kept_key(key)
+        found = await self._call(lambda: internal_kv._internal_kv_get(kept))
         return found.decode() if found is not None else None
 
-    def _state_key(self) -> bytes:
-        return f"{self._namespace}:state".encode()
+    def _kept_key(self, key: str) -> bytes:
+        return f"{self._namespace}:{key}".encode()
 
     async def close(self) -> None:
         if self._owner and ray.is_initialized():

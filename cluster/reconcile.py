@@ -1,96 +1,27 @@
-"""Wanted and observed to actions: which process to start, kill, publish or give up. Pure: no clock, no processes, no gRPC.
+"""Wanted and observed to actions: which process to start, tell, stop, kill or give up. Pure: no clock, no processes, no gRPC.
 
-Each wanted process has a slot; a slot goes through lives, told apart by the incarnation:
-
-    waiting -> starting -> loading -> ready -> (ended) -> waiting ...
-
-A life ends when its process is gone; a life whose link is lost is killed first, and the next one starts only when the
-old process is seen gone. Death drops an instance from the membership at once. Repeated deaths wait longer and longer;
-until the deployment has been ready once, a bad set-up or the third crash of a process ends it with the reason.
+The slots are the wanted set: one per process, added, removed, flipped and drained by ``wanted_set``. A life
+whose link is lost is killed first, and the next one starts when the old process is seen gone, or, where its host cannot
+be reached, once that is plain. Death drops an instance from the membership at once. Repeated deaths wait longer and
+longer; until the deployment has been ready once, a bad set-up or the third crash of a process ends it with the reason.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
+from biphase.cluster.actions import Abandon, Action, AskToStop, GiveUp, Kill, Start, TellDrain, TellFlip, TellResume
 from biphase.cluster.backend import Kind
+from biphase.cluster.slot import MemberView, Phase, Slot, Wanted, Work
+from biphase.cluster.start_failures import StartFailures
 from biphase.protos.process import Announcement
-
-Phase = Literal["waiting", "starting", "loading", "ready", "lost", "draining"]
 
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
 STABLE_S = 10.0
 """A process that was ready for this long is started again at once, its earlier deaths forgotten."""
 MAX_FIRST_CRASHES = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """A process that should run."""
-
-    name: str
-    kind: Kind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    name: str
-    incarnation: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kill:
-    name: str
-    incarnation: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GiveUp:
-    """The deployment cannot start."""
-
-    reason: str
-
-
-Action = Start | Kill | GiveUp
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberView:
-    """An instance that routers may use."""
-
-    name: str
-    kind: Kind
-    incarnation: int
-    address: str
-    draining: bool
-
-
-@dataclass(slots=True, kw_only=True)
-class Slot:
-    """What is known of one wanted process. Owned by the Reconciler."""
-
-    wanted: Wanted
-    phase: Phase = "waiting"
-    incarnation: int = 0
-    since_s: float = 0.0
-    """When the phase began."""
-    ready_since_s: float | None = None
-    not_before_s: float = 0.0
-    failures: int = 0
-    restarts: int = 0
-    linked: bool = False
-    killed: bool = False
-    """The current life was killed (by us) and is not yet seen gone."""
-    reason: str = ""
-    """Why the last life ended, or the current one is being ended."""
-    announcement: Announcement | None = None
-
-    @property
-    def is_up(self) -> bool:
-        """Ready, and, where it is an instance, held by a link."""
-        return self.phase in ("ready", "draining") and (self.linked or self.wanted.kind == "router")
+STOP_S = 10.0
+"""How long an instance may take to end, or to turn, after its legs are gone."""
 
 
 @dataclass(slots=True)
@@ -99,25 +30,41 @@ class Reconciler:
 
     wanted: Sequence[Wanted]
     start_timeout_s: float
+    kill_patience_s: float | None = None
+    """After this a killed life that is not seen gone is on a host that cannot be reached; None: every host can be."""
     slots: dict[str, Slot] = field(init=False)
+    former: dict[str, int] = field(default_factory=dict)
+    """The last incarnation of names that are wanted no more."""
     was_ready: bool = False
     """Whether all was up at once, ever (also in an earlier life of the controller)."""
     version: int = 0
+    node_failures: StartFailures = field(default_factory=StartFailures)
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    """(kind, subject, text): what has happened, for people; whoever reads them takes them away."""
     _members: tuple[MemberView, ...] = ()
 
     def __post_init__(self) -> None:
-        self.slots = {wanted.name: Slot(wanted=wanted) for wanted in self.wanted}
+        self.slots = {wanted.name: Slot(name=wanted.name, kind=wanted.kind) for wanted in self.wanted}
+
+    # -- what is seen -----------------------------------------------------------------------------------------------
 
     def adopt(self, name: str, incarnation: int, now_s: float) -> None:
-        """A process of this deployment runs already."""
+        """A process of this deployment runs already; ``incarnation`` is the one that it was started with."""
         slot = self.slots[name]
-        slot.incarnation, slot.phase, slot.since_s = incarnation, "starting", now_s
+        if slot.life != incarnation or not slot.incarnation:
+            slot.incarnation = slot.life = incarnation
+        slot.phase, slot.since_s, slot.adopted = "starting", now_s, True
 
     def announced(self, announcement: Announcement, now_s: float) -> None:
-        slot = self._current(announcement.name, announcement.incarnation)
+        slot = self.slots.get(announcement.name)
         if slot is None or slot.killed or slot.phase == "waiting":
             return
-        slot.announcement = announcement
+        if slot.flip is not None and announcement.incarnation == slot.flip.incarnation:
+            self._turned(slot, now_s)
+        if announcement.incarnation != slot.incarnation:
+            return
+        slot.announcement, slot.node, slot.adopted = announcement, announcement.node or slot.node, False
+        self.node_failures.seen(slot.node)
         phase: Phase | None = None
         match announcement.state:
             case "starting" | "loading" | "ready" | "draining":
@@ -130,14 +77,33 @@ class Reconciler:
             slot.phase, slot.since_s = phase, now_s
             if phase == "ready" and slot.ready_since_s is None:
                 slot.ready_since_s = now_s
+                self.node_failures.started(slot.node)
+                self.notes.append(("ready", slot.name, f"{slot.name}#{slot.incarnation} is ready as {slot.kind}"))
         self._refresh(now_s)
 
     def linked(self, name: str, incarnation: int, now_s: float) -> None:
         """The controller's own link to the instance stands."""
-        slot = self._current(name, incarnation)
-        if slot is not None and not slot.killed and slot.phase != "waiting":
-            slot.linked = True
+        slot = self.slots.get(name)
+        if slot is None or slot.killed or slot.phase == "waiting":
+            return
+        if slot.flip is not None and incarnation == slot.flip.incarnation:
+            self._turned(slot, now_s)
+        if incarnation == slot.incarnation:
+            slot.linked, slot.told = True, False
             self._refresh(now_s)
+
+    def unlinked(self, name: str, incarnation: int, now_s: float) -> None:
+        """The link is gone for a moment: the instance turns, or it is asked a second time."""
+        slot = self._current(name, incarnation)
+        if slot is not None and slot.flip is not None:
+            slot.linked = False
+            self._refresh(now_s)
+
+    def worked(self, name: str, incarnation: int, work: Work) -> None:
+        """What the instance holds, by its own word."""
+        slot = self._current(name, incarnation)
+        if slot is not None:
+            slot.work = work
 
     def lost(self, name: str, incarnation: int, reason: str, now_s: float) -> None:
         """The instance's link broke and it does not answer: to be killed."""
@@ -146,58 +112,164 @@ class Reconciler:
             slot.phase, slot.since_s, slot.linked, slot.reason = "lost", now_s, False, reason
             self._refresh(now_s)
 
-    def gone(self, name: str, incarnation: int, reason: str, now_s: float) -> None:
-        """The process is seen gone."""
-        slot = self._current(name, incarnation)
-        if slot is None or slot.phase == "waiting":
+    def gone(self, name: str, life: int, reason: str, now_s: float) -> None:
+        """The process that was started as ``life`` is seen gone, or could not be started."""
+        slot = self.slots.get(name)
+        if slot is None or slot.life != life or slot.phase == "waiting":
             return
         failed_setup = slot.announcement is not None and slot.announcement.state == "failed"
         if not (slot.reason and (slot.killed or failed_setup)):
             slot.reason = reason
-        stable = slot.ready_since_s is not None and now_s - slot.ready_since_s >= STABLE_S
+        self._ended(slot, now_s, failed_setup=failed_setup)
+
+    def _ended(self, slot: Slot, now_s: float, *, failed_setup: bool = False) -> None:
+        by_wish, ready_since_s = bool(slot.ending), slot.ready_since_s
+        if by_wish and (slot.ending == "remove" or slot.stop_asked_s is not None):
+            self.notes.append(("end", slot.name, f"{slot.name}#{slot.incarnation} has ended, as asked"))
+        else:
+            self.notes.append(("end", slot.name, f"{slot.name}#{slot.incarnation} is gone: {slot.reason}"))
+        if ready_since_s is None and not by_wish and slot.is_instance:
+            problem = self.node_failures.failed(slot.node)
+            if problem:
+                self.notes.append(("node", slot.node, problem))
+        stable = by_wish or (ready_since_s is not None and now_s - ready_since_s >= STABLE_S)
         slot.failures = 0 if stable else slot.failures + 1
         # the first death of a process that had been ready is repaired at once
-        tries = slot.failures - (1 if slot.ready_since_s is not None else 0)
+        tries = slot.failures - (1 if ready_since_s is not None else 0)
         delay_s = 0.0 if tries <= 0 else min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (tries - 1))
         if failed_setup and not self.was_ready:
             slot.failures = MAX_FIRST_CRASHES  # the same again would fail the same
-        slot.phase, slot.since_s, slot.not_before_s = "waiting", now_s, now_s + delay_s
-        slot.linked, slot.killed, slot.ready_since_s, slot.announcement = False, False, None, None
+        if slot.ending == "remove":
+            self.forget(slot)
+        else:
+            slot.not_before_s = now_s + delay_s
+            slot.ending = ""
+            slot.end_life(now_s)
+            if slot.next_generation is not None:
+                slot.generation, slot.next_generation = slot.next_generation, None
         self._refresh(now_s)
+
+    def forget(self, slot: Slot) -> None:
+        """Drop a slot whose process is wanted no more and gone. Its incarnations are used no second time."""
+        self.former[slot.name] = slot.flip.incarnation if slot.flip is not None else slot.incarnation
+        del self.slots[slot.name]
+
+    def _turned(self, slot: Slot, now_s: float) -> None:
+        assert slot.flip is not None
+        self.notes.append(
+            (
+                "flip",
+                slot.name,
+                f"{slot.name} has turned from {slot.kind} to {slot.flip.kind} (#{slot.flip.incarnation})",
+            )
+        )
+        slot.kind, slot.incarnation, slot.flip = slot.flip.kind, slot.flip.incarnation, None
+        slot.phase, slot.since_s, slot.ready_since_s = "ready", now_s, now_s
+        slot.linked, slot.asked_s, slot.told, slot.work = False, None, False, None
+
+    # -- what follows -----------------------------------------------------------------------------------------------
 
     def decide(self, now_s: float) -> list[Action]:
         """What to do now. A Start counts as done (the slot is ``starting``); a Kill is given once per life."""
         actions: list[Action] = []
-        for slot in self.slots.values():
-            name = slot.wanted.name
+        for slot in list(self.slots.values()):
             if slot.phase == "waiting":
                 if not self.was_ready and slot.failures >= MAX_FIRST_CRASHES:
-                    return [GiveUp(reason=f"{name}: {slot.reason}")]
-                if now_s >= slot.not_before_s:
-                    slot.restarts += 1 if slot.incarnation else 0
-                    slot.incarnation += 1
-                    slot.phase, slot.since_s = "starting", now_s
-                    actions.append(Start(name=name, incarnation=slot.incarnation))
-            elif slot.phase in ("starting", "loading") and now_s - slot.since_s >= self.start_timeout_s:
-                doing = slot.announcement.detail if slot.announcement is not None else ""
-                slot.reason = f"not ready within {self.start_timeout_s:g} s" + (
-                    f", its last word: {doing}" if doing else ""
-                )
-                slot.phase, slot.since_s = "lost", now_s
+                    return [GiveUp(reason=f"{slot.name}: {slot.reason}")]
+                if slot.ending == "remove":
+                    self.forget(slot)
+                elif now_s >= slot.not_before_s:
+                    slot.begin_life(self._next_incarnation(slot), now_s)
+                    actions.append(Start(name=slot.name, incarnation=slot.incarnation))
+                continue
+            if slot.phase != "lost":
+                self._time_out(slot, now_s)
+            if slot.phase != "lost":
+                actions += self._bring_out(slot, now_s)
             if slot.phase == "lost" and not slot.killed:
-                slot.killed = True
-                actions.append(Kill(name=name, incarnation=slot.incarnation, reason=slot.reason))
+                slot.killed_s = now_s
+                actions.append(Kill(name=slot.name, incarnation=slot.incarnation, reason=slot.reason))
+            elif slot.killed_s is not None and self._unreachable_at_s(slot) <= now_s:
+                actions.append(Abandon(name=slot.name, incarnation=slot.incarnation))
+                slot.avoid_node = slot.node
+                self._ended(slot, now_s)
+        self._refresh(now_s)
+        return actions
+
+    def _time_out(self, slot: Slot, now_s: float) -> None:
+        """Whoever takes longer than it may is lost."""
+        if slot.phase in ("starting", "loading"):
+            if slot.ending and not slot.adopted:
+                self._lose(slot, "wanted no more" if slot.ending == "remove" else "to be started anew", now_s)
+            elif now_s - slot.since_s >= self.start_timeout_s:
+                doing = slot.announcement.detail if slot.announcement is not None else ""
+                said = f", its last word: {doing}" if doing else ""
+                self._lose(slot, f"not ready within {self.start_timeout_s:g} s{said}", now_s)
+        elif slot.stop_asked_s is not None and now_s - slot.stop_asked_s >= STOP_S:
+            self._lose(slot, f"did not end within {STOP_S:g} s of being asked", now_s)
+        elif slot.flip is not None and slot.asked_s is not None:
+            limit_s = slot.grace_s + STOP_S
+            if now_s - slot.asked_s >= limit_s:
+                self._lose(slot, f"has not turned to {slot.flip.kind} within {limit_s:g} s", now_s)
+
+    def _lose(self, slot: Slot, reason: str, now_s: float) -> None:
+        slot.reason, slot.phase, slot.since_s = reason, "lost", now_s
+
+    def _bring_out(self, slot: Slot, now_s: float) -> list[Action]:
+        """The next word to an instance that is to drain, turn or stop; routers are just asked to stop."""
+        name, incarnation = slot.name, slot.incarnation
+        if slot.phase not in ("ready", "draining"):
+            return []
+        if not slot.is_instance:
+            if slot.ending and slot.stop_asked_s is None:
+                slot.stop_asked_s = now_s
+                return [AskToStop(name=name, incarnation=incarnation)]
+            return []
+        actions: list[Action] = []
+        if slot.linked and not slot.told:
+            slot.told = True
+            if slot.is_leaving and slot.asked_s is None:
+                slot.asked_s = now_s
+            left_s = max(0.0, slot.grace_s - (now_s - slot.asked_s)) if slot.asked_s is not None else 0.0
+            if slot.ending or slot.held:
+                actions.append(TellDrain(name=name, incarnation=incarnation, grace_s=max(left_s, 0.001)))
+            elif slot.flip is not None:
+                actions.append(TellFlip(name=name, incarnation=incarnation, to=slot.flip, grace_s=max(left_s, 0.001)))
+            elif slot.resumes:
+                slot.resumes = False
+                actions.append(TellResume(name=name, incarnation=incarnation))
+        if slot.ending and slot.stop_asked_s is None and slot.asked_s is not None:
+            drained = slot.work is not None and slot.work.draining and slot.work.is_idle
+            if drained or now_s - slot.asked_s >= slot.grace_s:
+                slot.stop_asked_s = now_s
+                actions.append(AskToStop(name=name, incarnation=incarnation))
         return actions
 
     def next_due_s(self) -> float | None:
         """When ``decide`` has something to do by the passing of time alone."""
-        due = [slot.not_before_s for slot in self.slots.values() if slot.phase == "waiting"]
-        due += [
-            slot.since_s + self.start_timeout_s
-            for slot in self.slots.values()
-            if slot.phase in ("starting", "loading") and not slot.killed
-        ]
-        return min(due, default=None)
+        due: list[float] = []
+        for slot in self.slots.values():
+            if slot.phase == "waiting":
+                due.append(slot.not_before_s)
+            elif slot.killed:
+                due.append(self._unreachable_at_s(slot))
+            elif slot.phase in ("starting", "loading"):
+                due.append(slot.since_s + self.start_timeout_s)
+            elif slot.stop_asked_s is not None:
+                due.append(slot.stop_asked_s + STOP_S)
+            elif slot.asked_s is not None and slot.ending:
+                due.append(slot.asked_s + slot.grace_s)
+            elif slot.asked_s is not None and slot.flip is not None:
+                due.append(slot.asked_s + slot.grace_s + STOP_S)
+        finite = [at_s for at_s in due if at_s != float("inf")]
+        return min(finite, default=None)
+
+    def _unreachable_at_s(self, slot: Slot) -> float:
+        if slot.killed_s is None or self.kill_patience_s is None:
+            return float("inf")
+        return slot.killed_s + self.kill_patience_s
+
+    # -- what others read -------------------------------------------------------------------------------------------
 
     @property
     def members(self) -> tuple[MemberView, ...]:
@@ -205,10 +277,27 @@ class Reconciler:
 
     @property
     def all_up(self) -> bool:
-        return all(slot.is_up and slot.phase == "ready" for slot in self.slots.values())
+        """All that is wanted takes work, but for what was drained by hand or is out for being slow."""
+        kept = [slot for slot in self.slots.values() if slot.ending != "remove"]
+        return all(
+            slot.is_up and (slot.held or (slot.phase == "ready" and slot.flip is None and not slot.ending))
+            for slot in kept
+        )
 
     def incarnations(self) -> dict[str, int]:
         return {name: slot.incarnation for name, slot in self.slots.items()}
+
+    def counts(self) -> dict[Kind, int]:
+        """Wanted instances by the role they have or are turning into."""
+        kept = [slot.role for slot in self.slots.values() if slot.is_instance and slot.ending != "remove"]
+        return {"prefill": kept.count("prefill"), "decode": kept.count("decode")}
+
+    def refresh(self, now_s: float) -> None:
+        """Look at the members again after a change of the wanted set."""
+        self._refresh(now_s)
+
+    def _next_incarnation(self, slot: Slot) -> int:
+        return max(slot.incarnation, self.former.get(slot.name, 0)) + 1
 
     def _current(self, name: str, incarnation: int) -> Slot | None:
         """The slot, unless the event is about another life."""
@@ -217,15 +306,9 @@ class Reconciler:
 
     def _refresh(self, now_s: float) -> None:
         members = tuple(
-            MemberView(
-                name=slot.wanted.name,
-                kind=slot.wanted.kind,
-                incarnation=slot.incarnation,
-                address=slot.announcement.address,
-                draining=slot.phase == "draining",
-            )
+            slot.member()
             for slot in self.slots.values()
-            if slot.wanted.kind != "router" and slot.is_up and slot.announcement is not None
+            if slot.is_instance and slot.is_up and slot.announcement is not None
         )
         if members != self._members:
             self._members = members

@@ -6,6 +6,7 @@
     serve.json       the supervisor's word on the deployment: ServeRecord
     deployment.json  what was asked for
     state.json       the controller's memory (process backend)
+    events/          what has happened, in files of a hundred; kept over serves (process backend)
     processes/       a record, a spec and an announcement per process (process backend)
     logs/            <process>-<incarnation>.log (ranks above 0 of an instance: .rank<k>.log); the previous serve's logs
                      are in logs.previous/
@@ -111,6 +112,10 @@ class RunDir:
     @property
     def state_file(self) -> Path:
         return self.path / "state.json"
+
+    def kept_file(self, key: str) -> Path:
+        """Of one part of the controller's memory."""
+        return self.state_file if key == "state" else self.path / f"{key}.json"
 
     @property
     def processes(self) -> Path:

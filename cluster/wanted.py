@@ -1,10 +1,11 @@
-"""From a deployment to the processes it wants. Pure."""
+"""From a deployment to the processes it wants at first, and to what one life of a process is started with. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from biphase.cluster.backend import CONTROLLER, Kind, ProcessSpec
 from biphase.cluster.deployment import Deployment
-from biphase.cluster.reconcile import Wanted
+from biphase.cluster.slot import Wanted
 
 
 def wanted_of(deployment: Deployment) -> list[Wanted]:
@@ -14,14 +15,25 @@ def wanted_of(deployment: Deployment) -> list[Wanted]:
     return [*instances, Wanted(name="router-0", kind="router")]
 
 
-def spec_of(base: ProcessSpec, name: str, incarnation: int) -> ProcessSpec:
-    """The spec of one life of ``name`` in the deployment of ``base``."""
-    kind: Kind = CONTROLLER if name == CONTROLLER else _kinds(base.deployment)[name]
-    one = replace(base, name=name, kind=kind, incarnation=incarnation, cpus=0.0, gpus=0.0)
+def spec_of(
+    base: ProcessSpec,
+    name: str,
+    incarnation: int,
+    *,
+    kind: Kind | None = None,
+    deployment: Deployment | None = None,
+    avoid: Sequence[str] = (),
+) -> ProcessSpec:
+    """The spec of one life of ``name``. ``kind``: where it is not the one that the deployment begins with;
+    ``deployment``: where it is another generation than that of ``base``; ``avoid``: hosts that get no instance."""
+    deployment = deployment or base.deployment
+    if kind is None:
+        kind = CONTROLLER if name == CONTROLLER else _kinds(deployment)[name]
+    one = replace(base, name=name, kind=kind, incarnation=incarnation, deployment=deployment, cpus=0.0, gpus=0.0)
     if kind != "prefill" and kind != "decode":
         return one
-    role = base.deployment.plan(kind)
-    return replace(one, cpus=role.cpus, gpus=role.gpus, plan=role.parallel)
+    role = deployment.plan(kind)
+    return replace(one, cpus=role.cpus, gpus=role.gpus, plan=role.parallel, avoid_nodes=tuple(avoid))
 
 
 def _kinds(deployment: Deployment) -> dict[str, Kind]:

@@ -1,12 +1,14 @@
-"""The controller's own link to an instance: how it learns that the instance is gone or stopped.
+"""The controller's own link to an instance: commands go down it, loads and signals come up, its silence is a death.
 
 A broken link alone is no proof of death: the instance is asked once more on a fresh connection, and only an instance
-that does not answer there within ``SECOND_OPINION_S`` is reported lost.
+that does not answer there within ``SECOND_OPINION_S`` is reported lost. One that is turning ends its links by itself and
+is asked again and again; whoever set it turning bounds that.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -19,60 +21,126 @@ WELCOME_S = 10.0
 """From the instance's `ready` to its first Welcome; a loaded host may take a while to schedule it."""
 SECOND_OPINION_S = 0.8
 """Keepalive notices a stopped peer after at most 2 s; with this the whole stays below 3 s."""
+TURNING_RETRY_S = 0.03
+SUPERSEDED = "has given way to epoch"
+"""In the words of a worker that obeys a later life of the controller."""
 logger = logging.getLogger("biphase.cluster.link")
 
 
-async def hold_link(
-    *, name: str, address: str, incarnation: int, epoch: int, on_welcome: Callable[[worker_pb2.Welcome], None]
-) -> str:
-    """Keep a link to the instance as long as it lives; returns why it is lost. Cancel to let go."""
-    reason = await _hold_once(address, incarnation, epoch, WELCOME_S, on_welcome)
-    while True:
-        logger.info("%s#%d: link broke (%s), asking once more", name, incarnation, reason)
+class LinkSink(Protocol):
+    """Takes what comes up a link. Every call is quick."""
+
+    def expected(self) -> tuple[int, ...]:
+        """The incarnations that may answer: the present one, and the next where it is turning."""
+        ...
+
+    def welcomed(self, incarnation: int, welcome: worker_pb2.Welcome) -> None: ...
+
+    def broken(self, incarnation: int) -> None: ...
+
+    def loaded(self, incarnation: int, load: worker_pb2.Load) -> None: ...
+
+    def signalled(self, incarnation: int, signals: worker_pb2.WorkerSignals) -> None: ...
+
+
+class WorkerLink:
+    """One instance's link over all its connections. ``hold`` keeps it; ``send`` is heard by the present connection."""
+
+    def __init__(self, *, name: str, address: str, epoch: int, sink: LinkSink) -> None:
+        self.name, self.address = name, address
+        self.superseded = False
+        """The instance obeys a later life of the controller."""
+        self._epoch, self._sink = epoch, sink
+        self._outgoing: asyncio.Queue[worker_pb2.LinkDown] = asyncio.Queue()
+        self._incarnation = 0
+
+    def send(self, command: worker_pb2.LinkDown) -> None:
+        """Say it to whoever has welcomed us; what is not sent when the connection breaks is not sent again."""
+        command.incarnation = self._incarnation
+        self._outgoing.put_nowait(command)
+
+    async def hold(self) -> str:
+        """Keep the link as long as the instance lives; returns why it is lost. Cancel to let go."""
+        _, reason = await self._hold_once(WELCOME_S)
+        while True:
+            logger.info("%s: link broke (%s), asking once more", self.name, reason)
+            welcomed, again = await self._hold_once(SECOND_OPINION_S)
+            if welcomed:
+                reason = again
+            elif len(self._sink.expected()) > 1:
+                await asyncio.sleep(TURNING_RETRY_S)
+            else:
+                return reason
+
+    async def _hold_once(self, welcome_s: float) -> tuple[bool, str]:
+        """One connection from Hello to its break; returns whether it was welcomed, and why it broke."""
+        hello = worker_pb2.Hello(peer_name="controller", peer_kind="controller", membership_epoch=self._epoch)
+        outgoing = self._outgoing = asyncio.Queue()
+
+        async def commands() -> AsyncIterator[worker_pb2.LinkDown]:
+            yield worker_pb2.LinkDown(hello=hello)  # whoever you are; who answers is looked at below
+            while True:
+                yield await outgoing.get()
+
+        options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]  # a second opinion: a fresh connection
         welcomed = False
+        async with grpc.aio.insecure_channel(self.address, options=options) as channel:
+            call = worker_pb2_grpc.WorkerStub(channel).Link(commands(), wait_for_ready=True)
+            try:
+                first = await asyncio.wait_for(call.read(), welcome_s)
+                if not isinstance(first, worker_pb2.LinkUp) or first.WhichOneof("event") != "welcome":
+                    return False, "it closed the link before its Welcome"
+                if first.welcome.name != self.name or first.incarnation not in self._sink.expected():
+                    return False, f"{first.welcome.name}#{first.incarnation} answers in its place"
+                welcomed, self._incarnation = True, first.incarnation
+                self._sink.welcomed(first.incarnation, first.welcome)
+                async for message in _messages(call):
+                    match message.WhichOneof("event"):
+                        case "load":
+                            self._sink.loaded(message.incarnation, message.load)
+                        case "signals":
+                            self._sink.signalled(message.incarnation, message.signals)
+                return welcomed, f"it ended the link: {one_line(Exception(await call.details()))}"
+            except TimeoutError:
+                return welcomed, f"no answer within {welcome_s:g} s"
+            except grpc.aio.AioRpcError as error:
+                details = one_line(Exception(error.details()))
+                self.superseded = self.superseded or SUPERSEDED in details
+                return welcomed, f"{error.code().name}: {details}"
+            finally:
+                call.cancel()
+                if welcomed:
+                    self._sink.broken(self._incarnation)
 
-        def on_second_welcome(welcome: worker_pb2.Welcome) -> None:
-            nonlocal welcomed
-            welcomed = True
-            on_welcome(welcome)
 
-        again = await _hold_once(address, incarnation, epoch, SECOND_OPINION_S, on_second_welcome)
-        if not welcomed:
-            return reason
-        reason = again
+async def _messages(
+    call: "grpc.aio.StreamStreamCall[worker_pb2.LinkDown, worker_pb2.LinkUp]",
+) -> AsyncIterator[worker_pb2.LinkUp]:
+    while isinstance(message := await call.read(), worker_pb2.LinkUp):
+        yield message
 
 
-async def _hold_once(
-    address: str,
-    incarnation: int,
-    epoch: int,
-    welcome_s: float,
-    on_welcome: Callable[[worker_pb2.Welcome], None],
-) -> str:
-    """One connection from Hello to its break; returns why it broke."""
-    hello = worker_pb2.LinkDown(
-        incarnation=incarnation,
-        hello=worker_pb2.Hello(peer_name="controller", peer_kind="controller", membership_epoch=epoch),
-    )
+async def retire(address: str, incarnation: int, epoch: int, reason: str, within_s: float) -> bool:
+    """Tell a life that was replaced to end; whether it could be told."""
+    hello = worker_pb2.Hello(peer_name="controller", peer_kind="controller", membership_epoch=epoch)
+    done = asyncio.Event()
 
     async def commands() -> AsyncIterator[worker_pb2.LinkDown]:
-        yield hello
-        await asyncio.Event().wait()  # the stream stays open; the controller commands nothing on it
+        yield worker_pb2.LinkDown(incarnation=incarnation, hello=hello)
+        yield worker_pb2.LinkDown(incarnation=incarnation, retire=worker_pb2.Retire(reason=reason))
+        await done.wait()
 
-    options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]  # a second opinion needs a fresh connection
+    options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(address, options=options) as channel:
         call = worker_pb2_grpc.WorkerStub(channel).Link(commands(), wait_for_ready=True)
+        told = False
         try:
-            first = await asyncio.wait_for(call.read(), welcome_s)
-            if not isinstance(first, worker_pb2.LinkUp) or first.WhichOneof("event") != "welcome":
-                return "it closed the link before its Welcome"
-            on_welcome(first.welcome)
-            while await call.read() is not grpc.aio.EOF:
-                pass  # loads are for routers
-            return f"it ended the link: {one_line(Exception(await call.details()))}"
-        except TimeoutError:
-            return f"no answer within {welcome_s:g} s"
-        except grpc.aio.AioRpcError as error:
-            return f"{error.code().name}: {one_line(Exception(error.details()))}"
+            async with asyncio.timeout(within_s):
+                async for message in _messages(call):
+                    told = told or message.WhichOneof("event") == "welcome"
+        except (TimeoutError, grpc.aio.AioRpcError):
+            pass
         finally:
+            done.set()
             call.cancel()
+        return told

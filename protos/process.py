@@ -41,6 +41,8 @@ class Announcement:
     """Of an instance of several: each rank announces itself; the instance is what its rank 0 says."""
     rank_address: str = ""
     """Of rank 0 of several: where the other ranks join it."""
+    node: str = ""
+    """The host it runs on, as people name it: its address in the cluster, its host name where it is on loopback."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -1,15 +1,8 @@
 """The controller's decisions, under a clock that the test turns."""
 
-from biphase.cluster.reconcile import (
-    FIRST_BACKOFF_S,
-    MAX_BACKOFF_S,
-    STABLE_S,
-    GiveUp,
-    Kill,
-    Reconciler,
-    Start,
-    Wanted,
-)
+from biphase.cluster.actions import GiveUp, Kill, Start
+from biphase.cluster.reconcile import FIRST_BACKOFF_S, MAX_BACKOFF_S, STABLE_S, Reconciler
+from biphase.cluster.slot import Wanted
 from biphase.protos.process import Announcement, ProcessState
 
 WANTED = (
@@ -174,7 +167,7 @@ def test_who_is_not_ready_in_time_is_ended_with_what_it_said_last() -> None:
 
 def test_the_next_controller_adopts() -> None:
     core = make()
-    core.slots["decode-0"].incarnation = 3
+    core.slots["decode-0"].incarnation = core.slots["decode-0"].life = 3
     for name, incarnation in (("prefill-0", 1), ("decode-0", 4), ("router-0", 1)):
         core.adopt(name, incarnation, 0.0)
     assert core.decide(0.0) == []

@@ -38,7 +38,9 @@ class LightRouter(router_pb2_grpc.RouterServicer):
         self, request: router_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> router_pb2.ServerInfoReply:
         views = [
-            router_pb2.InstanceView(name=member.name, incarnation=member.incarnation, state="ready")
+            router_pb2.InstanceView(
+                name=member.name, incarnation=member.incarnation, state="draining" if member.draining else "ready"
+            )
             for member in self.membership.members
         ]
         counters = {"epoch": self.membership.epoch, "version": self.membership.version}

@@ -1,0 +1,190 @@
+"""The controller's view as messages: the membership for routers, the status for people."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from biphase.cluster.deployment import Deployment
+from biphase.cluster.events import Event
+from biphase.cluster.slot import Slot
+from biphase.cluster.version import version
+from biphase.protos import common_pb2, controller_pb2
+
+if TYPE_CHECKING:
+    from biphase.cluster.controller import Controller
+
+NUM_DECISIONS = 5
+DECISIONS = frozenset({"decision", "scale", "flip", "drain", "update", "policy", "node"})
+"""Kinds of events that changed what is wanted, or would have."""
+
+
+def membership_of(controller: "Controller") -> controller_pb2.Membership:
+    core = controller.core
+    members = [
+        controller_pb2.Member(
+            name=member.name,
+            role=_role(member.kind),
+            incarnation=member.incarnation,
+            address=member.address,
+            draining=member.draining,
+            generation=member.generation,
+            node=member.node,
+        )
+        for member in core.members
+    ]
+    return controller_pb2.Membership(epoch=controller.epoch, version=core.version, members=members)
+
+
+def event_message(event: Event) -> controller_pb2.Event:
+    return controller_pb2.Event(
+        number=event.number, unix_s=event.unix_s, kind=event.kind, subject=event.subject, text=event.text
+    )
+
+
+def status_of(controller: "Controller") -> controller_pb2.ClusterStatus:
+    deployment = controller.deployment
+    own = controller.announcer.current
+    processes = [_process_status(controller, slot) for slot in controller.core.slots.values()]
+    processes.append(
+        controller_pb2.ProcessStatus(
+            name=own.name,
+            kind=own.kind,
+            incarnation=own.incarnation,
+            state=own.state,
+            progress=1.0,
+            pid=own.pid,
+            address=own.address,
+            restarts=controller.epoch - 1,
+            log_file=own.log_file,
+            node=own.node,
+        )
+    )
+    problems = [f"{process.name}: {process.detail}" for process in processes if process.state in ("lost", "waiting")]
+    return controller_pb2.ClusterStatus(
+        deployment=deployment.name,
+        state=controller.state,
+        detail="; ".join(problems),
+        backend=deployment.backend,
+        model=deployment.served_model_name or deployment.model,
+        mode=deployment.mode,
+        uptime_s=controller.now_s() - controller.started_s,
+        processes=processes,
+        router_addresses=controller.router_addresses(),
+        version=version(),
+        epoch=controller.epoch,
+        ratio=ratio_line(controller.core.slots.values()),
+        pinned=pinned_line(controller),
+        policy=controller.policy_line,
+        decisions=[event_message(event) for event in controller.events.last(NUM_DECISIONS, DECISIONS)],
+        warnings=warnings_of(controller),
+        cordoned_nodes=[f"{node}: {why}" for node, why in controller.core.node_failures.cordoned.items()],
+    )
+
+
+def ratio_line(slots: Iterable[Slot]) -> str:
+    """ "2P:1D", with what does not take work now."""
+    wanted = [slot for slot in slots if slot.is_instance and slot.ending != "remove"]
+    counts = {role: sum(slot.role == role for slot in wanted) for role in ("prefill", "decode")}
+    missing = [f"{slot.name} ({_why_away(slot)})" for slot in wanted if not slot.serves]
+    return f"{counts['prefill']}P:{counts['decode']}D" + (f", without {', '.join(missing)}" if missing else "")
+
+
+def _why_away(slot: Slot) -> str:
+    if slot.flip is not None:
+        return f"turning to {slot.flip.kind}"
+    if slot.held or slot.ending:
+        return "draining"
+    if slot.slow:
+        return "slow"
+    return slot.phase if slot.phase != "ready" else "its link is not up"
+
+
+def pinned_line(controller: "Controller") -> str:
+    pin = controller.pin
+    if pin is None:
+        return ""
+    if pin.until_s is None:
+        return f"{pin.text}, until `biphase scale auto`"
+    return f"{pin.text}, for another {max(0.0, pin.until_s - controller.now_s()):.0f} s"
+
+
+def warnings_of(controller: "Controller") -> list[str]:
+    warnings = list(controller.warnings)
+    open_ports = _open_ports(controller.deployment, controller)
+    if open_ports:
+        warnings.append(f"not on loopback and without protection: {', '.join(open_ports)}")
+    for pair in controller.reports.broken_pairs():
+        warnings.append(f"{pair.decode} cannot pull from {pair.prefill}: {pair.detail}")
+    return warnings
+
+
+def _open_ports(deployment: Deployment, controller: "Controller") -> list[str]:
+    """Addresses that others of the network reach. All of them are unprotected: there is no TLS yet."""
+    said = [(slot.name, slot.announcement.address) for slot in controller.core.slots.values() if slot.announcement]
+    said.append(("controller", controller.announcer.current.address))
+    found = [f"{name} at {address}" for name, address in said if address and not _is_loopback(address)]
+    if not _is_loopback(f"{deployment.host}:0") and not any("router" in text for text in found):
+        found.append(f"the router's {deployment.host}")
+    return found
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _role(kind: str) -> common_pb2.Role.ValueType:
+    return common_pb2.ROLE_PREFILL if kind == "prefill" else common_pb2.ROLE_DECODE
+
+
+def _process_status(controller: "Controller", slot: Slot) -> controller_pb2.ProcessStatus:
+    status = controller_pb2.ProcessStatus(
+        name=slot.name,
+        kind=slot.kind,
+        incarnation=slot.incarnation,
+        state=slot.phase,
+        detail=slot.reason if slot.phase in ("waiting", "lost") else "",
+        restarts=slot.restarts,
+        node=slot.node,
+        health=_health(controller, slot),
+        generation=slot.generation if slot.is_instance else "",
+    )
+    life = controller.lives.get(slot.name)
+    if slot.is_instance:
+        status.role = _role(slot.kind)
+        plan_of = controller.deployments.get(slot.generation, controller.deployment)
+        status.plan = str(plan_of.plan("prefill" if slot.kind == "prefill" else "decode").parallel)
+    if slot.is_leaving and slot.phase == "ready":
+        status.state = "draining"
+    if life is not None and life.handle.end is None:
+        status.pid = life.handle.pid
+        if len(life.handle.pids) > 1:
+            status.rank_pids.extend(life.handle.pids)
+        if life.welcome is not None:
+            status.num_blocks = life.welcome.num_blocks
+    if slot.announcement is not None:
+        said = slot.announcement
+        status.pid, status.address, status.threads = said.pid, said.address, said.threads
+        status.kv_bytes, status.log_file, status.progress = said.kv_bytes, said.log_file, said.progress
+        status.device = said.device
+        status.detail = status.detail or said.detail
+    if slot.work is not None:
+        status.queued_tokens, status.running = slot.work.queued_tokens, slot.work.running
+        status.free_blocks = slot.work.free_blocks
+    return status
+
+
+def _health(controller: "Controller", slot: Slot) -> str:
+    """Why it gets no or less work than another."""
+    if slot.flip is not None:
+        return f"turning to {slot.flip.kind}"
+    if slot.ending:
+        return "stopping" if slot.ending == "remove" else "to start anew"
+    if slot.held:
+        return "drained by hand"
+    if slot.slow:
+        return "slow"
+    if slot.phase == "waiting" and slot.failures > 1:
+        return f"crash loop, {slot.failures} failed starts"
+    if slot.node and slot.node in controller.core.node_failures.cordoned:
+        return "cordoned"
+    return ""

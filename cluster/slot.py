@@ -1,0 +1,174 @@
+"""One wanted process as the reconciler knows it, and what it says of it to others. Pure: values only.
+
+A slot goes through lives, told apart by the incarnation:
+
+    waiting -> starting -> loading -> ready (-> draining) -> (ended) -> waiting ...
+
+``life`` is the incarnation its process was started with; a flip gives the same process a new incarnation and role.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from biphase.cluster.backend import Kind
+from biphase.protos.process import Announcement
+
+Phase = Literal["waiting", "starting", "loading", "ready", "lost", "draining"]
+Ending = Literal["", "remove", "again"]
+"""What follows the end of a life that we ask for: nothing (the process is wanted no more), or another one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A process that should run."""
+
+    name: str
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlipTo:
+    """A change of role under way: what the same process is going to be."""
+
+    kind: Kind
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What an instance holds, by its last word on the controller's link."""
+
+    queued: int = 0
+    queued_tokens: int = 0
+    running: int = 0
+    running_tokens: int = 0
+    free_blocks: int = 0
+    room_blocks: int = 0
+    draining: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        return self.queued == 0 and self.running == 0
+
+    @property
+    def left(self) -> int:
+        """How much has to be waited for, for comparing: tokens, with a token for each request of unknown size."""
+        return self.queued_tokens + self.running_tokens + self.queued + self.running
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberView:
+    """An instance that routers may use."""
+
+    name: str
+    kind: Kind
+    incarnation: int
+    address: str
+    draining: bool
+    generation: str = ""
+    node: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Slot:
+    """What is known of one wanted process. Owned by the Reconciler."""
+
+    name: str
+    kind: Kind
+    """Now; of an instance that flips the former until it has turned."""
+    phase: Phase = "waiting"
+    incarnation: int = 0
+    life: int = 0
+    since_s: float = 0.0
+    """When the phase began."""
+    ready_since_s: float | None = None
+    not_before_s: float = 0.0
+    failures: int = 0
+    restarts: int = 0
+    generation: str = ""
+    next_generation: str | None = None
+    """What its next life is to serve, where that is another."""
+    next_kind: Kind | None = None
+    node: str = ""
+    avoid_node: str = ""
+    """A host that could not be reached when the last life was lost there."""
+    linked: bool = False
+    killed_s: float | None = None
+    """When the current life was killed (by us); it is not yet seen gone."""
+    reason: str = ""
+    """Why the last life ended, or the current one is being ended."""
+    announcement: Announcement | None = None
+    work: Work | None = None
+
+    held: bool = False
+    """Drained by hand: it stays, and takes no work."""
+    resumes: bool = False
+    """Is to be told that its drain is over."""
+    slow: bool = False
+    """Out for being slow: routers give it nothing new."""
+    ending: Ending = ""
+    flip: FlipTo | None = None
+    grace_s: float = 0.0
+    """Of the drain, stop or flip under way."""
+    asked_s: float | None = None
+    """When the drain or flip under way was first told to the instance."""
+    told: bool = False
+    """The newest command has gone out over the present link."""
+    stop_asked_s: float | None = None
+    adopted: bool = False
+    """Found running, and has not said a word yet."""
+
+    @property
+    def is_instance(self) -> bool:
+        return self.kind in ("prefill", "decode")
+
+    @property
+    def role(self) -> Kind:
+        """Wanted: what it is, or is turning into."""
+        return self.flip.kind if self.flip is not None else self.next_kind or self.kind
+
+    @property
+    def is_up(self) -> bool:
+        """Ready, and, where it is an instance, held by a link."""
+        return self.phase in ("ready", "draining") and (self.linked or self.kind == "router")
+
+    @property
+    def is_leaving(self) -> bool:
+        """Takes no new work by our wish."""
+        return self.held or bool(self.ending) or self.flip is not None
+
+    @property
+    def serves(self) -> bool:
+        """Takes new work now."""
+        return self.is_up and self.phase == "ready" and not self.is_leaving and not self.slow
+
+    @property
+    def killed(self) -> bool:
+        return self.killed_s is not None
+
+    def begin_life(self, incarnation: int, now_s: float) -> None:
+        self.restarts += 1 if self.incarnation else 0
+        self.incarnation = self.life = incarnation
+        self.phase, self.since_s, self.node = "starting", now_s, ""
+
+    def end_life(self, now_s: float) -> None:
+        """Nothing of the life that is over is left, but for why it ended."""
+        self.phase, self.since_s = "waiting", now_s
+        self.linked, self.killed_s, self.ready_since_s, self.announcement = False, None, None, None
+        self.work, self.asked_s, self.told, self.stop_asked_s, self.slow = None, None, False, None, False
+        if self.next_kind is not None:
+            self.kind, self.next_kind = self.next_kind, None
+        if self.flip is not None:  # its next life begins in the new role
+            self.kind, self.incarnation, self.flip = self.flip.kind, self.flip.incarnation, None
+
+    def member(self) -> MemberView:
+        assert self.announcement is not None
+        return MemberView(
+            name=self.name,
+            kind=self.kind,
+            incarnation=self.incarnation,
+            address=self.announcement.address,
+            draining=self.phase == "draining" or self.is_leaving or self.slow,
+            generation=self.generation,
+            node=self.node,
+        )

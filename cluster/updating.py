@@ -1,0 +1,124 @@
+"""Updates of a running deployment: the shell around ``rolling``. One at a time; it goes on in the controller's next life."""
+
+from collections.abc import AsyncIterator
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from biphase.cluster import rolling, wanted_set
+from biphase.cluster.deployment import Deployment
+from biphase.cluster.generation import generation_of
+from biphase.protos.errors import InvalidRequest, one_line
+
+if TYPE_CHECKING:
+    from biphase.cluster.controller import Controller
+
+FIXED = ("name", "backend", "host", "port", "mode", "served_model_name", "limits")
+"""Keys that routers were started with: a change of them needs another `biphase serve`."""
+
+
+class Updating:
+    """Drives one rolling update of one controller; people follow it by its events."""
+
+    def __init__(self, controller: "Controller") -> None:
+        self._controller = controller
+
+    async def run(
+        self, text: str, *, dry_run: bool, allow_downtime: bool, grace_s: float
+    ) -> AsyncIterator[tuple[str, bool]]:
+        """Begin one and tell how it goes: (line, whether all is done). InvalidRequest before anything changes."""
+        controller = self._controller
+        try:
+            wanted = Deployment.from_json(text)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidRequest(f"the deployment cannot be read: {one_line(error)}") from error
+        generation = generation_of(wanted)
+        lines = self._check(wanted, generation, allow_downtime=allow_downtime)
+        if dry_run or lines[-1].startswith("nothing"):
+            for line in lines:
+                yield line, True
+            return
+        after = max((event.number for event in controller.events.after(0)), default=0)
+        update = rolling.RollingUpdate(
+            generation=generation,
+            previous=controller.generation,
+            grace_s=grace_s or controller.deployment.drain_s,
+            allow_downtime=allow_downtime,
+        )
+        controller.deployments[generation] = wanted
+        controller.deployment, controller.generation = wanted, generation
+        controller.update_state = asdict(update)
+        controller.events.add("update", "", f"update to generation {generation} begins: {'; '.join(lines)}")
+        await controller.save()
+        controller.spawn(self.drive())
+        async for event in controller.events.follow(after):
+            if event.kind == "update":
+                ended = event.text.startswith(("update is done", "update is paused"))
+                yield event.text, event.text.startswith("update is done")
+                if ended:
+                    return
+
+    def _check(self, wanted: Deployment, generation: str, *, allow_downtime: bool) -> list[str]:
+        """What will be done, in words. Raises InvalidRequest."""
+        controller = self._controller
+        if controller.stopping:
+            raise InvalidRequest("the deployment is stopping")
+        running = self.state
+        if running is not None and not running.paused:
+            raise InvalidRequest(f"an update to generation {running.generation} is under way already")
+        for key in FIXED:
+            was, now = getattr(controller.deployment, key), getattr(wanted, key)
+            if was != now:
+                raise InvalidRequest(f"{key} is {now}, it was {was}: an update cannot change it, serve anew for that")
+        names = rolling.plan_of(controller.core, generation)
+        if not names and wanted == controller.deployment:
+            return ["nothing changes"]
+        reason = rolling.reason_against_update(controller.core, wanted.mode, can_flip=controller.admin.can_flip)
+        if names and reason is not None and not allow_downtime:
+            raise InvalidRequest(f"{reason}; --allow-downtime does it all the same")
+        lines = [f"{name} drains and starts anew in generation {generation}" for name in names]
+        return lines or ["no instance is touched, the other settings are taken over"]
+
+    @property
+    def state(self) -> rolling.RollingUpdate | None:
+        values = self._controller.update_state
+        return rolling.RollingUpdate(**values) if values else None
+
+    async def drive(self) -> None:
+        """Go on with the update that is under way, to its end or pause."""
+        controller = self._controller
+        while (update := self.state) is not None and not update.paused:
+            can_flip = controller.admin.can_flip
+            step = rolling.next_step(controller.core, update, controller.deployment.mode, can_flip=can_flip)
+            now_s = controller.now_s()
+            match step:
+                case rolling.Wait():
+                    await controller.status.wait()
+                    continue
+                case rolling.Renew(name=name, role=role):
+                    controller.update_state = asdict(replace(update, current=name))
+                    generation = update.generation
+                    wanted_set.renew(controller.core, name, update.grace_s, now_s, generation=generation, role=role)
+                    self._say(f"{name} drains, to start anew" + (f" as {role}" if role else ""), name)
+                case rolling.TurnFirst(name=name):
+                    wanted_set.flip(controller.core, name, "decode", update.grace_s, now_s)
+                    self._say(f"{name} turns to decode, to serve alone meanwhile", name)
+                case rolling.Renewed(name=name):
+                    controller.update_state = asdict(replace(update, current=""))
+                    self._say(f"{name} serves in generation {update.generation}", name)
+                case rolling.Failed(name=name, reason=reason):
+                    slot = controller.core.slots[name]
+                    slot.generation, slot.failures, slot.not_before_s = update.previous, 0, now_s
+                    why = f"{name} does not come up in generation {update.generation}: {reason}"
+                    controller.update_state = asdict(replace(update, current="", paused=why))
+                    if not any(each.generation == update.generation for each in wanted_set.instances(controller.core)):
+                        controller.generation = update.previous
+                        controller.deployment = controller.deployments[update.previous]
+                    self._say(f"update is paused: {why}; it goes back to generation {update.previous}", name)
+                case rolling.Finished():
+                    controller.update_state = {}
+                    self._say(f"update is done: all serve generation {update.generation}", "")
+            await controller.save()
+            controller.changed()
+
+    def _say(self, text: str, subject: str) -> None:
+        self._controller.events.add("update", subject, text)

@@ -1,0 +1,276 @@
+"""Changes of the wanted set, and what they lead to, under a clock that the test turns."""
+
+import pytest
+
+from biphase.cluster import wanted_set
+from biphase.cluster.actions import Abandon, AskToStop, Kill, Start, TellDrain, TellFlip, TellResume
+from biphase.cluster.controller_state import ControllerState, restore, slots_of
+from biphase.cluster.reconcile import STOP_S, Reconciler
+from biphase.cluster.slot import FlipTo, Wanted, Work
+from biphase.cluster.start_failures import MAX_FAILED_STARTS
+from biphase.protos.errors import InvalidRequest
+from biphase.protos.process import Announcement, ProcessState
+
+
+def say(
+    core: Reconciler, name: str, state: ProcessState, now_s: float, *, node: str = "one", incarnation: int = 0
+) -> None:
+    slot = core.slots[name]
+    word = Announcement(
+        name=name,
+        kind=slot.kind,
+        incarnation=incarnation or slot.incarnation,
+        pid=1,
+        state=state,
+        address=f"{node}:1",
+        node=node,
+    )
+    core.announced(word, now_s)
+
+
+def made(prefill: int = 1, decode: int = 2, *, kill_patience_s: float | None = None) -> Reconciler:
+    """All up at 0 s, each instance on a host of its own called as it is."""
+    names = [Wanted(name=f"prefill-{i}", kind="prefill") for i in range(prefill)]
+    names += [Wanted(name=f"decode-{i}", kind="decode") for i in range(decode)]
+    core = Reconciler([*names, Wanted(name="router-0", kind="router")], 100.0, kill_patience_s)
+    core.decide(0.0)
+    for name in core.slots:
+        up(core, name, 0.0)
+    assert core.all_up
+    core.decide(0.0)
+    core.notes.clear()
+    return core
+
+
+def up(core: Reconciler, name: str, now_s: float, *, node: str = "") -> None:
+    say(core, name, "ready", now_s, node=node or name)
+    core.linked(name, core.slots[name].incarnation, now_s)
+
+
+def idle(core: Reconciler, name: str) -> None:
+    core.worked(name, core.slots[name].incarnation, Work(draining=True))
+
+
+def test_a_new_instance_has_the_first_free_number_and_starts() -> None:
+    core = made()
+    assert wanted_set.add(core, "decode", "g", 5.0) == "decode-2"
+    assert core.decide(5.0) == [Start(name="decode-2", incarnation=1)]
+    assert core.counts() == {"prefill": 1, "decode": 3}
+
+
+def test_a_stop_drains_then_asks_then_forgets() -> None:
+    core = made()
+    wanted_set.stop(core, "decode-1", 30.0, 10.0)
+    assert [member.draining for member in core.members] == [False, False, True], "routers know it at once"
+    assert core.decide(10.0) == [TellDrain(name="decode-1", incarnation=1, grace_s=30.0)]
+    core.worked("decode-1", 1, Work(draining=True, running=1))
+    assert core.decide(11.0) == []
+    idle(core, "decode-1")
+    assert core.decide(12.0) == [AskToStop(name="decode-1", incarnation=1)]
+    core.gone("decode-1", 1, "ended", 13.0)
+    assert "decode-1" not in core.slots
+    assert core.decide(13.0) == []
+    assert core.counts() == {"prefill": 1, "decode": 1}
+
+
+def test_what_does_not_drain_is_asked_at_the_end_of_its_grace_and_killed_later() -> None:
+    core = made()
+    wanted_set.stop(core, "decode-1", 30.0, 10.0)
+    core.decide(10.0)
+    core.worked("decode-1", 1, Work(draining=True, running=1))
+    assert core.next_due_s() == 40.0
+    assert core.decide(40.0) == [AskToStop(name="decode-1", incarnation=1)]
+    assert core.next_due_s() == 40.0 + STOP_S
+    kills = core.decide(40.0 + STOP_S)
+    assert [type(action) for action in kills] == [Kill]
+
+
+def test_a_name_that_comes_back_uses_no_incarnation_twice() -> None:
+    core = made()
+    wanted_set.stop(core, "decode-1", 30.0, 10.0)
+    core.decide(10.0)
+    core.gone("decode-1", 1, "ended", 11.0)
+    assert wanted_set.add(core, "decode", "g", 12.0) == "decode-1"
+    assert core.decide(12.0) == [Start(name="decode-1", incarnation=2)]
+
+
+def test_a_flip_keeps_the_name_and_takes_a_new_incarnation() -> None:
+    core = made()
+    wanted_set.flip(core, "decode-1", "prefill", 5.0, 10.0)
+    assert core.counts() == {"prefill": 2, "decode": 1}
+    told = core.decide(10.0)
+    assert told == [TellFlip(name="decode-1", incarnation=1, to=FlipTo(kind="prefill", incarnation=2), grace_s=5.0)]
+    core.unlinked("decode-1", 1, 11.0)
+    assert "decode-1" not in [member.name for member in core.members]
+    core.linked("decode-1", 2, 11.2)
+    say(core, "decode-1", "ready", 11.2, incarnation=2)
+    member = next(member for member in core.members if member.name == "decode-1")
+    assert (member.kind, member.incarnation, member.draining) == ("prefill", 2, False)
+    assert core.all_up
+    core.gone("decode-1", 1, "killed by SIGKILL", 50.0)
+    assert core.decide(50.0) == [Start(name="decode-1", incarnation=3)]
+    assert core.slots["decode-1"].kind == "prefill", "the next life has the role it had"
+
+
+def test_a_flip_that_does_not_come_about_is_a_new_life_in_the_new_role() -> None:
+    core = made()
+    wanted_set.flip(core, "decode-1", "prefill", 5.0, 10.0)
+    core.decide(10.0)
+    assert core.next_due_s() == 15.0 + STOP_S
+    assert [type(action) for action in core.decide(15.0 + STOP_S)] == [Kill]
+    core.gone("decode-1", 1, "killed by SIGKILL", 26.0)
+    assert core.decide(26.0) == [Start(name="decode-1", incarnation=3)]
+    assert core.slots["decode-1"].kind == "prefill"
+
+
+def test_a_drain_by_hand_stays_and_is_taken_back() -> None:
+    core = made()
+    wanted_set.hold(core, "decode-1", 30.0, 10.0)
+    assert core.decide(10.0) == [TellDrain(name="decode-1", incarnation=1, grace_s=30.0)]
+    say(core, "decode-1", "draining", 10.1)
+    idle(core, "decode-1")
+    assert core.decide(100.0) == []
+    assert core.all_up, "people wanted it so"
+    wanted_set.resume(core, "decode-1", 101.0)
+    assert core.decide(101.0) == [TellResume(name="decode-1", incarnation=1)]
+    say(core, "decode-1", "ready", 101.1)
+    assert not core.members[-1].draining
+
+
+def test_a_link_that_comes_again_is_told_again_with_the_grace_that_is_left() -> None:
+    core = made()
+    wanted_set.hold(core, "decode-1", 30.0, 10.0)
+    core.decide(10.0)
+    core.linked("decode-1", 1, 20.0)
+    assert core.decide(20.0) == [TellDrain(name="decode-1", incarnation=1, grace_s=20.0)]
+
+
+def test_what_is_under_way_goes_on_in_the_next_life_of_the_controller() -> None:
+    core = made(2, 2)
+    wanted_set.stop(core, "prefill-1", 30.0, 10.0)
+    wanted_set.hold(core, "decode-0", 30.0, 10.0)
+    wanted_set.flip(core, "decode-1", "prefill", 30.0, 10.0)
+    core.former["decode-9"] = 4
+    core.decide(10.0)
+    text = ControllerState(epoch=1, slots=slots_of(core), former=core.former, was_ready=True).to_json()
+    again = Reconciler([Wanted(name="prefill-0", kind="prefill")], 100.0)
+    restore(again, ControllerState.from_json(text))
+    for name in again.slots:
+        again.adopt(name, 1, 20.0)
+    assert again.decide(20.0) == [], "nothing is reverted, nothing is killed for being new to us"
+    for name in again.slots:
+        up(again, name, 20.0)
+    assert again.decide(20.0) == [
+        TellDrain(name="prefill-1", incarnation=1, grace_s=20.0),
+        TellDrain(name="decode-0", incarnation=1, grace_s=20.0),
+        TellFlip(name="decode-1", incarnation=1, to=FlipTo(kind="prefill", incarnation=2), grace_s=20.0),
+    ]
+    assert again.counts() == {"prefill": 2, "decode": 1}
+    assert again.former == {"decode-9": 4}
+
+
+def test_who_was_flipped_is_adopted_by_the_life_it_was_started_as() -> None:
+    core = made()
+    wanted_set.flip(core, "decode-1", "prefill", 5.0, 10.0)
+    core.decide(10.0)
+    core.linked("decode-1", 2, 11.0)
+    again = Reconciler([], 100.0)
+    restore(again, ControllerState.from_json(ControllerState(slots=slots_of(core)).to_json()))
+    again.adopt("decode-1", 1, 20.0)
+    up(again, "decode-1", 20.0)
+    assert [(member.name, member.kind, member.incarnation) for member in again.members] == [("decode-1", "prefill", 2)]
+
+
+def test_a_host_that_cannot_be_reached_does_not_hold_up_the_next_life() -> None:
+    core = made(kill_patience_s=2.0)
+    core.lost("decode-1", 1, "link lost", 10.0)
+    assert core.decide(10.0) == [Kill(name="decode-1", incarnation=1, reason="link lost")]
+    assert core.next_due_s() == 12.0
+    assert core.decide(12.0) == [Abandon(name="decode-1", incarnation=1)]
+    assert core.slots["decode-1"].avoid_node == "decode-1"
+    assert core.decide(12.0) == [Start(name="decode-1", incarnation=2)]
+    core.gone("decode-1", 1, "gone at last", 80.0)
+    assert core.slots["decode-1"].phase == "starting", "the end of the old life is nothing to the new one"
+
+
+def test_a_host_where_starts_fail_is_cordoned_and_named() -> None:
+    core = made()
+    now_s = 100.0
+    for _ in range(MAX_FAILED_STARTS):
+        core.gone("decode-1", core.slots["decode-1"].life, "boom", now_s)
+        now_s += 100.0
+        core.decide(now_s)
+        say(core, "decode-1", "loading", now_s, node="bad")
+    core.gone("decode-1", core.slots["decode-1"].life, "boom", now_s)
+    assert "3 starts failed" in core.node_failures.cordoned["bad"]
+    assert [note for note in core.notes if note[0] == "node"][0][1] == "bad"
+
+
+def test_the_last_host_is_never_cordoned() -> None:
+    core = Reconciler([Wanted(name="decode-0", kind="decode")], 100.0)
+    core.was_ready = True
+    for round_number in range(2 * MAX_FAILED_STARTS):
+        core.decide(round_number * 100.0)
+        say(core, "decode-0", "loading", round_number * 100.0, node="only")
+        core.gone("decode-0", core.slots["decode-0"].life, "boom", round_number * 100.0)
+    assert core.node_failures.cordoned == {}
+
+
+def test_victims_have_least_work_left_then_the_emptiest_host() -> None:
+    core = made(1, 4)
+    core.worked("decode-0", 1, Work(running=2, running_tokens=100))
+    core.worked("decode-1", 1, Work(running=1, running_tokens=10))
+    core.slots["decode-2"].node = core.slots["decode-0"].node
+    for name in ("decode-2", "decode-3"):
+        core.worked(name, 1, Work())
+    assert [slot.name for slot in wanted_set.victims(core, "decode")] == [
+        "decode-3",
+        "decode-2",
+        "decode-1",
+        "decode-0",
+    ]
+    wanted_set.add(core, "decode", "", 5.0)
+    assert wanted_set.victims(core, "decode")[0].name == "decode-4", "what is not up yet goes first"
+
+
+def test_a_scale_turns_before_it_stops_or_starts() -> None:
+    core = made(1, 2)
+    plan = wanted_set.plan_scale(core, {"prefill": 2, "decode": 1}, mode="auto", can_flip=True)
+    assert str(plan) == "decode-1 turns to prefill"
+    plan = wanted_set.plan_scale(core, {"prefill": 2, "decode": 1}, mode="auto", can_flip=False)
+    assert str(plan) == "decode-1 drains and stops, a new prefill instance starts"
+    assert str(wanted_set.plan_scale(core, {"decode": 2}, mode="auto", can_flip=True)) == "nothing changes"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ({"decode": 0}, "decode is 0: at least 1"),
+        ({"prefill": 0}, "prefill is 0 with mode strict"),
+        ({"prefill": 257}, "prefill is 257: the most is 256"),
+    ],
+)
+def test_counts_that_cannot_serve_are_refused(wanted: dict[str, int], reason: str) -> None:
+    core = made()
+    with pytest.raises(InvalidRequest, match=reason):
+        wanted_set.plan_scale(core, wanted, mode="strict", can_flip=True)  # type: ignore[arg-type]
+
+
+def test_unknown_and_busy_instances_are_refused_with_the_nearest_name() -> None:
+    core = made()
+    with pytest.raises(InvalidRequest, match="did you mean decode-1"):
+        wanted_set.instance(core, "decod-1")
+    with pytest.raises(InvalidRequest, match="router-0 is a router"):
+        wanted_set.instance(core, "router-0")
+    wanted_set.hold(core, "decode-1", 30.0, 10.0)
+    with pytest.raises(InvalidRequest, match="already draining"):
+        wanted_set.check_is_free(core.slots["decode-1"])
+
+
+def test_what_leaves_no_way_to_serve_is_refused() -> None:
+    core = made(1, 1)
+    with pytest.raises(InvalidRequest, match="a drain of decode-0 is refused: no decode instance"):
+        wanted_set.check_others_serve(core, "auto", ["decode-0"], "a drain of decode-0")
+    wanted_set.check_others_serve(core, "auto", ["prefill-0"], "a drain of prefill-0")
+    with pytest.raises(InvalidRequest, match="mode is strict"):
+        wanted_set.check_others_serve(core, "strict", ["prefill-0"], "a drain of prefill-0")
