@@ -132,7 +132,7 @@ class PullRun:
         if self._route[part.source_rank] == wanted:
             return ""
         why = self._peers.failure(wanted)
-        return f"{wanted.transport} failed: {why}" if why else f"{wanted.transport} had failed"
+        return f"{wanted.transport} failed: {why}" if why else f"{wanted.transport} was not ready"
 
     def _orders(self, part: PullPart, again: bool) -> Iterator[PullOrder]:
         job = self._job

@@ -188,6 +188,8 @@ async def test_a_pull_goes_another_way_while_its_pair_group_is_built(
             ticket = await prefill.open(NUM_TOKENS)
             await decode.puller.pull(ticket, epoch, BLOCKS, timeout_s=20)
             assert decode.holds(prefill, BLOCKS, NUM_TOKENS)
+            said = set(decode.puller.transports.values())
+            assert ("tcp: dist was not ready" in said) is (epoch == 1 and not patient), said
             bytes_by_dist.append(decode.puller.counters().get("bytes_by_dist", 0))
             async with asyncio.timeout(20):
                 while decode.puller._own.peers._preparing:
