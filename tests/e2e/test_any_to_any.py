@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +114,25 @@ class Fleet:
 
             return list(await asyncio.gather(*(one(case) for case in self._model.cases)))
 
-    async def check_pair(self, source: ParallelPlan, target: ParallelPlan) -> None:
+    async def check_pair(self, source: ParallelPlan, target: ParallelPlan, transport: str) -> None:
+        """Until all of a round has gone by ``transport``: a pull does not wait for a pair group that is being built."""
         name = f"{source} -> {target}"
-        before = len(self._written("decode", target))
-        tokens = await self.tokens_of(source, target)
-        assert tokens == [case.tokens for case in self._model.cases], name
-        self._check_kv(source, target, self._written("decode", target)[before:], name)
+        async with asyncio.timeout(60.0):
+            while True:
+                before, stats = len(self._written("decode", target)), await self._stats(target)
+                tokens = await self.tokens_of(source, target)
+                assert tokens == [case.tokens for case in self._model.cases], name
+                self._check_kv(source, target, self._written("decode", target)[before:], name)
+                moved = Counter(await self._stats(target))
+                moved.subtract(stats)
+                assert moved["bytes_pulled"] > 0 and moved["fallbacks"] == 0, f"{name}: {moved}"
+                if moved[f"bytes_by_{transport}"] == moved["bytes_pulled"]:
+                    return
+                assert transport == "dist", f"{name}: {moved}"
+
+    async def _stats(self, target: ParallelPlan) -> dict[str, int]:
+        async with self.link("decode", target) as decode:
+            return await decode.stats()
 
     def _check_kv(self, source: ParallelPlan, target: ParallelPlan, held: list[dict], name: str) -> None:  # type: ignore[type-arg]
         """What decode ranks had after a pull is what prefill ranks had of the same ticket: all of it, on every rank."""
@@ -165,11 +179,7 @@ async def check_matrix(
         for target in targets:
             assert await made.local_tokens(target) == [case.tokens for case in model.cases], f"local on {target}"
             for source in sources:
-                await made.check_pair(source, target)
-            async with made.link("decode", target) as decode:
-                stats = await decode.stats()
-            assert stats[f"bytes_by_{transport}"] > 0, stats
-            assert stats["fallbacks"] == 0
+                await made.check_pair(source, target, transport)
 
 
 @pytest.mark.parametrize(
