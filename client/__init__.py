@@ -9,6 +9,7 @@ from biphase.client.async_client import AsyncClient, AsyncGeneration
 from biphase.client.sync_client import Client, Generation
 from biphase.client.values import Accepted, Delta, Instance, Result, ServedModel, ServerInfo, Timeline, Usage
 from biphase.protos.errors import (
+    Aborted,
     BiphaseError,
     Cancelled,
     DeadlinePassed,
@@ -23,6 +24,7 @@ from biphase.protos.errors import (
 )
 
 __all__ = [
+    "Aborted",
     "Accepted",
     "AsyncClient",
     "AsyncGeneration",

@@ -9,6 +9,7 @@
     ├── Unavailable           UNAVAILABLE          an instance that the request needs is gone
     │   ├── HandoffFailed     UNAVAILABLE          its KV could not be had
     │   └── EngineLost        UNAVAILABLE          its device failed: the process has to end
+    ├── Aborted               ABORTED              the weights that it began on are gone: send it again
     ├── DeadlinePassed        DEADLINE_EXCEEDED
     ├── Cancelled             CANCELLED
     ├── Internal              INTERNAL
@@ -74,6 +75,13 @@ class EngineLost(Unavailable):
     """An engine's device failed; nothing can be computed in this process any more."""
 
 
+class Aborted(BiphaseError):
+    """The weights that a request began on were replaced before it had ended."""
+
+    code = grpc.StatusCode.ABORTED
+    retryable = True
+
+
 class DeadlinePassed(BiphaseError):
     """The client's deadline came first."""
 
@@ -109,6 +117,7 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[BiphaseError]] = {
         RequestExists,
         Overloaded,
         Unavailable,
+        Aborted,
         DeadlinePassed,
         Cancelled,
         Internal,

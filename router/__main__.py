@@ -45,6 +45,12 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("--local-prefill-max-tokens", type=int, help="auto: shorter prompts stay on the decode instance")
 
     limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-replays", type=int, help="a request that went down with more instances than this ends INTERNAL"
+    )
+    limits.add_argument(
+        "--replay-share", type=float, help="of what the prefilling instances queue: for prompts prefilled again (0.5)"
+    )
     limits.add_argument("--max-queued-requests", type=int)
     limits.add_argument("--max-queued-tokens", type=int)
     limits.add_argument("--default-max-tokens", type=int)

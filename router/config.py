@@ -39,6 +39,8 @@ class Waits:
     a prefill instance that has just become known may take to connect before it counts as away."""
     no_decode_s: float = 30.0
     """How long a request without a deadline waits while no decode instance is there."""
+    no_generation_s: float = 3.0
+    """How long a request that has begun on weights of which nothing is left waits before it ends ABORTED."""
     welcome_s: float = 5.0
     """From opening a link to the instance's Welcome."""
     silence_s: float = 60.0
@@ -78,6 +80,10 @@ class RouterConfig:
     with static members, when ``prefill`` is empty; with a controller, no."""
     local_prefill_max_tokens: int = 0
     """Mode auto: prompts of at most this many tokens are prefilled by the decode instance."""
+    max_replays: int = 3
+    """A request that went down with more instances than this ends INTERNAL, and is logged as suspect."""
+    replay_share: float = 0.5
+    """Of what the prefilling instances queue, in tokens: how much may be prompts that are prefilled again."""
     limits: RequestLimits = field(default_factory=RequestLimits)
     waits: Waits = field(default_factory=Waits)
     log_file: str = ""
@@ -93,6 +99,10 @@ class RouterConfig:
             raise SetupError("a router with static instances needs at least one decode instance")
         if self.local_prefill_max_tokens < 0:
             raise SetupError(f"local_prefill_max_tokens is {self.local_prefill_max_tokens}; at least 0")
+        if self.max_replays < 0:
+            raise SetupError(f"max_replays is {self.max_replays}; at least 0")
+        if not 0 < self.replay_share <= 1:
+            raise SetupError(f"replay_share is {self.replay_share:g}; above 0 and at most 1")
         for part in (self.limits, self.waits):
             for item in fields(part):
                 value = getattr(part, item.name)

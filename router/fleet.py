@@ -5,12 +5,12 @@ import itertools
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from biphase.protos.ids import LegId
 from biphase.protos.values import Role
 from biphase.router.config import Waits
 from biphase.router.links import InstanceInfo, Link
+from biphase.router.pairs import PairTable
 from biphase.router.validate import Capacity
 from biphase.router.view import ClusterView, InstanceKey, Member
 
@@ -24,6 +24,7 @@ class Fleet:
         self.router_name = router_name
         self.membership_epoch = 0
         self.links: dict[InstanceKey, Link] = {}
+        self.pairs = PairTable()
         self._waits = waits
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
@@ -49,7 +50,7 @@ class Fleet:
             ):
                 self._drop(link, f"replaced by incarnation {member.incarnation} at {member.address}")
             else:
-                link.member, link.retiring = replace(link.member, draining=member.draining), False
+                link.member, link.retiring = member, False
         for key, member in named.items():
             if key not in self.links:
                 link = self.links[key] = Link(member, self, self._waits)
@@ -64,6 +65,7 @@ class Fleet:
 
     def _drop(self, link: Link, reason: str) -> None:
         self.links.pop(link.member.key, None)
+        self.pairs.forget(link.member.key)
         task = self._loop.create_task(link.close(reason), name=f"close link {link.member.key}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -78,10 +80,12 @@ class Fleet:
         return LegId(next(self._leg_ids))
 
     def objection(self, link: Link, info: InstanceInfo) -> str | None:
-        """All ready instances serve one model."""
+        """All ready instances of one generation serve one model."""
         for other in self.links.values():
             if other is link or other.state != "ready" or other.info is None:
                 continue
+            if other.member.generation != link.member.generation:
+                continue  # while one takes the other's place
             if other.info.model.model_hash != info.model.model_hash:
                 ours, theirs = other.info.model, info.model
                 return (
@@ -92,6 +96,8 @@ class Fleet:
 
     def link_changed(self, link: Link) -> None:
         if self.links.get(link.member.key) is link:
+            if link.state == "lost":
+                self.pairs.forget(link.member.key)
             self._drop_if_idle(link)
         self._refresh()
 
@@ -106,9 +112,12 @@ class Fleet:
     # ---- what they are as a whole
 
     def view(self) -> ClusterView:
+        now_s = self._loop.time()
         return ClusterView(
             instances=tuple(link.view() for link in self.links.values()),
-            now_s=self._loop.time(),
+            now_s=now_s,
+            broken=self.pairs.broken(now_s),
+            retry_s=self.pairs.next_retry_s(now_s),
             no_prefill_since_s=self._none_since_s["prefill"],
             no_decode_since_s=self._none_since_s["decode"],
         )

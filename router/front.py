@@ -21,12 +21,13 @@ from biphase.protos.ids import RequestId
 from biphase.router.config import RouterConfig
 from biphase.router.counters import Counters, process_counters
 from biphase.router.dispatcher import Dispatcher
+from biphase.router.effects import Replay
 from biphase.router.fleet import Fleet
 from biphase.router.links import LegRequest
 from biphase.router.output import Output, TextMaker
 from biphase.router.request import Request
 from biphase.router.validate import Asked, Capacity, check_asked, resolve
-from biphase.router.view import Rules
+from biphase.router.view import Pair, Rules
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,10 @@ class Front:
             local_prefill_max_tokens=config.local_prefill_max_tokens,
             no_prefill_s=config.waits.no_prefill_s,
             no_decode_s=config.waits.no_decode_s,
+            no_generation_s=config.waits.no_generation_s,
         )
         self._loop = asyncio.get_running_loop()
-        self._dispatcher = Dispatcher(self.fleet, rules, config.limits, self.counters)
+        self._dispatcher = Dispatcher(self.fleet, rules, config.limits, self.counters, config.replay_share)
         self._client_ids: dict[str, RequestId] = {}
         self._sequence = itertools.count()
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
@@ -181,6 +183,7 @@ class Front:
             arrived_s=arrived_s,
             deadline_s=deadline_s,
             sequence=next(self._sequence),
+            max_replays=self.config.max_replays,
         )
         self.requests[request_id] = request
         self.counters.add("accepted")
@@ -238,6 +241,19 @@ class Front:
 
     def seek_decode(self, request: Request) -> None:
         self._dispatcher.seek_decode(request)
+
+    def replay(self, request: Request, effect: Replay, pair: Pair | None) -> None:
+        self.counters.add("replays")
+        self.counters.add(f"replays_{effect.cause}")
+        if effect.blames_pair and pair is not None:
+            self.fleet.pairs.failed(pair, effect.detail, self._loop.time())
+        self.requeue(request)
+
+    def went_on(self, request: Request) -> None:
+        self._dispatcher.went_on(request)
+
+    def handed_off(self, request: Request, pair: Pair) -> None:
+        self.fleet.pairs.worked(pair)
 
     def decided(self, request: Request) -> None:
         self.counters.add(f"decisions_{request.record.decision}_{request.record.decision_reason}")

@@ -6,20 +6,22 @@ tokens make; it orders tokens, decides when the decode leg opens, and what an in
     way            prefill leg                          decode leg
     disaggregated  open -> started -> closed            (on started) seeking -> open -> handed_off -> closed
     local          none                                 open -> closed
+
+A leg that is lost does not end the request: what is left of it is called off, and both legs begin anew (a replay), with
+the tokens emitted so far forced. The caller passes on no events of legs that were given up.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Literal, assert_never
 
 from biphase.protos.values import FinishReason, KvTicket, Role
+from biphase.router.effects import CancelLeg, Effect, Emit, Fail, Replay, ReplayCause, Requeue, SeekDecode
 from biphase.router.events import HandedOff, LegEnded, LegEvent, Lost, Refused, Started, Token
 
 Phase = Literal["queue", "prefill", "started", "handoff", "first_step", "local_prefill", "decode"]
 """prefill: offered, its first chunk not scheduled; started: before the first token; handoff: after it, KV on its way."""
-
-FailureKind = Literal["invalid", "unavailable", "handoff_failed", "internal"]
 
 
 class Leg(Enum):
@@ -41,55 +43,31 @@ class Leg(Enum):
 _LIVE = (Leg.OPEN, Leg.STARTED, Leg.HANDED_OFF, Leg.IN_DOUBT)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Requeue:
-    """Offer the request to the dispatcher again; ``refusals``: how often the role that refused has done so."""
-
-    refusals: int
+MAX_FAILED_HANDOFFS = 8
+"""In one request's life. Each is tried elsewhere, or later: a pair that fails is left alone for longer every time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SeekDecode:
-    """Find a decode instance with room and open a leg there with this ticket."""
+class _Trouble:
+    """Why a leg is no longer there. An internal error ends the request; anything else is made good by a replay."""
 
-    ticket: KvTicket
-    pull_epoch: int
-    refusals: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CancelLeg:
-    """Tell the leg's instance to end it."""
-
-    role: Role
-    reason: str
-    unless_handed_off: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Emit:
-    """Output tokens in order, ``first_index`` on; with ``finish`` they are the last."""
-
-    first_index: int
-    token_ids: tuple[int, ...]
-    finish: FinishReason | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fail:
-    """The request ends with an error. Always the last effect."""
-
-    kind: FailureKind
+    cause: ReplayCause | Literal["internal"]
     detail: str
-
-
-Effect = Requeue | SeekDecode | CancelLeg | Emit | Fail
+    blames_pair: bool = False
 
 
 class Lifecycle:
-    """Owned by one request. ``first_index``: the output index of the first token to be made (forced ones before it)."""
+    """Owned by one request. ``first_index``: the output index of the first token to be made (forced ones before it).
 
-    def __init__(self, first_index: int = 0) -> None:
+    ``replays`` counts all of them, ``losses`` the instances that went down with the request aboard: more than
+    ``max_replays`` of those end it.
+    """
+
+    def __init__(self, first_index: int = 0, *, max_replays: int = 3) -> None:
+        self.replays = 0
+        self.losses = 0
+        self._failed_handoffs = 0
+        self._max_replays = max_replays
         self.prefill = Leg.NONE
         self.decode = Leg.NONE
         self.ended = False
@@ -100,8 +78,8 @@ class Lifecycle:
         self._early: dict[int, Token] = {}
         self._ticket: KvTicket | None = None
         self._refusals: dict[Role, int] = {"prefill": 0, "decode": 0}
-        self._gone: Fail | None = None  # why the prefill leg is no longer there, when it did not end well
-        self._doomed: Fail | None = None  # the handoff failed; the prefill leg, called off, has the last word
+        self._gone: _Trouble | None = None  # why the prefill leg is no longer there, when it did not end well
+        self._doomed: _Trouble | None = None  # the handoff failed; the prefill leg, called off, has the last word
 
     @property
     def awaits(self) -> Role | None:
@@ -153,6 +131,8 @@ class Lifecycle:
         """Take one event and return what to do, in order."""
         if isinstance(event, LegEnded | Refused | Lost):
             was = self.prefill if event.role == "prefill" else self.decode
+            if was is Leg.NONE:
+                return []
             self._set(event.role, Leg.CLOSED)
             if self.ended or was is Leg.CLOSED:
                 return []
@@ -225,7 +205,7 @@ class Lifecycle:
         """With the prefill leg gone nobody will bring the first token, if it has not come."""
         if self._gone is None or self._next_index > self._first_index:
             return []
-        return self._fail(self._gone)
+        return self._make_good(self._gone)
 
     def _refused(self, event: Refused) -> list[Effect]:
         if event.reason == "invalid":
@@ -235,21 +215,21 @@ class Lifecycle:
         if event.role == "prefill" or self._local:
             return [Requeue(refusals=self._refusals[event.role])]
         if self._gone is not None:
-            return self._fail(self._gone)
+            return self._make_good(self._gone)
         return self._seek()
 
     def _lost(self, event: Lost, was: Leg) -> list[Effect]:
-        failure = Fail(kind="unavailable", detail=event.detail)
+        trouble = _Trouble(cause="lost", detail=event.detail)
         if event.role == "decode":
-            return self._fail(failure)
-        return self._prefill_gone(failure, was)
+            return self._make_good(trouble)
+        return self._prefill_gone(trouble, was)
 
-    def _prefill_gone(self, failure: Fail, was: Leg) -> list[Effect]:
+    def _prefill_gone(self, trouble: _Trouble, was: Leg) -> list[Effect]:
         if was not in _LIVE:
             return []
-        if self._doomed is not None:
-            return self._fail(self._doomed)
-        self._gone = failure
+        if self._doomed is not None:  # cancelled is what we asked for; a loss explains the failed handoff
+            return self._make_good(trouble if trouble.cause == "lost" else self._doomed)
+        self._gone = trouble
         match self.decode:
             case Leg.HANDED_OFF:
                 return self._check_first_token()
@@ -259,49 +239,90 @@ class Lifecycle:
             case Leg.CLOSED:
                 return self._check_first_token()
             case _:
-                return self._fail(failure)
+                return self._make_good(trouble)
 
     def _leg_ended(self, event: LegEnded, was: Leg) -> list[Effect]:
         if event.role == "prefill":
             return self._prefill_ended(event, was)
-        return self._decode_ended(event)
+        return self._decode_ended(event, was)
 
     def _prefill_ended(self, event: LegEnded, was: Leg) -> list[Effect]:
         match event.outcome:
             case "done":
                 if self._doomed is not None:
-                    return self._fail(self._doomed)
+                    return self._make_good(self._doomed)
                 if self._next_index > self._first_index:
                     return []
                 failure = Fail(kind="internal", detail="the prefill leg is done, but its first token never came")
                 return self._fail(failure)
-            case "cancelled" | "drained":
-                failure = Fail(kind="unavailable", detail=event.detail or "the prefill instance ended the request")
+            case "cancelled":  # if that was our doing, the way it ended is known already
+                detail = event.detail or "the prefill instance ended the request"
+                return self._prefill_gone(self._doomed or _Trouble(cause="lost", detail=detail), was)
+            case "drained":
+                detail = event.detail or "the prefill instance drains"
+                return self._prefill_gone(_Trouble(cause="drained", detail=detail), was)
             case "lease_expired":
-                failure = Fail(kind="handoff_failed", detail=event.detail or "the lease of the prompt's KV expired")
+                detail = event.detail or "the lease of the prompt's KV expired"
+                return self._prefill_gone(_Trouble(cause="handoff_failed", detail=detail), was)
             case _:
-                failure = Fail(kind="internal", detail=event.detail or "the prefill instance failed")
-        return self._prefill_gone(failure, was)
+                detail = event.detail or "the prefill instance failed"
+                return self._prefill_gone(_Trouble(cause="internal", detail=detail), was)
 
-    def _decode_ended(self, event: LegEnded) -> list[Effect]:
+    def _decode_ended(self, event: LegEnded, was: Leg) -> list[Effect]:
         match event.outcome:
             case "done":  # its last token waits for the prefill leg's, which comes over another link
                 if any(token.finish is not None for token in self._early.values()):
                     return self._check_first_token()
                 return self._fail(Fail(kind="internal", detail="the decode leg is done, but its output has no end"))
             case "handoff_failed":
-                failure = self._gone or Fail(kind="handoff_failed", detail=event.detail or "the handoff failed")
+                detail = event.detail or "the handoff failed"
+                trouble = self._gone or _Trouble(cause="handoff_failed", detail=detail, blames_pair=True)
                 if self.prefill not in _LIVE or self._next_index > self._first_index:
-                    return self._fail(failure)
+                    return self._make_good(replace(trouble, blames_pair=self.prefill in _LIVE))
                 # The instance revokes a ticket itself when its first token ends the request, and that token may
                 # still be on its way over the other link: revoke, and judge when the prefill leg has ended.
-                self._doomed = failure
-                return [CancelLeg(role="prefill", reason=failure.detail)]
+                self._doomed = trouble
+                return [CancelLeg(role="prefill", reason=detail)]
             case "cancelled" | "drained":
                 detail = event.detail or "the decode instance ended the request"
-                return self._fail(self._gone or Fail(kind="unavailable", detail=detail))
+                cause: ReplayCause = "drained" if event.outcome == "drained" else "lost"
+                gone = self._gone if was is Leg.IN_DOUBT else None
+                return self._make_good(gone or _Trouble(cause=cause, detail=detail))
             case _:
                 return self._fail(Fail(kind="internal", detail=event.detail or "the decode instance failed"))
+
+    # ---- replay
+
+    def _make_good(self, trouble: _Trouble) -> list[Effect]:
+        """Go on elsewhere, unless that was tried too often or makes no sense."""
+        if trouble.cause == "internal":
+            return self._fail(Fail(kind="internal", detail=trouble.detail))
+        if trouble.cause == "lost":
+            self.losses += 1
+            if self.losses > self._max_replays:
+                detail = (
+                    f"{self.losses} instances were lost with the request aboard, the limit is {self._max_replays}; "
+                    f"the last: {trouble.detail}"
+                )
+                return self._fail(Fail(kind="suspect", detail=detail))
+        elif trouble.cause == "handoff_failed":
+            self._failed_handoffs += 1
+            if self._failed_handoffs > MAX_FAILED_HANDOFFS:
+                detail = f"{self._failed_handoffs} handoffs failed; the last: {trouble.detail}"
+                return self._fail(Fail(kind="handoff_failed", detail=detail))
+        effects = [*self._cancel("prefill", trouble.detail), *self._cancel("decode", trouble.detail)]
+        self._begin_anew()
+        return [*effects, Replay(cause=trouble.cause, detail=trouble.detail, blames_pair=trouble.blames_pair)]
+
+    def _begin_anew(self) -> None:
+        """As a new request that has emitted what this one has. Tokens that came before their turn are made again."""
+        self.replays += 1
+        self.prefill = self.decode = Leg.NONE
+        self._local = False
+        self._first_index = self._next_index
+        self._early.clear()
+        self._ticket = self._gone = self._doomed = None
+        self._refusals = {"prefill": 0, "decode": 0}
 
     # ---- helpers
 

@@ -167,6 +167,7 @@ class Link:
             block_size=info.block_size if info else 1,
             max_num_seqs=info.max_num_seqs if info else 0,
             max_queued_tokens=info.max_queued_tokens if info else 0,
+            generation=self.member.generation,
         )
 
     # ---- down

@@ -4,12 +4,15 @@ Least loaded first, by name among equals. A prompt goes to a prefill instance on
 it beyond what is promised, so that finished prompts do not pile up where nobody can take them.
 """
 
+from dataclasses import replace
+
 from biphase.router.view import (
     ClusterView,
     Disaggregated,
     InstanceKey,
     InstanceView,
     Local,
+    Pair,
     Placement,
     PlaceRequest,
     Refuse,
@@ -17,9 +20,39 @@ from biphase.router.view import (
     Wait,
 )
 
+DEADLINE_MARGIN_S = 0.1
+"""A request that waits for a decode instance is refused this long before its deadline, so that its client hears why."""
+
 
 def place(request: PlaceRequest, view: ClusterView, rules: Rules) -> Placement:
-    """Where ``request`` goes now."""
+    """Where ``request`` goes now. Generations of the weights never mix: prefill and decode are of one."""
+    if request.generation is not None:
+        if _generation_gone(request, view):
+            return _without_generation(request, view, rules)
+        return _place_within(request, view.of_generation(request.generation), rules)
+    generations = view.generations
+    if len(generations) <= 1:
+        return _place_within(request, view, rules)
+    ways = [_place_within(request, view.of_generation(generation), rules) for generation in generations]
+    return min(ways, key=lambda way: _preference(way, view))
+
+
+def _preference(way: Placement, view: ClusterView) -> tuple[int, float, str]:
+    """Among generations: both phases before one, the least loaded first; a wait that is over sooner, a refusal last."""
+    match way:
+        case Disaggregated():
+            chosen = next(one for one in view.instances if one.key == way.prefill)
+            return 0, chosen.queued_tokens, chosen.key
+        case Local():
+            chosen = next(one for one in view.instances if one.key == way.decode)
+            return 1, chosen.requests, chosen.key
+        case Wait():
+            return 2, float("inf") if way.until_s is None else way.until_s, way.reason
+    return 3, 0.0, way.reason
+
+
+def _place_within(request: PlaceRequest, view: ClusterView, rules: Rules) -> Placement:
+    """Where it goes among instances of one generation."""
     if rules.colocated:
         return _place_local(request, view, rules, reason="colocated")
     if rules.mode == "auto" and request.prompt_tokens <= rules.local_prefill_max_tokens:
@@ -27,25 +60,38 @@ def place(request: PlaceRequest, view: ClusterView, rules: Rules) -> Placement:
     prefills = [instance for instance in view.of_role("prefill") if instance.takes_work]
     if not prefills:
         return _without_prefill(request, view, rules)
-    decode: InstanceKey | None = None
-    if request.max_tokens > 1:
-        chosen = choose_decode(request, view)
-        if chosen is None:
-            return _without_decode(request, view, rules)
-        decode = chosen
-    open_ones = [instance for instance in prefills if _takes_prompt(instance, request.prompt_tokens)]
-    if not open_ones:
+    if request.max_tokens > 1 and not _fitting(request, view):
+        return _without_decode(request, view, rules)
+    prefills.sort(key=lambda instance: (instance.queued_tokens, instance.requests, instance.key))
+    busy = False
+    for prefill in prefills:
+        decode = choose_decode(request, view, prefill.key) if request.max_tokens > 1 else None
+        if decode is None and request.max_tokens > 1:
+            continue  # none with room that it reaches
+        if _takes_prompt(prefill, request.prompt_tokens):
+            return Disaggregated(prefill=prefill.key, decode=decode, reason="prefill_ready")
+        busy = True
+    if busy:
         return Wait(reason="prefill_busy")
-    best = min(open_ones, key=lambda instance: (instance.queued_tokens, instance.requests, instance.key))
-    return Disaggregated(prefill=best.key, decode=decode, reason="prefill_ready")
+    if rules.mode == "auto":
+        return _place_local(request, view, rules, reason="no_pair")
+    return _without_pair(request, view, rules)
 
 
-def choose_decode(request: PlaceRequest, view: ClusterView) -> InstanceKey | None:
-    """The least loaded decode instance with room for the prompt, or None while there is none."""
-    fitting = [instance for instance in view.of_role("decode") if has_room(instance, request.prompt_tokens)]
+def choose_decode(request: PlaceRequest, view: ClusterView, prefill: InstanceKey | None = None) -> InstanceKey | None:
+    """The least loaded decode instance with room for the prompt, and in reach of ``prefill``; None while there is none."""
+    if request.generation is not None:
+        view = view.of_generation(request.generation)
+    fitting = _fitting(request, view)
+    if prefill is not None and view.broken:
+        fitting = [one for one in fitting if Pair(prefill=prefill, decode=one.key) not in view.broken]
     if not fitting:
         return None
     return min(fitting, key=lambda instance: (instance.requests, -instance.room_blocks, instance.key)).key
+
+
+def _fitting(request: PlaceRequest, view: ClusterView) -> list[InstanceView]:
+    return [instance for instance in view.of_role("decode") if has_room(instance, request.prompt_tokens)]
 
 
 def has_room(instance: InstanceView, prompt_tokens: int) -> bool:
@@ -60,7 +106,13 @@ def has_room(instance: InstanceView, prompt_tokens: int) -> bool:
 
 
 def wait_for_decode(request: PlaceRequest, view: ClusterView, rules: Rules) -> Wait | Refuse:
-    """The answer for a request that no decode instance takes now."""
+    """The answer for a request with a ticket that no decode instance takes now."""
+    if request.generation is not None:
+        if _generation_gone(request, view):
+            return _without_generation(request, view, rules)
+        view = view.of_generation(request.generation)
+    if _fitting(request, view):  # out of reach of its prefill instance
+        return _without_pair(request, view, rules)
     return _without_decode(request, view, rules)
 
 
@@ -90,8 +142,8 @@ def _without_prefill(request: PlaceRequest, view: ClusterView, rules: Rules) -> 
         return _place_local(request, view, rules, reason="no_prefill_alive")
     if any(instance.state == "ready" for instance in view.of_role("prefill")):
         since_s = request.arrived_s  # all that are there are draining
-    else:
-        since_s = view.no_prefill_since_s if view.no_prefill_since_s is not None else view.now_s
+    else:  # of another generation there may be some
+        since_s = view.no_prefill_since_s if view.no_prefill_since_s is not None else request.arrived_s
     until_s = since_s + rules.no_prefill_s
     if view.now_s < until_s:
         return Wait(reason="no_prefill_alive", until_s=until_s)
@@ -101,22 +153,54 @@ def _without_prefill(request: PlaceRequest, view: ClusterView, rules: Rules) -> 
 
 def _without_decode(request: PlaceRequest, view: ClusterView, rules: Rules) -> Wait | Refuse:
     """No decode instance takes it: wait while one is ready or, for a bounded time, while one may come."""
-    if view.no_decode_since_s is None:
+    if any(instance.takes_work for instance in view.of_role("decode")):
         return Wait(reason="decode_busy")
-    known = bool(view.of_role("decode"))
-    if known and request.has_deadline:
-        return Wait(reason="no_decode_alive")
-    # an instance that is known but away may be back soon; where none is known, a late request waits no longer than
-    # the first one did
-    since_s = max(request.arrived_s, view.no_decode_since_s) if known else view.no_decode_since_s
+    # an instance that is known but away may be back soon, and a replay's client is in mid-sentence; else a late request
+    # waits no longer than the first one did
+    since_s = view.no_decode_since_s
+    if since_s is None or view.of_role("decode") or request.is_replay:
+        since_s = max(request.arrived_s, since_s or 0.0)
+    detail = f"({_known(view, 'decode')})"
+    return _wait_until(request, view, rules, reason="no_decode_alive", since_s=since_s, detail=detail)
+
+
+def _without_pair(request: PlaceRequest, view: ClusterView, rules: Rules) -> Wait | Refuse:
+    """Both are there, but KV does not come through: wait until a pair may be tried again."""
+    pairs = ", ".join(sorted(f"{pair.prefill}-{pair.decode}" for pair in view.broken))
+    detail = f"that a prefill instance with room reaches ({pairs} broken)"
+    answer = _wait_until(request, view, rules, reason="no_pair", since_s=request.arrived_s, detail=detail)
+    if isinstance(answer, Wait) and view.retry_s is not None:
+        return replace(answer, until_s=min(view.retry_s, answer.until_s or view.retry_s))
+    return answer
+
+
+def _wait_until(
+    request: PlaceRequest, view: ClusterView, rules: Rules, *, reason: str, since_s: float, detail: str
+) -> Wait | Refuse:
+    """No decode instance: wait up to the deadline, and without one up to no_decode_s from ``since_s``."""
     until_s = since_s + rules.no_decode_s
+    if request.deadline_s is not None:
+        until_s = request.deadline_s - DEADLINE_MARGIN_S
     if view.now_s < until_s:
-        return Wait(reason="no_decode_alive", until_s=until_s)
-    waited_s = view.now_s - view.no_decode_since_s
-    return Refuse(
-        reason="no_decode_alive",
-        detail=f"no decode instance has been ready for {waited_s:.1f} s ({_known(view, 'decode')})",
-    )
+        return Wait(reason=reason, until_s=until_s)
+    away_s = view.no_decode_since_s if view.no_decode_since_s is not None else request.arrived_s
+    return Refuse(reason=reason, detail=f"no decode instance has been ready for {view.now_s - away_s:.1f} s {detail}")
+
+
+def _generation_gone(request: PlaceRequest, view: ClusterView) -> bool:
+    """Whether what it began on is being replaced: nothing of it is left to decode on, but there is of another."""
+    decodes = [instance for instance in view.of_role("decode") if not instance.draining]
+    others = [instance.generation != request.generation for instance in decodes]
+    return bool(others) and all(others)
+
+
+def _without_generation(request: PlaceRequest, view: ClusterView, rules: Rules) -> Wait | Refuse:
+    until_s = request.arrived_s + rules.no_generation_s
+    if view.now_s < until_s:
+        return Wait(reason="no_generation", until_s=until_s, alone=True)
+    there = ", ".join(repr(generation) for generation in view.generations)
+    detail = f"it began on generation {request.generation!r}, of which no decode instance is left (there is {there})"
+    return Refuse(reason="no_generation", detail=detail, aborted=True)
 
 
 def _known(view: ClusterView, role: str) -> str:

@@ -30,6 +30,7 @@ class Summary:
     first_token_at_ms: float
     finished_at_ms: float
     preemptions: int
+    replays: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,6 +45,9 @@ class Record:
     started_s: float | None = None
     prefill_queue_ms: float | None = None
     first_token_s: float | None = None
+    last_token_s: float | None = None
+    replays: int = 0
+    """How often it went on elsewhere after it was cut off from an instance. The figures of instances are the last ones'."""
     finished_s: float | None = None
     handoff: HandedOff | None = None
     ended_in: str = ""
@@ -52,8 +56,16 @@ class Record:
     stats: dict[Role, LegStats] = field(default_factory=dict)
 
     def placed(self, decision: str, reason: str, now_s: float) -> None:
-        self.decision, self.decision_reason, self.opened_s = decision, reason, now_s
+        self.decision, self.decision_reason = decision, reason
+        if self.first_token_s is None:
+            self.opened_s = now_s
         self.instances.clear()
+
+    def cut_off(self) -> None:
+        """It is to go on elsewhere."""
+        self.replays += 1
+        self.stats.clear()
+        self.handoff = None
 
     def summary(
         self, *, finish: FinishReason, stop_reason: str, prompt_tokens: int, output_tokens: int, seed: int
@@ -88,10 +100,11 @@ class Record:
             transfer_ms=handoff.ms,
             transfer_bytes=handoff.num_bytes,
             transfer_exposed_ms=handoff.exposed_ms,
-            decode_ms=decode.decode_ms or _ms(first_s, finished_s),
+            decode_ms=(decode.decode_ms if not self.replays else 0.0) or _ms(first_s, finished_s),
             first_token_at_ms=_ms(self.arrived_s, first_s),
             finished_at_ms=_ms(self.arrived_s, finished_s),
             preemptions=decode.preemptions,
+            replays=self.replays,
         )
 
 

@@ -7,6 +7,7 @@ on to its legs' ends after the client has gone.
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from biphase.protos.errors import (
@@ -22,13 +23,14 @@ from biphase.protos.errors import (
 from biphase.protos.ids import RequestId
 from biphase.protos.values import FinishReason, Role
 from biphase.router.config import RequestLimits, Waits
+from biphase.router.effects import CancelLeg, Effect, Emit, Fail, FailureKind, Replay, Requeue, SeekDecode
 from biphase.router.events import HandedOff, LegEnded, LegEvent, Lost, Started
-from biphase.router.lifecycle import CancelLeg, Effect, Emit, Fail, FailureKind, Lifecycle, Requeue, SeekDecode
+from biphase.router.lifecycle import Lifecycle
 from biphase.router.links import Leg, LegRequest, Link
 from biphase.router.output import Output, Piece
 from biphase.router.record import Record
 from biphase.router.reply_stream import ReplyStream
-from biphase.router.view import InstanceKey, PlaceRequest
+from biphase.router.view import InstanceKey, Pair, PlaceRequest
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ _ERRORS: dict[FailureKind, type[BiphaseError]] = {
     "unavailable": Unavailable,
     "handoff_failed": HandoffFailed,
     "internal": Internal,
+    "suspect": Internal,
 }
 
 
@@ -48,6 +51,15 @@ class RequestHost(Protocol):
 
     def seek_decode(self, request: "Request") -> None:
         """Its ticket is there; find it a decode instance."""
+
+    def replay(self, request: "Request", effect: Replay, pair: Pair | None) -> None:
+        """It was cut off from an instance; find it others. ``pair``: the two that it was on, when it was on two."""
+
+    def went_on(self, request: "Request") -> None:
+        """The first token since a replay has come."""
+
+    def handed_off(self, request: "Request", pair: Pair) -> None:
+        """Its KV has come from one to the other."""
 
     def decided(self, request: "Request") -> None:
         """Its placement has borne a first token, or it ended; called once."""
@@ -74,6 +86,7 @@ class Request:
         arrived_s: float,
         deadline_s: float | None,
         sequence: int,
+        max_replays: int = 3,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.asked = asked
@@ -82,7 +95,7 @@ class Request:
         """Counts arrivals; the queue is ordered by it."""
         self.replies = ReplyStream(self._loop.time, limits.max_buffered_tokens)
         self.record = Record(arrived_s=arrived_s)
-        self.lifecycle = Lifecycle(first_index=len(asked.token_ids) - asked.num_prompt_tokens)
+        self.lifecycle = Lifecycle(len(asked.token_ids) - asked.num_prompt_tokens, max_replays=max_replays)
         self.seeking: SeekDecode | None = None
         self.promised_decode: InstanceKey | None = None
         self.refusals = 0
@@ -91,9 +104,13 @@ class Request:
             prompt_tokens=len(asked.token_ids),
             max_tokens=asked.sampling.max_tokens - (len(asked.token_ids) - asked.num_prompt_tokens),
             arrived_s=arrived_s,
-            has_deadline=deadline_s is not None,
+            deadline_s=deadline_s,
         )
         self._output = output
+        self._output_ids = list(asked.token_ids[asked.num_prompt_tokens :])
+        """Forced and emitted ones."""
+        self._is_catching_up = False
+        self._given_up: list[Leg] = []
         self._host = host
         self._waits = waits
         self._write_timeout_s = limits.write_timeout_s
@@ -124,7 +141,25 @@ class Request:
 
     @property
     def open_legs(self) -> list[Leg]:
-        return [leg for leg in self._legs.values() if leg.is_open]
+        return [leg for leg in (*self._given_up, *self._legs.values()) if leg.is_open]
+
+    @property
+    def is_replay(self) -> bool:
+        """It has been cut off from an instance before."""
+        return self.lifecycle.replays > 0
+
+    @property
+    def prefill_key(self) -> InstanceKey | None:
+        """Its prefill instance, if it is or was on one since it was last placed."""
+        leg = self._legs.get("prefill")
+        return None if leg is None else leg.link.member.key
+
+    def pair(self) -> Pair | None:
+        """The two instances that it is on; None where it is on one."""
+        prefill, decode = self._legs.get("prefill"), self._legs.get("decode")
+        if prefill is None or decode is None:
+            return None
+        return Pair(prefill=prefill.link.member.key, decode=decode.link.member.key)
 
     # ---- what the dispatcher does
 
@@ -151,6 +186,7 @@ class Request:
     def _open(self, role: Role, leg: Leg) -> None:
         self._legs[role] = leg
         self.record.instances[role] = leg.label
+        self.place = replace(self.place, generation=leg.link.member.generation)
 
     # ---- what ends it from this side
 
@@ -184,10 +220,14 @@ class Request:
         if isinstance(event, LegEnded):
             self.record.stats[event.role] = event.stats
         elif isinstance(event, Started):
-            self.record.started_s = self._loop.time()
-            self.record.prefill_queue_ms = event.queue_ms
+            if self.record.first_token_s is None:
+                self.record.started_s = self._loop.time()
+                self.record.prefill_queue_ms = event.queue_ms
         elif isinstance(event, HandedOff):
             self.record.handoff = event
+            pair = self.pair()
+            if pair is not None:
+                self._host.handed_off(self, pair)
 
     def _perform(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -203,16 +243,64 @@ class Request:
                     self._host.seek_decode(self)
                 case Requeue():
                     self.refusals = effect.refusals
+                    self._legs.clear()  # the refused one
+                    self._unpin()
                     self._host.requeue(self)
+                case Replay():
+                    self._replay(effect)
                 case Fail():
+                    if effect.kind == "suspect":
+                        logger.error(
+                            "%s is suspect: client id %r, %d prompt tokens, %d output tokens; %s",
+                            self.id,
+                            self.client_request_id,
+                            self.asked.num_prompt_tokens,
+                            self._output.num_tokens,
+                            effect.detail,
+                        )
                     self._over(_ERRORS[effect.kind](f"{self.id}: {effect.detail}"))
+
+    def _replay(self, effect: Replay) -> None:
+        """Ask for a place again, for the prompt and what was emitted of the output. What is left of its legs was called
+        off, but has to end."""
+        pair = self.pair()
+        self._given_up = [leg for leg in self.open_legs if leg.is_open]
+        if self._given_up:
+            self._after("given_up", self._waits.leg_end_s, self._forget_given_up)
+        self._legs.clear()
+        self.seeking = None
+        self.refusals = 0
+        prompt = self.asked.token_ids[: self.asked.num_prompt_tokens]
+        self.asked = replace(self.asked, token_ids=[*prompt, *self._output_ids])
+        self.place = replace(
+            self.place,
+            prompt_tokens=len(self.asked.token_ids),
+            max_tokens=self.asked.sampling.max_tokens - len(self._output_ids),
+            arrived_s=self._loop.time(),
+            is_replay=True,
+        )
+        self._unpin()
+        self._is_catching_up = True
+        self.record.cut_off()
+        logger.warning("%s goes on elsewhere after %d output tokens: %s", self.id, len(self._output_ids), effect.detail)
+        self._host.replay(self, effect, pair)
+
+    def _unpin(self) -> None:
+        """Before its first token a request may begin anew on any generation of the weights; after it, on its own."""
+        if self.record.first_token_s is None:
+            self.place = replace(self.place, generation=None)
 
     def _emit(self, effect: Emit) -> None:
         if self._is_over or self._last_piece is not None:
             return
+        self._output_ids += effect.token_ids
+        self.record.last_token_s = self._loop.time()
         if self.record.first_token_s is None:
             self.record.first_token_s = self._loop.time()
             self._decided()
+        if self._is_catching_up:
+            self._is_catching_up = False
+            self._host.went_on(self)
         piece = self._output.push(effect.first_index, effect.token_ids, effect.finish)
         self.replies.put(piece)
         if piece.finish is not None:
@@ -257,6 +345,7 @@ class Request:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+        self._is_catching_up = False
         if error is not None:
             self.replies.fail(error, drop_pending=isinstance(error, Overloaded))
         self._decided()
@@ -283,7 +372,13 @@ class Request:
             self._host.closed(self)
 
     def _give_up_legs(self) -> None:
-        for leg in self.open_legs:
+        self._forget(self.open_legs)
+
+    def _forget_given_up(self) -> None:
+        self._forget([leg for leg in self._given_up if leg.is_open])
+
+    def _forget(self, legs: list[Leg]) -> None:
+        for leg in legs:
             logger.warning("%s: no end of its %s leg came from %s", self.id, leg.role, leg.label)
             leg.cancel("no end came")
             leg.link.forget(leg)
@@ -320,8 +415,10 @@ class Request:
         self.end(Overloaded(f"the client reads too slowly: {why}"))
 
     def _after(
-        self, name: Literal["silence", "write", "stats", "legs"], delay_s: float, action: Callable[[], None]
+        self, name: Literal["silence", "write", "stats", "legs", "given_up"], delay_s: float, action: Callable[[], None]
     ) -> None:
+        if name in self._timers:
+            self._timers[name].cancel()
         self._timers[name] = self._loop.call_later(delay_s, action)
 
     def __repr__(self) -> str:

@@ -1,6 +1,6 @@
 """What the dispatch policy sees: an immutable snapshot of the instances. Pure values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NewType
 
 from biphase.protos.ids import Incarnation, RequestId
@@ -10,6 +10,14 @@ InstanceKey = NewType("InstanceKey", str)
 """Names a member within one router: its name, or its address when that is all we were told."""
 
 LinkState = Literal["connecting", "ready", "lost"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A prefill and a decode instance between which KV goes."""
+
+    prefill: InstanceKey
+    decode: InstanceKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +43,8 @@ class InstanceView:
     """0: unknown."""
     max_queued_tokens: int = 0
     """0: unknown."""
+    generation: str = ""
+    """Of its weights and plan."""
 
     @property
     def takes_work(self) -> bool:
@@ -46,26 +56,46 @@ class InstanceView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """All instances at one moment. The ``*_since_s`` say since when none of that role is ready; None: one is."""
+    """All instances at one moment. The ``*_since_s`` say since when none of that role is ready; None: one is.
+
+    ``broken``: pairs that cannot be used now; ``retry_s``: when the first of them may be tried again.
+    """
 
     instances: tuple[InstanceView, ...]
     now_s: float
     no_prefill_since_s: float | None = None
     no_decode_since_s: float | None = None
+    broken: frozenset[Pair] = frozenset()
+    retry_s: float | None = None
 
     def of_role(self, role: Role) -> tuple[InstanceView, ...]:
         return tuple(instance for instance in self.instances if instance.role == role)
 
+    @property
+    def generations(self) -> list[str]:
+        """All that are there, by name."""
+        return sorted({instance.generation for instance in self.instances})
+
+    def of_generation(self, generation: str) -> "ClusterView":
+        """As if there were no other."""
+        return replace(self, instances=tuple(one for one in self.instances if one.generation == generation))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceRequest:
-    """What of a request matters for its placement."""
+    """What of a request matters for its placement.
+
+    ``prompt_tokens``: all that has to be prefilled, emitted output too. ``arrived_s``: since when it waits; of a replay,
+    since it was cut off. ``generation``: the only one that may go on with it; None: any.
+    """
 
     request_id: RequestId
     prompt_tokens: int
     max_tokens: int
     arrived_s: float
-    has_deadline: bool = False
+    deadline_s: float | None = None
+    is_replay: bool = False
+    generation: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +107,7 @@ class Rules:
     local_prefill_max_tokens: int = 0
     no_prefill_s: float = 3.0
     no_decode_s: float = 30.0
+    no_generation_s: float = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,18 +129,23 @@ class Local:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """Nothing takes it now. ``until_s``: when to look again even if no instance has said anything; None: never."""
+    """Nothing takes it now. ``until_s``: when to look again even if no instance has said anything; None: never.
+
+    ``alone``: what it waits for says nothing about those behind it.
+    """
 
     reason: str
     until_s: float | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refuse:
-    """Nothing will take it; ends UNAVAILABLE with ``detail``."""
+    """Nothing will take it; ends UNAVAILABLE with ``detail``, or ABORTED where its weights are gone for good."""
 
     reason: str
     detail: str
+    aborted: bool = False
 
 
 Placement = Disaggregated | Local | Wait | Refuse
@@ -124,3 +160,5 @@ class Member:
     address: str
     incarnation: Incarnation
     draining: bool = False
+    generation: str = ""
+    node: str = ""

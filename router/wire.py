@@ -73,6 +73,7 @@ def summary_to_proto(summary: Summary) -> router_pb2.GenerateReply:
             decode_instance=summary.decode_instance,
             seed=summary.seed,
             stop_reason=summary.stop_reason,
+            replays=summary.replays,
         )
     )
 

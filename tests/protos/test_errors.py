@@ -52,6 +52,7 @@ def test_a_status_that_is_never_sent_is_internal_and_named() -> None:
 
 def test_only_what_may_pass_is_worth_another_try() -> None:
     assert {error.__name__ for error in ALL if error.retryable} == {
+        "Aborted",
         "Overloaded",
         "Unavailable",
         "HandoffFailed",

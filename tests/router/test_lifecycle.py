@@ -1,6 +1,7 @@
 """The lifecycle machine: every order of events that instances can produce, and what the router does then."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 
 from biphase.protos.ids import Incarnation, InstanceName, TicketId
 from biphase.protos.values import FinishReason, KvTicket, LegOutcome, LegStats, Role
+from biphase.router.effects import CancelLeg, Effect, Emit, Fail, Replay, ReplayCause, Requeue, SeekDecode
 from biphase.router.events import HandedOff, LegEnded, LegEvent, Lost, RefusalReason, Refused, Started, Token
-from biphase.router.lifecycle import CancelLeg, Effect, Emit, Fail, Leg, Lifecycle, Requeue, SeekDecode
+from biphase.router.lifecycle import MAX_FAILED_HANDOFFS, Leg, Lifecycle
 
 TICKET = KvTicket(
     id=TicketId(b"t" * 16),
@@ -49,6 +51,10 @@ def emit(first_index: int, ids: bytes, finish: FinishReason | None = None) -> Em
 
 def cancel(role: Role, reason: str, *, unless_handed_off: bool = False) -> CancelLeg:
     return CancelLeg(role=role, reason=reason, unless_handed_off=unless_handed_off)
+
+
+def replay(detail: str, cause: ReplayCause = "lost", *, blames_pair: bool = False) -> Replay:
+    return Replay(cause=cause, detail=detail, blames_pair=blames_pair)
 
 
 def prefilling() -> Lifecycle:
@@ -184,13 +190,13 @@ def test_what_can_never_fit_ends_the_request(role: Role) -> None:
 
 
 def test_prefill_lost_before_it_started() -> None:
-    assert prefilling().handle(lost("prefill")) == [Fail(kind="unavailable", detail="prefill-0 was lost")]
+    assert prefilling().handle(lost("prefill")) == [replay("prefill-0 was lost")]
 
 
 def test_prefill_lost_while_a_decode_instance_is_sought() -> None:
     machine = prefilling()
     machine.handle(STARTED)
-    assert machine.handle(lost("prefill")) == [Fail(kind="unavailable", detail="prefill-0 was lost")]
+    assert machine.handle(lost("prefill")) == [replay("prefill-0 was lost")]
 
 
 def ask_decode() -> list[Effect]:
@@ -208,15 +214,13 @@ def test_prefill_lost_and_the_handoff_was_complete() -> None:
 def test_prefill_lost_and_the_handoff_was_not_complete() -> None:
     machine = pulling()
     machine.handle(lost("prefill"))
-    assert machine.handle(ended("decode", "handoff_failed", "prefill instance lost")) == [
-        Fail(kind="unavailable", detail="prefill-0 was lost")
-    ]
+    assert machine.handle(ended("decode", "handoff_failed", "prefill instance lost")) == [replay("prefill-0 was lost")]
 
 
 def test_prefill_lost_and_the_decode_instance_refused_meanwhile() -> None:
     machine = pulling()
     machine.handle(lost("prefill"))
-    assert machine.handle(busy("decode")) == [Fail(kind="unavailable", detail="prefill-0 was lost")]
+    assert machine.handle(busy("decode")) == [replay("prefill-0 was lost")]
 
 
 def test_prefill_lost_after_the_handoff_changes_nothing() -> None:
@@ -238,14 +242,14 @@ def test_prefill_lost_and_nobody_brings_the_first_token(lost_first: bool) -> Non
     effects: list[Effect] = []
     for event in [lost("prefill"), HandedOff()] if lost_first else [HandedOff(), lost("prefill")]:
         effects = machine.handle(event)
-    assert effects == [cancel("decode", "prefill-0 was lost"), Fail(kind="unavailable", detail="prefill-0 was lost")]
+    assert effects == [cancel("decode", "prefill-0 was lost"), replay("prefill-0 was lost")]
 
 
 def test_prefill_lost_while_a_finished_output_waits_for_the_first_token() -> None:
     machine = pulling(first_token=False)
     for event in (HandedOff(), from_d(1, 66, LENGTH), ended("decode")):
         assert machine.handle(event) == []
-    assert machine.handle(lost("prefill")) == [Fail(kind="unavailable", detail="prefill-0 was lost")]
+    assert machine.handle(lost("prefill")) == [replay("prefill-0 was lost")]
 
 
 @pytest.mark.parametrize("state", ["pulling", "decoding"])
@@ -253,24 +257,24 @@ def test_decode_lost(state: str) -> None:
     machine = pulling() if state == "pulling" else decoding()
     assert machine.handle(lost("decode")) == [
         cancel("prefill", "decode-0 was lost"),
-        Fail(kind="unavailable", detail="decode-0 was lost"),
+        replay("decode-0 was lost"),
     ]
 
 
 def test_both_lost() -> None:
     machine = pulling()
     machine.handle(lost("prefill"))
-    assert machine.handle(lost("decode"))[-1] == Fail(kind="unavailable", detail="decode-0 was lost")
+    assert machine.handle(lost("decode"))[-1] == replay("decode-0 was lost")
     assert machine.handle(lost("prefill")) == []
 
 
 # ---- legs that end badly
 
 
-def test_a_failed_handoff_revokes_the_ticket_before_the_client_hears_of_it() -> None:
+def test_a_failed_handoff_revokes_the_ticket_before_the_prompt_is_computed_again() -> None:
     assert pulling().handle(ended("decode", "handoff_failed", "piece 3 is bad")) == [
         cancel("prefill", "piece 3 is bad"),
-        Fail(kind="handoff_failed", detail="piece 3 is bad"),
+        replay("piece 3 is bad", "handoff_failed", blames_pair=True),
     ]
 
 
@@ -282,44 +286,142 @@ def test_a_handoff_that_fails_as_the_first_token_ends_the_request_is_no_failure(
     assert machine.handle(ended("prefill")) == []
 
 
-@pytest.mark.parametrize("last_word", [ended("prefill", "cancelled"), ended("prefill"), lost("prefill")], ids=repr)
-def test_a_handoff_that_fails_before_the_first_token_fails_when_the_prefill_leg_has_ended(last_word: LegEvent) -> None:
+@pytest.mark.parametrize("last_word", [ended("prefill", "cancelled"), ended("prefill")], ids=repr)
+def test_a_handoff_that_fails_before_the_first_token_is_judged_when_the_prefill_leg_has_ended(
+    last_word: LegEvent,
+) -> None:
     machine = pulling(first_token=False)
     machine.handle(ended("decode", "handoff_failed", "piece 3 is bad"))
-    assert machine.handle(last_word) == [Fail(kind="handoff_failed", detail="piece 3 is bad")]
+    assert machine.handle(last_word) == [replay("piece 3 is bad", "handoff_failed", blames_pair=True)]
+
+
+def test_a_handoff_that_failed_as_the_prefill_instance_died_blames_no_pair() -> None:
+    machine = pulling(first_token=False)
+    machine.handle(ended("decode", "handoff_failed", "reset"))
+    assert machine.handle(lost("prefill")) == [replay("prefill-0 was lost")]
+
+
+INTERNAL_OF_D = "the decode leg is done, but its output has no end"
+INTERNAL_OF_P = "the prefill leg is done, but its first token never came"
 
 
 @pytest.mark.parametrize(
-    ("outcome", "kind", "detail"),
+    ("outcome", "effect"),
     [
-        ("cancelled", "unavailable", "the decode instance ended the request"),
-        ("failed", "internal", "the decode instance failed"),
-        ("done", "internal", "the decode leg is done, but its output has no end"),
+        ("cancelled", replay("the decode instance ended the request")),
+        ("drained", replay("the decode instance ended the request", "drained")),
+        ("failed", Fail(kind="internal", detail="the decode instance failed")),
+        ("done", Fail(kind="internal", detail=INTERNAL_OF_D)),
     ],
 )
-def test_a_decode_leg_that_ends_early(outcome: LegOutcome, kind: str, detail: str) -> None:
+def test_a_decode_leg_that_ends_early(outcome: LegOutcome, effect: Effect) -> None:
     machine = decoding()
     machine.handle(ended("prefill"))
-    assert machine.handle(ended("decode", outcome)) == [Fail(kind=kind, detail=detail)]  # type: ignore[arg-type]
+    assert machine.handle(ended("decode", outcome)) == [effect]
 
 
 @pytest.mark.parametrize(
-    ("outcome", "kind", "detail"),
+    ("outcome", "effect"),
     [
-        ("cancelled", "unavailable", "the prefill instance ended the request"),
-        ("failed", "internal", "the prefill instance failed"),
-        ("lease_expired", "handoff_failed", "the lease of the prompt's KV expired"),
-        ("done", "internal", "the prefill leg is done, but its first token never came"),
+        ("cancelled", replay("the prefill instance ended the request")),
+        ("drained", replay("the prefill instance drains", "drained")),
+        ("failed", Fail(kind="internal", detail="the prefill instance failed")),
+        ("lease_expired", replay("the lease of the prompt's KV expired", "handoff_failed")),
+        ("done", Fail(kind="internal", detail=INTERNAL_OF_P)),
     ],
 )
-def test_a_prefill_leg_that_ends_early(outcome: LegOutcome, kind: str, detail: str) -> None:
-    assert prefilling().handle(ended("prefill", outcome)) == [Fail(kind=kind, detail=detail)]  # type: ignore[arg-type]
+def test_a_prefill_leg_that_ends_early(outcome: LegOutcome, effect: Effect) -> None:
+    assert prefilling().handle(ended("prefill", outcome)) == [effect]
 
 
 def test_a_prefill_leg_that_ends_badly_under_a_pull_asks_the_decode_instance() -> None:
     machine = pulling()
     assert machine.handle(ended("prefill", "failed", "step broke")) == ask_decode()
     assert machine.handle(ended("decode", "handoff_failed"))[-1] == Fail(kind="internal", detail="step broke")
+
+
+# ---- replays
+
+
+def test_a_replay_goes_on_behind_the_emitted_tokens() -> None:
+    machine = decoding()
+    assert machine.handle(from_d(1, 66)) == [emit(1, b"B")]
+    machine.handle(ended("prefill"))
+    assert machine.handle(lost("decode")) == [replay("decode-0 was lost")]
+    assert (machine.prefill, machine.decode, machine.phase) == (Leg.NONE, Leg.NONE, "queue")
+    machine.opened_prefill()
+    again = replace(TICKET, id=TicketId(b"u" * 16), num_tokens=7)
+    assert machine.handle(Started(ticket=again)) == [SeekDecode(ticket=again, pull_epoch=2, refusals=0)]
+    machine.opened_decode()
+    assert machine.handle(Token(role="prefill", index=2, token_id=67)) == [emit(2, b"C")]
+    machine.handle(HandedOff(first_token=67))
+    machine.handle(ended("prefill"))
+    assert machine.handle(from_d(3, 68, LENGTH)) == [emit(3, b"D", LENGTH)]
+    assert (machine.replays, machine.losses) == (1, 1)
+
+
+def test_a_replay_on_a_decode_instance_alone() -> None:
+    machine = decoding()
+    machine.handle(ended("prefill"))
+    machine.handle(lost("decode"))
+    machine.opened_decode()
+    assert machine.handle(from_d(1, 66)) == [emit(1, b"B")]
+
+
+def test_tokens_that_came_before_their_turn_are_made_again() -> None:
+    machine = pulling(first_token=False)
+    machine.handle(HandedOff())
+    machine.handle(from_d(1, 66))
+    assert machine.handle(lost("prefill"))[-1] == replay("prefill-0 was lost")
+    assert machine.pending == []
+    machine.opened_decode()
+    assert machine.handle(from_d(0, 65)) == [emit(0, b"A")]
+    assert machine.handle(from_d(1, 66)) == [emit(1, b"B")]
+
+
+def test_the_loss_of_a_leg_that_was_given_up_is_nothing_new() -> None:
+    machine = pulling()
+    machine.handle(lost("decode"))
+    assert machine.handle(lost("decode")) == []
+    assert machine.handle(ended("prefill", "cancelled")) == []
+    machine.opened_prefill()
+
+
+def test_a_request_that_went_down_with_too_many_instances_is_a_suspect() -> None:
+    machine = Lifecycle(max_replays=2)
+    for _ in range(2):
+        machine.opened_prefill()
+        assert machine.handle(lost("prefill")) == [replay("prefill-0 was lost")]
+    machine.opened_decode()
+    assert machine.handle(lost("decode")) == [
+        Fail(
+            kind="suspect",
+            detail="3 instances were lost with the request aboard, the limit is 2; the last: decode-0 was lost",
+        )
+    ]
+
+
+def test_drains_count_against_nothing() -> None:
+    machine = Lifecycle(max_replays=0)
+    for number in range(20):
+        machine.opened_decode()
+        assert machine.handle(ended("decode", "drained", "grace is over")) == [replay("grace is over", "drained")]
+        assert machine.replays == number + 1
+    machine.opened_decode()
+    effect = machine.handle(lost("decode"))[-1]
+    assert isinstance(effect, Fail) and effect.kind == "suspect"
+
+
+def test_handoffs_fail_only_so_often() -> None:
+    machine = Lifecycle()
+    for number in range(MAX_FAILED_HANDOFFS + 1):
+        machine.opened_prefill()
+        machine.handle(STARTED)
+        machine.opened_decode()
+        machine.handle(Token(role="prefill", index=number, token_id=65))
+        effects = machine.handle(ended("decode", "handoff_failed", "unreachable"))
+        assert effects[0] == cancel("prefill", effects[-1].detail)  # type: ignore[union-attr]
+    assert effects[-1] == Fail(kind="handoff_failed", detail="9 handoffs failed; the last: unreachable")
 
 
 # ---- endings of the router's own

@@ -15,6 +15,7 @@ from biphase.router.view import (
     InstanceKey,
     InstanceView,
     Local,
+    Pair,
     PlaceRequest,
     Refuse,
     Rules,
@@ -152,9 +153,12 @@ def test_short_prompts_stay_local_in_auto_alone() -> None:
     assert isinstance(place(request(prompt_tokens=8), view(p(), d()), replace(rules, mode="strict")), Disaggregated)
 
 
-def test_without_a_decode_instance_a_deadline_is_the_limit() -> None:
-    cluster = view(p(), d(state="lost"), no_decode_since_s=1.0)
-    assert place(request(has_deadline=True), cluster, AUTO) == Wait(reason="no_decode_alive")
+@pytest.mark.parametrize("known", [[d(state="lost")], []], ids=["known", "unknown"])
+def test_without_a_decode_instance_a_deadline_is_the_limit(known: list[InstanceView]) -> None:
+    cluster = view(p(), *known, no_decode_since_s=1.0)
+    assert place(request(deadline_s=200.0), cluster, AUTO) == Wait(reason="no_decode_alive", until_s=199.9)
+    refusal = place(request(deadline_s=100.1), cluster, AUTO)  # a little before it, so that the client hears why
+    assert isinstance(refusal, Refuse) and "no decode instance has been ready for 99.0 s" in refusal.detail
 
 
 def test_without_a_deadline_the_wait_for_a_decode_instance_is_bounded() -> None:
@@ -167,10 +171,77 @@ def test_without_a_deadline_the_wait_for_a_decode_instance_is_bounded() -> None:
 
 def test_where_no_decode_instance_is_known_late_requests_do_not_wait_anew() -> None:
     cluster = view(p(), no_decode_since_s=70.0)
-    refusal = place(request(arrived_s=100.0, has_deadline=True), cluster, AUTO)
+    refusal = place(request(arrived_s=100.0), cluster, AUTO)
     assert refusal == Refuse(
         reason="no_decode_alive", detail="no decode instance has been ready for 30.0 s (none is known)"
     )
+    replay = place(request(arrived_s=100.0, is_replay=True), cluster, AUTO)  # but those that had begun do
+    assert replay == Wait(reason="no_decode_alive", until_s=130.0)
+
+
+# ---- pairs that do not reach each other
+
+BROKEN = Pair(prefill=InstanceKey("p0"), decode=InstanceKey("d0"))
+
+
+def with_broken(cluster: ClusterView, *pairs: Pair) -> ClusterView:
+    return replace(cluster, broken=frozenset(pairs), retry_s=101.0)
+
+
+def test_a_broken_pair_is_avoided() -> None:
+    cluster = with_broken(view(p(), d("d0"), d("d1", requests=3)), BROKEN)
+    assert place(request(), cluster, AUTO) == Disaggregated(prefill="p0", decode="d1", reason="prefill_ready")
+    assert choose_decode(request(), cluster, InstanceKey("p0")) == "d1"
+    assert choose_decode(request(), cluster) == "d0"
+    cluster = with_broken(view(p("p0"), p("p1", queued_tokens=50), d()), BROKEN)
+    assert place(request(), cluster, AUTO) == Disaggregated(prefill="p1", decode="d0", reason="prefill_ready")
+
+
+def test_where_the_pair_that_works_is_busy_it_is_waited_for() -> None:
+    cluster = with_broken(view(p("p0"), p("p1", full=True), d()), BROKEN)
+    assert place(request(), cluster, AUTO) == Wait(reason="prefill_busy")
+
+
+def test_without_any_pair_auto_goes_local_and_strict_waits_for_the_next_try() -> None:
+    cluster = with_broken(view(p(), d()), BROKEN)
+    assert place(request(), cluster, AUTO) == Local(decode=InstanceKey("d0"), reason="no_pair")
+    assert place(request(), cluster, STRICT) == Wait(reason="no_pair", until_s=101.0)
+    late = place(request(arrived_s=70.0), cluster, STRICT)
+    assert isinstance(late, Refuse) and late.detail.endswith("reaches (p0-d0 broken)")
+    assert wait_for_decode(request(), cluster, STRICT) == Wait(reason="no_pair", until_s=101.0)
+    assert place(request(max_tokens=1), cluster, STRICT) == Disaggregated(
+        prefill=InstanceKey("p0"), decode=None, reason="prefill_ready"
+    )
+
+
+# ---- generations of the weights
+
+
+def test_prefill_and_decode_are_of_one_generation() -> None:
+    cluster = view(p("p0", generation="old"), p("p1", generation="new"), d("d0", generation="new"))
+    for rules in (AUTO, STRICT):
+        assert place(request(), cluster, rules) == Disaggregated(prefill="p1", decode="d0", reason="prefill_ready")
+        pinned = request(generation="old")
+        assert place(pinned, cluster, rules) == Wait(reason="no_generation", until_s=103.0, alone=True)
+    gone = place(request(generation="old", arrived_s=97.0), cluster, AUTO)
+    assert isinstance(gone, Refuse) and gone.aborted
+    assert gone.detail == ("it began on generation 'old', of which no decode instance is left (there is 'new', 'old')")
+    assert wait_for_decode(request(generation="old", arrived_s=97.0), cluster, AUTO) == gone
+
+
+def test_with_one_of_each_the_decode_instance_serves_meanwhile() -> None:
+    cluster = view(p("p0", generation="new"), d("d0", generation="old"))
+    assert place(request(), cluster, AUTO) == Local(decode=InstanceKey("d0"), reason="no_prefill_alive")
+    assert place(request(), cluster, STRICT) == Wait(reason="no_prefill_alive", until_s=103.0)
+    assert isinstance(place(request(arrived_s=60.0), cluster, STRICT), Refuse)
+
+
+def test_a_request_goes_on_on_its_own_generation_where_there_is_some_of_it() -> None:
+    cluster = view(p("p0", generation="new"), d("d0", generation="new"), d("d1", generation="old", requests=3))
+    assert place(request(generation="old"), cluster, AUTO) == Local(decode=InstanceKey("d1"), reason="no_prefill_alive")
+    assert choose_decode(request(generation="old"), cluster) == "d1"
+    lost = view(p("p0", generation="old"), d("d1", generation="old", state="lost"))
+    assert place(request(generation="old"), lost, AUTO) == Wait(reason="no_decode_alive", until_s=130.0)
 
 
 def test_a_ticket_waits_for_room_like_a_prompt() -> None:
