@@ -98,6 +98,11 @@ class DecodeScheduler:
         waiting = sum(len(sequence.token_ids) for sequence in self._waiting)
         return waiting + sum(sequence.remaining for sequence in self._running if sequence.remaining > 1)
 
+    @property
+    def running_tokens(self) -> int:
+        """Context held by the batch and by the pulls."""
+        return sum(sequence.num_tokens for sequence in (*self._running, *self._pulling.values()))
+
     def load(self) -> Load:
         promised = sum(self._blocks_of(sequence) for sequence in self._waiting)
         kept = self.watermark_blocks if self._by_id else 0

@@ -27,12 +27,20 @@ from biphase.kvtransfer.signature import KvSignatureValue
 from biphase.kvtransfer.wires import reading
 from biphase.protos.process import Announcer
 
+__all__ = ["decode_phase", "follower_phase", "serve"]
+"""The first two are found by their names (engine/roles.py)."""
+
 
 async def serve(
-    config: WorkerConfig, announcer: Announcer, stop: asyncio.Event, find_leader: FindLeader | None = None
+    config: WorkerConfig,
+    announcer: Announcer,
+    stop: asyncio.Event,
+    find_leader: FindLeader | None = None,
+    *,
+    now: asyncio.Event | None = None,
 ) -> None:
     """Load, listen, announce ``ready`` with the address; returns after ``stop`` when all is closed. SetupError."""
-    await serve_worker(config, announcer, stop, decode_phase, follower_phase, find_leader)
+    await serve_worker(config, announcer, stop, find_leader, now=now)
 
 
 @asynccontextmanager
@@ -64,13 +72,14 @@ async def decode_phase(
         codecs = CodecChooser(wanted=config.kv_codec)
         if config.kv_codec == AUTO:
             codecs.times = measure(engine.kv_memory)
+        followers = None if ranks is None else LeaderPulls(ranks)
         puller = KvPuller(
             memory=RankMemory(engine.kv_memory, engine.full_layout, engine.plan, engine.rank),
             signature=signature,
             transports=wires,
             choose=partial(order, wanted=config.kv_transport),
             codecs=codecs,
-            followers=None if ranks is None else LeaderPulls(ranks),
+            followers=followers,
             decoding=lambda: scheduler.num_running > 0,
         )
         worker = DecodeWorker(scheduler, runner, puller, pull_timeout_s=config.pull_timeout_s)
@@ -79,3 +88,5 @@ async def decode_phase(
         finally:
             await worker.close()
             await puller.close()
+            if followers is not None:
+                followers.detach()

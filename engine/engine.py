@@ -20,7 +20,7 @@ from biphase.kernels.kv_pack.memory import KvMemory
 from biphase.kernels.ops import choose_backend
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.parallel_plan import ParallelPlan
-from biphase.protos.values import ModelInfo
+from biphase.protos.values import ModelInfo, Role
 
 _log = logging.getLogger(__name__)
 
@@ -148,6 +148,10 @@ class Engine(ABC):
 
         What it cannot compute is raised here, then nothing was written (InvalidRequest), or by the pending step's wait().
         """
+
+    def turn(self, role: Role, incarnation: int) -> None:
+        """From the next step on it serves that role, as every process that computes its steps is told. None is under way."""
+        _log.info("the engine turns: %s, incarnation %d", role, incarnation)
 
     def _layers_told(self, plan: StepPlan) -> Callable[[int], None] | None:
         """What a step calls with its number of finished layers, None for one that nobody follows."""

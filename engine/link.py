@@ -10,10 +10,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
+
 from biphase.engine.sequence import Refusal, TokenOut
 from biphase.protos import convert, worker_pb2
 from biphase.protos.ids import LegId, RequestId
-from biphase.protos.values import FinishReason, KvTicket, LegOutcome, LegStats, Load, ModelInfo, Role, Sampling
+from biphase.protos.values import (
+    FinishReason,
+    KvTicket,
+    LegOutcome,
+    LegStats,
+    Load,
+    ModelInfo,
+    Role,
+    Sampling,
+    WorkerSignals,
+)
 
 MAX_OUTGOING = 1024
 """Messages that may wait for a peer to read them; at one per step that is minutes."""
@@ -63,12 +75,16 @@ class Identity:
 class Link:
     """One peer's stream as the worker sees it: where its legs' events go. Never blocks; cut when too much waits."""
 
-    def __init__(self, incarnation: int, peer_name: str, peer_kind: str) -> None:
+    def __init__(self, incarnation: int, peer_name: str, peer_kind: str, epoch: int = 0) -> None:
         self.peer_name = peer_name
         self.peer_kind = peer_kind
+        self.epoch = epoch
+        self.ending: tuple[grpc.StatusCode, str] | None = None
+        """What it ends with once what waits is written."""
         self._incarnation = incarnation
         self._outgoing: deque[worker_pb2.LinkUp] = deque()
         self._load: worker_pb2.Load | None = None
+        self._signals: worker_pb2.WorkerSignals | None = None
         self._something = asyncio.Event()
         self._open = True
         self.cut_reason: str | None = None
@@ -137,6 +153,26 @@ class Link:
             self._load = convert.load_to_proto(load)
             self._something.set()
 
+    def signals(self, signals: WorkerSignals) -> None:
+        """Report them; only the newest wait to be sent."""
+        if self._open:
+            self._signals = convert.signals_to_proto(signals)
+            self._something.set()
+
+    def command_refused(self, command: str, detail: str) -> None:
+        message = worker_pb2.CommandRefused(command=command, detail=detail)
+        self._send(worker_pb2.LinkUp(incarnation=self._incarnation, command_refused=message))
+
+    @property
+    def is_open(self) -> bool:
+        return self._open
+
+    def end(self, code: grpc.StatusCode, reason: str) -> None:
+        """Nothing more is taken; what waits is still written, then the peer is told why."""
+        if self._open:
+            self.ending = (code, reason)
+            self.close()
+
     def _send(self, message: worker_pb2.LinkUp) -> None:
         if not self._open:
             return
@@ -153,7 +189,7 @@ class Link:
         self._open = False
         if self.cut_reason is not None:
             self._outgoing.clear()
-            self._load = None
+            self._load = self._signals = None
         self._something.set()
 
     async def pump(self, context: Any) -> None:
@@ -164,6 +200,9 @@ class Link:
             elif self._load is not None:
                 load, self._load = self._load, None
                 await context.write(worker_pb2.LinkUp(incarnation=self._incarnation, load=load))
+            elif self._signals is not None:
+                signals, self._signals = self._signals, None
+                await context.write(worker_pb2.LinkUp(incarnation=self._incarnation, signals=signals))
             elif self._open:
                 self._something.clear()
                 await self._something.wait()

@@ -1,25 +1,28 @@
 """The servicer of biphase.v1.Worker: greets peers, reads their commands, answers GetStats.
 
 Whatever a peer sends, the worker lives on: bytes that are no message and messages for another incarnation end that
-stream with a status that says so, a leg that makes no sense is refused on it.
+stream with a status that says so, a leg that makes no sense is refused on it. Only controllers give orders, and of those
+only the one of the highest membership epoch: the links of others end when it comes.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 
 from biphase.engine import link as links
+from biphase.engine.orders import Orders
 from biphase.engine.sequence import Refusal
 from biphase.protos import convert, worker_pb2
 from biphase.protos.errors import one_line
 from biphase.protos.grpc_setup import Undecodable
 from biphase.protos.ids import LegId, RequestId
-from biphase.protos.values import Role
+from biphase.protos.values import ROLES, Role
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +38,6 @@ class LinkHandler(Protocol):
 
     def cancel_leg(self, link: links.Link, leg_id: LegId, reason: str, *, unless_handed_off: bool) -> None: ...
 
-    def drain(self) -> None: ...
-
     def counters(self) -> dict[str, int]: ...
 
     def transports(self) -> dict[str, str]: ...
@@ -45,16 +46,47 @@ class LinkHandler(Protocol):
 Ending = tuple[grpc.StatusCode, str]
 
 
-class LinkService:
-    """The servicer of biphase.v1.Worker."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Life:
+    """Who answers: one role under one incarnation."""
 
-    def __init__(self, identity: links.Identity, handler: LinkHandler) -> None:
-        self._identity = identity
-        self._handler = handler
+    identity: links.Identity
+    handler: LinkHandler
+    orders: Orders
+
+    def wrong_incarnation(self, meant: int) -> str:
+        us = self.identity
+        return f"{us.name} is incarnation {us.incarnation}, the message is meant for incarnation {meant}"
+
+
+class LinkService:
+    """The servicer of biphase.v1.Worker, for the lives that an instance has one after the other: between them it answers
+    that it is away."""
+
+    def __init__(self) -> None:
+        self._life: _Life | None = None
+        self._away = "the instance is not ready yet"
         self._links: set[links.Link] = set()
         self._no_links = asyncio.Event()
         self._no_links.set()
         self._highest_epoch = 0
+
+    def begin(self, identity: links.Identity, handler: LinkHandler, orders: Orders) -> None:
+        """From now on links are welcome, to that life."""
+        self._life = _Life(identity=identity, handler=handler, orders=orders)
+
+    async def end(self, reason: str, within_s: float) -> None:
+        """Take no links until the next life begins. Those that are open end for ``reason`` after what waits on them has been
+        written; those that do not read it are cut after ``within_s``."""
+        self._life, self._away = None, reason
+        for link in self._links:
+            link.end(grpc.StatusCode.UNAVAILABLE, reason)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._no_links.wait()
+        for link in self._links:
+            link.cut.set()
+        await self._no_links.wait()
 
     @property
     def num_links(self) -> int:
@@ -63,30 +95,36 @@ class LinkService:
     async def GetStats(
         self, request: worker_pb2.StatsRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.WorkerStats:
-        identity = self._identity
+        life = self._life
+        if life is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self._away)
+        assert life is not None  # abort raises
+        identity = life.identity
         return worker_pb2.WorkerStats(
             name=identity.name,
             role=convert.role_to_proto(identity.role),
             incarnation=identity.incarnation,
             pid=identity.pid,
-            counters={**self._handler.counters(), "links": len(self._links)},
-            transports=self._handler.transports(),
+            counters={**life.handler.counters(), "links": len(self._links)},
+            transports=life.handler.transports(),
         )
 
     async def Link(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         hello = await anext(aiter(requests), None)
-        refusal = self._reason_against(hello)
+        life = self._life
+        refusal = (grpc.StatusCode.UNAVAILABLE, self._away) if life is None else self._reason_against(life, hello)
         if refusal is not None:
             _log.warning("link refused: %s", refusal[1])
             await context.abort(*refusal)
-        assert isinstance(hello, worker_pb2.LinkDown)
-        link = links.Link(self._identity.incarnation, hello.hello.peer_name, hello.hello.peer_kind)
-        link.welcome(self._identity)
+        assert life is not None and isinstance(hello, worker_pb2.LinkDown)
+        peer = hello.hello
+        link = links.Link(life.identity.incarnation, peer.peer_name, peer.peer_kind, peer.membership_epoch)
+        link.welcome(life.identity)
         self._links.add(link)
         self._no_links.clear()
-        self._handler.link_opened(link)
+        life.handler.link_opened(link)
         _log.info("link opened by %s %s", link.peer_kind, link.peer_name)
-        reading = asyncio.create_task(self._read(link, requests))
+        reading = asyncio.create_task(self._read(life, link, requests))
         writing = asyncio.create_task(link.pump(context))
         cutting = asyncio.create_task(link.cut.wait())
         ending: Ending | None = None
@@ -94,12 +132,14 @@ class LinkService:
             await asyncio.wait({reading, writing, cutting}, return_when=asyncio.FIRST_COMPLETED)
             if link.cut_reason is not None:
                 ending = (grpc.StatusCode.RESOURCE_EXHAUSTED, link.cut_reason)
+            elif link.ending is not None:
+                ending = link.ending
             elif reading.done() and not reading.cancelled() and reading.exception() is None:
                 ending = reading.result()
         finally:
             # all of the books first: gRPC may cancel this task a second time while it waits
             link.close()
-            self._handler.link_closed(link)
+            life.handler.link_closed(link)
             self._links.discard(link)
             if not self._links:
                 self._no_links.set()
@@ -111,17 +151,8 @@ class LinkService:
         if ending is not None:
             await context.abort(*ending)
 
-    async def close(self, within_s: float) -> None:
-        """End every link after what waits on it has been written, for as long as ``within_s``."""
-        for link in self._links:
-            link.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await self._no_links.wait()
-
-    def _reason_against(self, hello: Any) -> Ending | None:
+    def _reason_against(self, life: _Life, hello: Any) -> Ending | None:
         """Why a stream that begins with this is no link, None where it is."""
-        ours = self._identity.incarnation
         if hello is None:
             return grpc.StatusCode.INVALID_ARGUMENT, "the stream ended before its Hello"
         if isinstance(hello, Undecodable):
@@ -129,47 +160,76 @@ class LinkService:
         if hello.WhichOneof("command") != "hello":
             first = hello.WhichOneof("command") or "nothing known"
             return grpc.StatusCode.INVALID_ARGUMENT, f"a link begins with hello, not with {first}"
-        if hello.incarnation not in (0, ours):  # 0: whoever you are
-            return grpc.StatusCode.FAILED_PRECONDITION, self._wrong_incarnation(hello.incarnation)
+        if hello.incarnation not in (0, life.identity.incarnation):  # 0: whoever you are
+            return grpc.StatusCode.FAILED_PRECONDITION, life.wrong_incarnation(hello.incarnation)
         if hello.hello.peer_kind == "controller":
             epoch = hello.hello.membership_epoch
             if epoch < self._highest_epoch:
-                text = f"membership epoch {epoch} has given way to epoch {self._highest_epoch}"
-                return grpc.StatusCode.FAILED_PRECONDITION, text
-            self._highest_epoch = epoch
+                return self._superseded(epoch)
+            self._obey_from(epoch)
         return None
 
-    def _wrong_incarnation(self, meant: int) -> str:
-        identity = self._identity
-        return f"{identity.name} is incarnation {identity.incarnation}, the message is meant for incarnation {meant}"
+    def _obey_from(self, epoch: int) -> None:
+        """Controllers of older epochs command nothing any more."""
+        self._highest_epoch = epoch
+        for link in self._links:
+            if link.peer_kind == "controller" and link.epoch < epoch:
+                link.end(*self._superseded(link.epoch))
 
-    async def _read(self, link: links.Link, requests: AsyncIterator[Any]) -> Ending | None:
+    def _superseded(self, epoch: int) -> Ending:
+        text = f"membership epoch {epoch} has given way to epoch {self._highest_epoch}"
+        return grpc.StatusCode.FAILED_PRECONDITION, text
+
+    async def _read(self, life: _Life, link: links.Link, requests: AsyncIterator[Any]) -> Ending | None:
         """Take commands until the peer is done (None) or has said what ends a link."""
         async for message in requests:
             if isinstance(message, Undecodable):
                 return grpc.StatusCode.INVALID_ARGUMENT, str(message)
-            if message.incarnation != self._identity.incarnation:
-                return grpc.StatusCode.FAILED_PRECONDITION, self._wrong_incarnation(message.incarnation)
+            if message.incarnation != life.identity.incarnation:
+                return grpc.StatusCode.FAILED_PRECONDITION, life.wrong_incarnation(message.incarnation)
+            if not link.is_open:
+                continue  # it ends: who says anything on it does not know that yet
             match message.WhichOneof("command"):
                 case "open_prefill":
-                    self._open("prefill", link, message.open_prefill)
+                    self._open(life, "prefill", link, message.open_prefill)
                 case "open_decode":
-                    self._open("decode", link, message.open_decode)
+                    self._open(life, "decode", link, message.open_decode)
                 case "cancel":
                     cancel = message.cancel
                     leg_id = LegId(cancel.leg_id)
-                    self._handler.cancel_leg(link, leg_id, cancel.reason, unless_handed_off=cancel.unless_handed_off)
-                case "drain":
-                    _log.info("asked to drain by %s %s", link.peer_kind, link.peer_name)
-                    self._handler.drain()
+                    life.handler.cancel_leg(link, leg_id, cancel.reason, unless_handed_off=cancel.unless_handed_off)
+                case "drain" | "resume" | "flip" | "retire" as order:
+                    if link.peer_kind != "controller":
+                        text = f"{order} is for controllers to ask, {link.peer_name} is a {link.peer_kind or 'nobody'}"
+                        return grpc.StatusCode.PERMISSION_DENIED, text
+                    self._order(life.orders, order, link, message)
                 case other:
                     return grpc.StatusCode.INVALID_ARGUMENT, f"{other or 'an unknown command'} makes no sense here"
         return None
 
-    def _open(self, role: Role, link: links.Link, message: Any) -> None:
-        leg_id = LegId(message.leg_id)
-        if role != self._identity.role:
-            detail = f"{self._identity.name} is a {self._identity.role} instance, it opens no {role} legs"
+    def _order(self, orders: Orders, order: str, link: links.Link, message: Any) -> None:
+        _log.info("asked to %s by %s %s", order, link.peer_kind, link.peer_name)
+        refusal = None
+        match order:
+            case "drain":
+                refusal = orders.drain(message.drain.grace_s)
+            case "resume":
+                refusal = orders.resume()
+            case "flip":
+                flip = message.flip
+                known = flip.role in (convert.role_to_proto(role) for role in ROLES)
+                role = convert.role_from_proto(flip.role) if known else None
+                refusal = orders.flip(role, flip.incarnation, flip.grace_s)
+            case "retire":
+                refusal = orders.retire(message.retire.reason)
+        if refusal is not None:
+            _log.warning("%s refused: %s", order, refusal)
+            link.command_refused(order, refusal)
+
+    def _open(self, life: _Life, role: Role, link: links.Link, message: Any) -> None:
+        leg_id, us = LegId(message.leg_id), life.identity
+        if role != us.role:
+            detail = f"{us.name} is a {us.role} instance, it opens no {role} legs"
             link.refused(leg_id, Refusal(reason="invalid", detail=detail))
             return
         if len(message.token_ids) % 4:
@@ -177,7 +237,7 @@ class LinkService:
             link.refused(leg_id, Refusal(reason="invalid", detail=detail))
             return
         with_ticket = role == "decode" and message.HasField("ticket")
-        self._handler.open_leg(
+        life.handler.open_leg(
             link,
             links.OpenLeg(
                 role=role,

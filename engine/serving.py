@@ -4,8 +4,9 @@ import asyncio
 import importlib.metadata
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -13,45 +14,45 @@ from google.protobuf.message_factory import GetMessageClass
 
 from biphase.engine.engine import Engine
 from biphase.engine.engine_thread import EngineThread
+from biphase.engine.life import Ends, Life
 from biphase.engine.link import Identity
 from biphase.engine.link_service import LinkService
 from biphase.engine.ranks.channel import FindLeader, LeaderChannel
-from biphase.engine.ranks.following import FollowerPhase, no_phase, serve_follower
+from biphase.engine.ranks.following import serve_follower
 from biphase.engine.ranks.joining import announcing
 from biphase.engine.ranks.leading import OWN_REASON_S, leading
+from biphase.engine.roles import Roles, all_roles
 from biphase.engine.standard_services import StandardServices
-from biphase.engine.worker import Worker, lost_line
+from biphase.engine.step_book import StepFits
 from biphase.engine.worker_config import WorkerConfig
 from biphase.protos import worker_pb2
-from biphase.protos.errors import EngineLost, Internal, SetupError
+from biphase.protos.errors import EngineLost, SetupError
 from biphase.protos.grpc_setup import bind, server_options, service_handler
 from biphase.protos.process import Announcer
 
 _log = logging.getLogger(__name__)
 
-FLUSH_S = 1.0
-"""How long a stopping worker waits for its links to take their last messages."""
-
 _SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
-
-Phase = Callable[..., AbstractAsyncContextManager[tuple[Worker[Any, Any], str]]]
-"""Makes a phase's worker, and the KV address that its Welcome names; closes what it made when left.
-
-Its arguments are WorkerConfig, Engine, Limits, StepRunner and, where the instance has several ranks, LeaderChannel."""
 
 
 async def serve_worker(
     config: WorkerConfig,
     announcer: Announcer,
     stop: asyncio.Event,
-    phase: Phase,
-    follower_phase: FollowerPhase = no_phase,
     find_leader: FindLeader | None = None,
+    *,
+    now: asyncio.Event | None = None,
+    roles: Roles | None = None,
 ) -> None:
-    """Run one rank of an instance, by default its only one, until ``stop`` is set. Raises SetupError for a set-up that
-    cannot work. Where there are several, the loss of another one ends this process at once."""
+    """Run one rank of an instance, by default its only one, until ``stop`` or ``now`` is set (life.Ends). Raises SetupError
+    for a set-up that cannot work. Where there are several, the loss of another one ends this process at once.
+
+    It begins in the config's role, and turns into others of ``roles`` (default: all) as it is ordered to."""
+    roles = all_roles() if roles is None else roles
+    ends = Ends(stop=stop, now=asyncio.Event() if now is None else now)
     if config.rank > 0:
-        await serve_follower(config, announcer, stop, follower_phase, find_leader)
+        follower_phases = {role: parts.follow for role, parts in roles.items()}
+        await serve_follower(config, announcer, stop, follower_phases, find_leader)
         return
     announcer.update(state="loading", detail="starting the engine", log_file=config.log_file)
     async with AsyncExitStack() as closing:
@@ -60,54 +61,45 @@ async def serve_worker(
             announcer.update(state="stopped", detail="")
             return
         engine, thread, ranks = loaded
-        info = engine.model_info
-        worker, kv_address = await closing.enter_async_context(phase(config, engine, engine.limits, thread, *ranks))
-        service = LinkService(_identity(config, engine, kv_address), worker)
+        service = LinkService()
         port, standard = await closing.enter_async_context(_listening(config, service))
-        stepping = asyncio.create_task(worker.run())
-        stopping = asyncio.create_task(stop.wait())
-
-        def draining() -> None:
-            announcer.update(state="draining", detail="takes no new work")
-
-        worker.on_drain = draining
         address = config.address(port)
-        announcer.update(
-            state="ready",
-            detail="",
-            progress=1.0,
-            address=address,
-            threads=engine.threads,
-            kv_bytes=engine.kv_bytes,
-            device=engine.device,
-        )
         _log.info(
-            "%s, a %s instance of %s (incarnation %d), is ready at %s: %d threads, %d blocks of %d tokens, %d bytes of KV",
+            "%s has %s loaded, listens at %s: %d threads, %d blocks of %d tokens, %d bytes of KV",
             config.name,
-            config.role,
-            info.name,
-            config.incarnation,
+            engine.model_info.name,
             address,
             engine.threads,
             engine.num_blocks,
             engine.layout.block_size,
             engine.kv_bytes,
         )
-        await asyncio.wait({stepping, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        broken = stepping.exception() if stepping.done() else None
-        announcer.update(state="draining", detail="stopping")
-        await standard.set_serving(False)
-        worker.stop(*([lost_line(broken)] if isinstance(broken, EngineLost) else []))
-        await asyncio.wait({stepping, stopping})
-        await worker.legs_ended(FLUSH_S)
-        if isinstance(broken, EngineLost):
-            raise broken
-        if broken is not None:
-            _log.error("the step loop broke", exc_info=broken)
-            raise Internal(f"{config.name}: the step loop broke: {broken!r}")
-        await service.close(FLUSH_S)
-    announcer.update(state="stopped", detail="")
+        fits, began_s, turned_ms = StepFits(), 0.0, 0
+        while True:
+            async with roles[config.role].lead(config, engine, engine.limits, thread, *ranks) as (worker, kv_address):
+                if began_s:
+                    turned_ms = round((time.monotonic() - began_s) * 1e3)
+                    _log.info("%s has turned within %d ms", config.name, turned_ms)
+                worker.steps.fits, worker.turned_ms = fits, turned_ms
+                life = Life(
+                    config,
+                    worker,
+                    _identity(config, engine, kv_address),
+                    service=service,
+                    standard=standard,
+                    announcer=announcer,
+                    roles=roles,
+                )
+                _log.info("%s serves as a %s instance, incarnation %d", config.name, config.role, config.incarnation)
+                turn = await life.run(
+                    ends, address=address, threads=engine.threads, kv_bytes=engine.kv_bytes, device=engine.device
+                )
+                if turn is None:
+                    break
+                began_s = life.drained_s
+                engine.turn(turn.role, turn.incarnation)
+            config = config.as_role(turn.role, turn.incarnation)
+    announcer.update(state="stopped", detail=life.orders.retired)
     _log.info("%s has stopped", config.name)
 
 
@@ -192,7 +184,7 @@ async def _listening(config: WorkerConfig, service: LinkService) -> AsyncIterato
     server.add_generic_rpc_handlers((service_handler(worker_pb2.DESCRIPTOR, "Worker", service, GetMessageClass),))
     standard = StandardServices(server, _SERVICE)
     port = bind(server, config.host, config.port)
-    await standard.set_serving(True)
+    await standard.set_serving(False)
     await server.start()
     try:
         yield port, standard

@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from biphase.engine.block_pool import BlockPool
@@ -20,10 +21,12 @@ from biphase.engine.host_figures import ProcessFigures
 from biphase.engine.legs import Leg, LegTable
 from biphase.engine.link import Link, OpenLeg
 from biphase.engine.sequence import Refusal, SeqEnded, TokenOut
+from biphase.engine.signals import SignalReporter
 from biphase.engine.step import StepPlan, StepResult
+from biphase.engine.step_book import StepBook
 from biphase.protos.errors import EngineLost, one_line
 from biphase.protos.ids import LegId, SeqId
-from biphase.protos.values import LegOutcome, LegStats, Load
+from biphase.protos.values import LegOutcome, LegStats, Load, WorkerSignals
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +59,11 @@ class Scheduler(Protocol):
     draining: bool
     superfluous_tokens: int
 
+    @property
+    def running_tokens(self) -> int:
+        """Context held by what runs."""
+        ...
+
     def schedule(self, now_s: float) -> tuple[StepPlan | None, list[Any]]: ...
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Any]: ...
@@ -78,7 +86,14 @@ class Worker(ABC, Generic[S, L]):
         self.scheduler = scheduler
         self.clock = clock
         self.legs: LegTable[L] = LegTable()
+        self.steps = StepBook(clock())
+        self.no_legs = asyncio.Event()
+        self.no_legs.set()
+        self.turned_ms = 0
+        """How long this instance took to turn into what it is; 0: it began so."""
         self.on_drain: Callable[[], None] = lambda: None
+        self.on_drained: Callable[[], None] = lambda: None
+        self.on_resume: Callable[[], None] = lambda: None
         self._runner = runner
         self._links: list[Link] = []
         self._next_seq = 0
@@ -87,7 +102,8 @@ class Worker(ABC, Generic[S, L]):
         self._last_load: Load | None = None
         self._load_due = False
         self._checked_s = clock()
-        self._no_legs = asyncio.Event()
+        self._grace: asyncio.TimerHandle | None = None
+        self._reporter = SignalReporter(self.signals, lambda: not self.legs)
         self._figures = ProcessFigures()
         self._totals = {"steps": 0, "failed_steps": 0, "tokens": 0, "prefill_tokens": 0, "legs_opened": 0, "refused": 0}
 
@@ -137,6 +153,7 @@ class Worker(ABC, Generic[S, L]):
                 plan, effects = self.scheduler.schedule(self.clock())
                 self.perform(effects)
                 if plan is not None:
+                    self.steps.launched(plan, self.clock())
                     step = self._runner.launch(plan)
                     if self._runner.pipeline_depth > 1:
                         step.add_done_callback(lambda _: self.wake())
@@ -159,33 +176,39 @@ class Worker(ABC, Generic[S, L]):
             result = await step
         except EngineLost as error:
             _log.error("a step of %d sequences is lost: %s", len(plan.seqs), one_line(error))
-            self._totals["failed_steps"] += 1
+            self._failed()
             self.perform(self.scheduler.fail(plan, lost_line(error), self.clock(), outcome="cancelled"))
             raise
         except Exception as error:  # noqa: BLE001 -- whatever it is, it costs this step's legs alone
             _log.exception("a step of %d sequences failed", len(plan.seqs))
-            self._totals["failed_steps"] += 1
+            self._failed()
             self.perform(self.scheduler.fail(plan, f"the engine failed: {one_line(error)}", self.clock()))
             return
+        self.steps.over(self.clock())
         self._totals["steps"] += 1
-        self._totals["prefill_tokens"] += sum(len(seq.token_ids) for seq in plan.seqs if len(seq.token_ids) > 1)
+        self._totals["prefill_tokens"] = self.steps.prefill_tokens
         self.perform(self.scheduler.complete(plan, result, self.clock()))
+
+    def _failed(self) -> None:
+        self.steps.over(self.clock(), failed=True)
+        self._totals["failed_steps"] += 1
 
     def stop(self, reason: str = "the instance stops") -> None:
         """End every leg and, after the running step, the loop."""
         self._stopping = True
         self.scheduler.draining = True
+        self._end_grace()
+        self._reporter.stop()
         for leg in self.legs:
             self.cancel(leg, "cancelled", reason)
-        if not self.legs:
-            self._no_legs.set()
         self.wake()
 
-    async def legs_ended(self, within_s: float) -> None:
-        """After stop(): wait until every leg has ended, those under a running transfer too, or the time is up."""
+    async def legs_ended(self, within_s: float | None = None) -> None:
+        """Wait until no leg is left, of those under a running transfer too, or the time is up. Sense it makes once nothing
+        new is taken."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                await self._no_legs.wait()
+                await self.no_legs.wait()
 
     def wake(self) -> None:
         self._wake.set()
@@ -212,8 +235,6 @@ class Worker(ABC, Generic[S, L]):
     def end_leg(self, leg: L, outcome: LegOutcome, detail: str, stats: LegStats) -> None:
         """The leg's last word; everything it had here is free."""
         self.legs.remove(leg)
-        if self._stopping and not self.legs:
-            self._no_legs.set()
         leg.link.ended(leg.leg_id, outcome, detail, stats)
         _log.info(
             "request %s: leg %d %s%s (queue %.1f ms, prefill %.1f ms, transfer %d bytes in %.1f ms, decode %.1f ms)",
@@ -227,15 +248,21 @@ class Worker(ABC, Generic[S, L]):
             stats.transfer_ms,
             stats.decode_ms,
         )
+        if not self.legs:
+            self.no_legs.set()
+            if self.draining and not self._stopping:
+                self.on_drained()
 
     # What the links say.
 
     def link_opened(self, link: Link) -> None:
         self._links.append(link)
-        link.load(self.scheduler.load())
+        link.load(self._load())
+        self._reporter.link_opened(link)
 
     def link_closed(self, link: Link) -> None:
         self._links.remove(link)
+        self._reporter.link_closed(link)
         for leg in self.legs.of_link(link):
             self.cancel(leg, "cancelled", f"the link of {link.peer_name} broke")
         self.wake()
@@ -253,6 +280,7 @@ class Worker(ABC, Generic[S, L]):
         self._next_seq += 1
         self._totals["legs_opened"] += 1
         self.legs.add(self.new_leg(link, leg, seq_id))
+        self.no_legs.clear()
         _log.info("request %s: leg %d of %d tokens opened", leg.request_id, leg.leg_id, len(leg.token_ids))
         self.announce_load()
         self.wake()
@@ -270,23 +298,61 @@ class Worker(ABC, Generic[S, L]):
             self.cancel(leg, "cancelled", reason, unless_handed_off=unless_handed_off)
             self.wake()
 
-    def drain(self) -> None:
-        if not self.scheduler.draining:
+    # What orders say.
+
+    @property
+    def draining(self) -> bool:
+        return self.scheduler.draining
+
+    def drain(self, grace_s: float = 0.0) -> None:
+        """Take no new leg. Those that are left after ``grace_s`` end as drained; 0: they may take as long as they do. Said
+        again, the newest grace counts."""
+        if self._stopping:
+            return
+        self._end_grace()
+        if grace_s > 0:
+            self._grace = asyncio.get_running_loop().call_later(grace_s, self._grace_over, grace_s)
+        if not self.draining:
             self.scheduler.draining = True
             self.on_drain()
+            if not self.legs:
+                self.on_drained()
             self.announce_load()
+
+    def resume(self) -> None:
+        """New legs are welcome again."""
+        if self._stopping or not self.draining:
+            return
+        self._end_grace()
+        self.scheduler.draining = False
+        self.on_resume()
+        self.announce_load()
+
+    def _grace_over(self, grace_s: float) -> None:
+        self._grace = None
+        if self.legs:
+            _log.warning("%d legs are left after a grace of %g s, they end as drained", len(self.legs), grace_s)
+        for leg in self.legs:
+            self.cancel(leg, "drained", f"the instance drains, its grace of {grace_s:g} s is over")
+        self.wake()
+
+    def _end_grace(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
 
     # What the worker says of itself.
 
     def announce_load(self) -> None:
         """Tell every link the load if it has changed, once per turn of the event loop."""
+        self._reporter.something_happened()
         if not self._load_due:
             self._load_due = True
             asyncio.get_running_loop().call_soon(self._announce_load)
 
     def _announce_load(self) -> None:
         self._load_due = False
-        load = self.scheduler.load()
+        load = self._load()
         if load == self._last_load:
             return
         self._last_load = load
@@ -295,6 +361,12 @@ class Worker(ABC, Generic[S, L]):
         if not self.legs and self.clock() - self._checked_s >= CHECK_EVERY_S:
             self._checked_s = self.clock()
             self.scheduler.pool.check()
+
+    def _load(self) -> Load:
+        return replace(self.scheduler.load(), legs=len(self.legs))
+
+    def signals(self) -> WorkerSignals:
+        return self.steps.signals(self.scheduler.load(), self.scheduler.running_tokens, self.clock())
 
     def transports(self) -> dict[str, str]:
         """What KV comes by, and why, by pair of ranks; where none comes: nothing."""
@@ -315,6 +387,7 @@ class Worker(ABC, Generic[S, L]):
             "tasks": len(asyncio.all_tasks()),
             "python_threads": threading.active_count(),
             **self._figures.counters(),
+            "turned_ms": self.turned_ms,
             "superfluous_tokens": self.scheduler.superfluous_tokens,
             **self._totals,
             **self.own_counters(),

@@ -11,14 +11,31 @@ from biphase.protos.values import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoleLimits:
+    """How large the steps and the queue of a role may be."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_queued_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _in_range("max_num_seqs", self.max_num_seqs, 1, 65536)
+        _in_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        if self.max_queued_tokens is not None:
+            _in_range("max_queued_tokens", self.max_queued_tokens, 1, 2**31 - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     """One instance of one role. Raises SetupError, one line with value and bound, for what cannot be.
 
     ``host`` is listened on, ``advertise_host`` (default: host) is what others connect to; port 0 takes any free one.
     ``max_num_batched_tokens``: tokens per step, the prefill chunk's budget. ``max_queued_tokens`` (prefill; default
     two steps): what may wait here; a single longer prompt is taken when nothing waits. ``local_prefill_tokens``
-    (decode): prompt tokens per step while others decode. ``lease_s``: how long an abandoned ticket lives.
-    ``pull_timeout_s``: how long a pull may go without progress.
+    (decode): prompt tokens per step while others decode. ``other``: the limits in the other role, which an instance may turn
+    into (default: the same). ``lease_s``: how long an abandoned ticket lives.
+    ``pull_timeout_s``: how long a pull may go without progress. ``drain_s``: when asked to stop, how long what runs may take
+    to end by itself.
 
     ``plan``, ``rank``: which part of the instance this process is. The ranks share ``rank_key``, 32 hex digits; rank 0
     listens for the others on ``rank_port`` of ``host``, they find it at ``leader`` (its address, or the file that it
@@ -41,8 +58,10 @@ class WorkerConfig:
     max_num_batched_tokens: int = 512
     max_queued_tokens: int | None = None
     local_prefill_tokens: int = 128
+    other: RoleLimits | None = None
     lease_s: float = 30.0
     pull_timeout_s: float = 60.0
+    drain_s: float = 0.0
     log_file: str = ""
     plan: ParallelPlan = field(default_factory=ParallelPlan)
     rank: int = 0
@@ -65,11 +84,10 @@ class WorkerConfig:
         _in_range("incarnation", self.incarnation, 1, 2**64 - 1)
         _in_range("port", self.port, 0, 65535)
         _in_range("kv_port", self.kv_port, 0, 65535)
-        _in_range("max_num_seqs", self.max_num_seqs, 1, 65536)
-        _in_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
         _in_range("local_prefill_tokens", self.local_prefill_tokens, 1, 2**20)
-        if self.max_queued_tokens is not None:
-            _in_range("max_queued_tokens", self.max_queued_tokens, 1, 2**31 - 1)
+        _ = self.own_limits  # which checks them
+        if not (math.isfinite(self.drain_s) and self.drain_s >= 0):
+            raise SetupError(f"drain_s is {self.drain_s}, it must be a number from 0 up")
         for name in ("lease_s", "pull_timeout_s", "join_timeout_s", "load_timeout_s", "step_timeout_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -92,9 +110,36 @@ class WorkerConfig:
 
     @property
     def step_engine(self) -> EngineConfig:
-        """The engine, made for the largest step that this worker's scheduler plans."""
-        most_tokens = self.max_num_seqs + max(self.max_num_batched_tokens, self.local_prefill_tokens)
-        return replace(self.engine, max_step_tokens=most_tokens, max_step_seqs=self.max_num_seqs)
+        """The engine, made for the largest step that a scheduler of either role plans."""
+        of_roles = [self.own_limits, self.other or self.own_limits]
+        most_seqs = max(limits.max_num_seqs for limits in of_roles)
+        most_tokens = max(
+            limits.max_num_seqs + max(limits.max_num_batched_tokens, self.local_prefill_tokens) for limits in of_roles
+        )
+        return replace(self.engine, max_step_tokens=most_tokens, max_step_seqs=most_seqs)
+
+    @property
+    def own_limits(self) -> RoleLimits:
+        return RoleLimits(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_queued_tokens=self.max_queued_tokens,
+        )
+
+    def as_role(self, role: Role, incarnation: int) -> "WorkerConfig":
+        """The same instance in another life, in its own role or the other one."""
+        if role == self.role:
+            return replace(self, incarnation=incarnation)
+        limits = self.other or self.own_limits
+        return replace(
+            self,
+            role=role,
+            incarnation=incarnation,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_queued_tokens=limits.max_queued_tokens,
+            other=self.own_limits,
+        )
 
     def address(self, port: int) -> str:
         """How others reach a port of this instance."""

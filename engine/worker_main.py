@@ -1,4 +1,7 @@
-"""The command line of a worker process: flags to a WorkerConfig, signals to a graceful stop, errors to one line."""
+"""The command line of a worker process: flags to a WorkerConfig, signals to its end, errors to one line.
+
+SIGTERM drains: nothing new is taken, what runs may end by itself within --drain-s. A second one, or SIGINT, ends it now.
+"""
 
 import argparse
 import asyncio
@@ -8,17 +11,22 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from biphase.engine.config import EngineConfig
-from biphase.engine.worker_config import WorkerConfig
+from biphase.engine.worker_config import RoleLimits, WorkerConfig
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.process import Announcement, Announcer, announce_to_file, set_up_logging
 from biphase.protos.values import Role
 
-Serve = Callable[[WorkerConfig, Announcer, asyncio.Event], Awaitable[None]]
+Serve = Callable[..., Awaitable[None]]
+"""Serves with a WorkerConfig and an Announcer until an asyncio.Event is set, or the one called ``now``."""
+
+DRAIN_S = 30.0
+"""Of a process that nobody else drains."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _log = logging.getLogger("biphase.worker")
@@ -50,8 +58,12 @@ def make_parser(role: Role) -> argparse.ArgumentParser:
     process.add_argument("--host", help="address to listen on")
     process.add_argument("--advertise-host", help="address that others connect to (default: --host)")
     process.add_argument("--port", type=int, help="port of links (0: any free one)")
-    if role == "prefill":
-        process.add_argument("--kv-port", type=int, help="port that KV is pulled from (0: any free one)")
+    process.add_argument("--kv-port", type=int, help="port that KV is pulled from (0: any free one)")
+    process.add_argument(
+        "--drain-s",
+        type=float,
+        help=f"seconds that what runs may take to end after SIGTERM (default {DRAIN_S:g}, 0: none)",
+    )
     process.add_argument("--rank", type=int, help="which rank of the instance this process is (default 0)")
     process.add_argument("--rank-key", help="32 hex digits that its ranks share (default: $BIPHASE_RANK_KEY)")
     process.add_argument("--rank-port", type=int, help="port on which rank 0 waits for the others (0: any free one)")
@@ -84,28 +96,32 @@ def make_parser(role: Role) -> argparse.ArgumentParser:
     scheduling.add_argument("--step-timeout-s", type=float, help="seconds that a step may take on several ranks")
     scheduling.add_argument("--max-num-seqs", type=int, help="sequences in one step")
     scheduling.add_argument("--max-num-batched-tokens", type=int, help="tokens in one step")
-    if role == "prefill":
-        scheduling.add_argument(
-            "--max-queued-tokens", type=int, help="prompt tokens that may wait (default: two steps)"
-        )
-        scheduling.add_argument("--lease-s", type=float, help="seconds that an abandoned ticket lives")
-    else:
-        scheduling.add_argument("--local-prefill-tokens", type=int, help="prompt tokens per step while others decode")
-        scheduling.add_argument("--pull-timeout-s", type=float, help="seconds that a pull may go without progress")
+    scheduling.add_argument(
+        "--max-queued-tokens", type=int, help="prefill: prompt tokens that may wait (default: two steps)"
+    )
+    scheduling.add_argument("--lease-s", type=float, help="prefill: seconds that an abandoned ticket lives")
+    scheduling.add_argument(
+        "--local-prefill-tokens", type=int, help="decode: prompt tokens per step while others decode"
+    )
+    scheduling.add_argument("--pull-timeout-s", type=float, help="decode: seconds that a pull may go without progress")
+    scheduling.add_argument(
+        "--other-max-num-seqs", type=int, help="once it has turned to the other role (default: the same)"
+    )
+    scheduling.add_argument("--other-max-num-batched-tokens", type=int, help="likewise")
+    scheduling.add_argument("--other-max-queued-tokens", type=int, help="likewise")
 
     transfer = parser.add_argument_group("transfer")
     transfer.add_argument(
         "--kv-transport", help="what KV moves by: auto (default), cuda_ipc, shm, nixl, dist, tcp, grpc"
     )
     transfer.add_argument("--kv-codec", help="how KV is packed on its way: raw (default), auto, fp8, int8, int4")
-    if role == "prefill":
-        transfer.add_argument(
-            "--no-kv-overlap",
-            dest="kv_overlap",
-            action="store_false",
-            help="ship a prompt's KV when all of it is computed, not as it is: for measuring",
-        )
-        transfer.add_argument("--inject-faults", metavar="SPEC", help="what goes wrong with KV on its way, for drills")
+    transfer.add_argument(
+        "--no-kv-overlap",
+        dest="kv_overlap",
+        action="store_false",
+        help="prefill: ship a prompt's KV when all of it is computed, not as it is: for measuring",
+    )
+    transfer.add_argument("--inject-faults", metavar="SPEC", help="what goes wrong with KV on its way, for drills")
     return parser
 
 
@@ -114,8 +130,8 @@ def parse(role: Role, arguments: Sequence[str]) -> tuple[WorkerConfig, argparse.
     flags = make_parser(role).parse_args(arguments)
     given = vars(flags)
     engine = {name: given[name] for name in EngineConfig.__dataclass_fields__ if name in given}
-    names = WorkerConfig.__dataclass_fields__.keys() - {"role", "engine", "plan"}
-    values: dict[str, Any] = {"name": f"{role}-0", "incarnation": time.time_ns() // 1_000_000}
+    names = WorkerConfig.__dataclass_fields__.keys() - {"role", "engine", "plan", "other"}
+    values: dict[str, Any] = {"name": f"{role}-0", "incarnation": time.time_ns() // 1_000_000, "drain_s": DRAIN_S}
     values["rank_key"] = os.environ.get("BIPHASE_RANK_KEY", "")
     values |= {name: given[name] for name in names if name in given}
     try:
@@ -123,7 +139,9 @@ def parse(role: Role, arguments: Sequence[str]) -> tuple[WorkerConfig, argparse.
         plan = ParallelPlan(tp=given.get("tp", 1), pp=given.get("pp", 1))
     except ValueError as error:
         raise SetupError(one_line(error)) from None
-    return WorkerConfig(role=role, engine=engine_config, plan=plan, **values), flags
+    config = WorkerConfig(role=role, engine=engine_config, plan=plan, **values)
+    other = {name: given[f"other_{name}"] for name in RoleLimits.__dataclass_fields__ if f"other_{name}" in given}
+    return replace(config, other=replace(config.own_limits, **other)) if other else config, flags
 
 
 def run_worker(role: Role, serve: Serve, arguments: Sequence[str] | None = None) -> int:
@@ -160,8 +178,14 @@ def run_worker(role: Role, serve: Serve, arguments: Sequence[str] | None = None)
 
 
 async def _serve_until_signal(config: WorkerConfig, announcer: Announcer, serve: Serve) -> None:
-    stop = asyncio.Event()
+    stop, now = asyncio.Event(), asyncio.Event()
+
+    def end(*, at_once: bool) -> None:
+        if at_once or stop.is_set():
+            now.set()
+        stop.set()
+
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await serve(config, announcer, stop)
+    loop.add_signal_handler(signal.SIGTERM, lambda: end(at_once=False))
+    loop.add_signal_handler(signal.SIGINT, lambda: end(at_once=True))
+    await serve(config, announcer, stop, now=now)

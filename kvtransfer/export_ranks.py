@@ -88,6 +88,11 @@ class FollowerExports:
         self._link.subscribe("kv.epoch", self._epoch)
         self._link.subscribe("kv.end", self._end)
 
+    def leave(self) -> None:
+        """Rank 0 has no ticket left, and opens none any more."""
+        for kind in ("kv.open", "kv.finish", "kv.epoch", "kv.end"):
+            self._link.unsubscribe(kind)
+
     def layers_computed(self, seq_id: int, tokens: int, layers: int, of_layers: int) -> None:
         """Positions below ``tokens`` of a sequence are computed in so many of this rank's layers."""
         ticket, _ = self._by_seq.get(seq_id, (None, 0))

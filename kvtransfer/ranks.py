@@ -26,7 +26,7 @@ class LeaderLink(Protocol):
 
     def subscribe(self, kind: str, handler: Callable[[int, Message], None]) -> None: ...
 
-    def unsubscribe(self, kind: str) -> None: ...
+    def unsubscribe(self, kind: str, *, keep: bool = False) -> None: ...
 
 
 class FollowerLink(Protocol):
@@ -36,7 +36,7 @@ class FollowerLink(Protocol):
 
     def subscribe(self, kind: str, handler: Callable[[Message], None]) -> None: ...
 
-    def unsubscribe(self, kind: str) -> None: ...
+    def unsubscribe(self, kind: str, *, keep: bool = False) -> None: ...
 
 
 async def gather_endpoints(own: RankEndpoint, link: LeaderLink | None) -> tuple[RankEndpoint, ...]:
@@ -52,7 +52,10 @@ async def gather_endpoints(own: RankEndpoint, link: LeaderLink | None) -> tuple[
             complete.set()
 
     link.subscribe("kv.endpoint", on_endpoint)
-    await complete.wait()
+    try:
+        await complete.wait()
+    finally:
+        link.unsubscribe("kv.endpoint", keep=True)  # when all turn to another role they tell it anew
     return tuple(told[rank] for rank in sorted(told))
 
 

@@ -45,3 +45,4 @@ async def follower_phase(config: WorkerConfig, engine: Engine, channel: Follower
             yield
         finally:
             engine.on_layers = None
+            exports.leave()

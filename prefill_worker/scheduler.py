@@ -89,6 +89,11 @@ class PrefillScheduler:
         """Tokens of all prompts that wait or are partly computed."""
         return self._queued_tokens
 
+    @property
+    def running_tokens(self) -> int:
+        """Context held by the prompts under computation."""
+        return sum(sequence.computed for sequence in self._running)
+
     def __len__(self) -> int:
         """Sequences that it knows."""
         return len(self._by_id)

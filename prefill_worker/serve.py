@@ -24,12 +24,20 @@ from biphase.prefill_worker.scheduler import PrefillScheduler
 from biphase.prefill_worker.worker import PrefillWorker
 from biphase.protos.process import Announcer
 
+__all__ = ["follower_phase", "prefill_phase", "serve"]
+"""The first two are found by their names (engine/roles.py)."""
+
 
 async def serve(
-    config: WorkerConfig, announcer: Announcer, stop: asyncio.Event, find_leader: FindLeader | None = None
+    config: WorkerConfig,
+    announcer: Announcer,
+    stop: asyncio.Event,
+    find_leader: FindLeader | None = None,
+    *,
+    now: asyncio.Event | None = None,
 ) -> None:
     """Load, listen, announce ``ready`` with the address; returns after ``stop`` when all is closed. SetupError."""
-    await serve_worker(config, announcer, stop, prefill_phase, follower_phase, find_leader)
+    await serve_worker(config, announcer, stop, find_leader, now=now)
 
 
 @asynccontextmanager
@@ -75,3 +83,5 @@ async def prefill_phase(
             yield worker, worker.kv_address
         finally:
             engine.on_layers = None
+            if followers is not None:
+                followers.detach()

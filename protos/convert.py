@@ -4,7 +4,18 @@ import numpy as np
 
 from biphase.protos import common_pb2, worker_pb2
 from biphase.protos.ids import Incarnation, InstanceName, TicketId
-from biphase.protos.values import FinishReason, KvTicket, LegOutcome, LegStats, Load, ModelInfo, Role, Sampling
+from biphase.protos.step_time import RecentSteps, StepTime
+from biphase.protos.values import (
+    FinishReason,
+    KvTicket,
+    LegOutcome,
+    LegStats,
+    Load,
+    ModelInfo,
+    Role,
+    Sampling,
+    WorkerSignals,
+)
 
 _FINISH_TO_PROTO = {
     None: common_pb2.FINISH_NONE,
@@ -173,6 +184,7 @@ def load_to_proto(value: Load) -> worker_pb2.Load:
         free_blocks=value.free_blocks,
         room_blocks=value.room_blocks,
         draining=value.draining,
+        legs=value.legs,
     )
 
 
@@ -184,4 +196,71 @@ def load_from_proto(message: worker_pb2.Load) -> Load:
         free_blocks=message.free_blocks,
         room_blocks=message.room_blocks,
         draining=message.draining,
+        legs=message.legs,
+    )
+
+
+def step_time_to_proto(value: StepTime) -> worker_pb2.StepTime:
+    return worker_pb2.StepTime(
+        fixed_s=value.fixed_s,
+        per_token_s=value.per_token_s,
+        per_context_s=value.per_context_s,
+        num_steps=value.num_steps,
+    )
+
+
+def step_time_from_proto(message: worker_pb2.StepTime) -> StepTime:
+    return StepTime(
+        fixed_s=message.fixed_s,
+        per_token_s=message.per_token_s,
+        per_context_s=message.per_context_s,
+        num_steps=message.num_steps,
+    )
+
+
+def signals_to_proto(value: WorkerSignals) -> worker_pb2.WorkerSignals:
+    recent = value.recent
+    return worker_pb2.WorkerSignals(
+        uptime_s=value.uptime_s,
+        prefill_tokens=value.prefill_tokens,
+        decode_tokens=value.decode_tokens,
+        num_steps=value.num_steps,
+        busy_s=value.busy_s,
+        queued=value.queued,
+        queued_tokens=value.queued_tokens,
+        running=value.running,
+        running_tokens=value.running_tokens,
+        free_blocks=value.free_blocks,
+        prefill_step=step_time_to_proto(value.prefill_step),
+        decode_step=step_time_to_proto(value.decode_step),
+        recent=worker_pb2.RecentSteps(
+            num_steps=recent.num_steps,
+            seconds=recent.seconds,
+            tokens=recent.tokens,
+            context_tokens=recent.context_tokens,
+        ),
+    )
+
+
+def signals_from_proto(message: worker_pb2.WorkerSignals) -> WorkerSignals:
+    recent = message.recent
+    return WorkerSignals(
+        uptime_s=message.uptime_s,
+        prefill_tokens=message.prefill_tokens,
+        decode_tokens=message.decode_tokens,
+        num_steps=message.num_steps,
+        busy_s=message.busy_s,
+        queued=message.queued,
+        queued_tokens=message.queued_tokens,
+        running=message.running,
+        running_tokens=message.running_tokens,
+        free_blocks=message.free_blocks,
+        prefill_step=step_time_from_proto(message.prefill_step),
+        decode_step=step_time_from_proto(message.decode_step),
+        recent=RecentSteps(
+            num_steps=recent.num_steps,
+            seconds=recent.seconds,
+            tokens=recent.tokens,
+            context_tokens=recent.context_tokens,
+        ),
     )

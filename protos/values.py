@@ -5,8 +5,10 @@ from enum import Enum
 from typing import Literal
 
 from biphase.protos.ids import Incarnation, InstanceName, TicketId
+from biphase.protos.step_time import RecentSteps, StepTime
 
 Role = Literal["prefill", "decode"]
+ROLES: tuple[Role, ...] = ("prefill", "decode")
 Mode = Literal["auto", "strict"]
 LegOutcome = Literal["done", "cancelled", "handoff_failed", "lease_expired", "failed", "drained"]
 """How one request's work on one instance ended."""
@@ -89,3 +91,28 @@ class Load:
     free_blocks: int = 0
     room_blocks: int = 0
     draining: bool = False
+    legs: int = 0
+    """Open there, prompts that wait to be pulled among them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSignals:
+    """What an instance has done since its incarnation began, and what it holds now; ``uptime_s`` since then.
+
+    ``busy_s``: in steps, the one under way so far. ``running_tokens``: context held by what runs. ``recent``: the steps of
+    the last seconds.
+    """
+
+    uptime_s: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    num_steps: int = 0
+    busy_s: float = 0.0
+    queued: int = 0
+    queued_tokens: int = 0
+    running: int = 0
+    running_tokens: int = 0
+    free_blocks: int = 0
+    prefill_step: StepTime = StepTime()
+    decode_step: StepTime = StepTime()
+    recent: RecentSteps = RecentSteps()

@@ -595,6 +595,7 @@ class Load(google.protobuf.message.Message):
     FREE_BLOCKS_FIELD_NUMBER: builtins.int
     ROOM_BLOCKS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    LEGS_FIELD_NUMBER: builtins.int
     queued_tokens: builtins.int
     """prompt tokens waiting or partly computed"""
     queued: builtins.int
@@ -603,6 +604,8 @@ class Load(google.protobuf.message.Message):
     room_blocks: builtins.int
     """free and not promised to anything admitted or queued"""
     draining: builtins.bool
+    legs: builtins.int
+    """open here, prompts that wait to be pulled among them; none on a draining instance: it is drained"""
     def __init__(
         self,
         *,
@@ -612,8 +615,9 @@ class Load(google.protobuf.message.Message):
         free_blocks: builtins.int = ...,
         room_blocks: builtins.int = ...,
         draining: builtins.bool = ...,
+        legs: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "queued", b"queued", "queued_tokens", b"queued_tokens", "room_blocks", b"room_blocks", "running", b"running"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "legs", b"legs", "queued", b"queued", "queued_tokens", b"queued_tokens", "room_blocks", b"room_blocks", "running", b"running"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
 
@@ -731,6 +735,27 @@ class WorkerSignals(google.protobuf.message.Message):
 Global___WorkerSignals: typing_extensions.TypeAlias = WorkerSignals
 
 @typing.final
+class CommandRefused(google.protobuf.message.Message):
+    """To the controller: what it asked for is not done, in one line."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COMMAND_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    command: builtins.str
+    """as LinkDown calls it"""
+    detail: builtins.str
+    def __init__(
+        self,
+        *,
+        command: builtins.str = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["command", b"command", "detail", b"detail"]) -> None: ...
+
+Global___CommandRefused: typing_extensions.TypeAlias = CommandRefused
+
+@typing.final
 class LinkUp(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -743,6 +768,7 @@ class LinkUp(google.protobuf.message.Message):
     ENDED_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
     SIGNALS_FIELD_NUMBER: builtins.int
+    COMMAND_REFUSED_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
     @property
     def welcome(self) -> Global___Welcome: ...
@@ -762,6 +788,8 @@ class LinkUp(google.protobuf.message.Message):
     def signals(self) -> Global___WorkerSignals:
         """on the controller's link alone"""
 
+    @property
+    def command_refused(self) -> Global___CommandRefused: ...
     def __init__(
         self,
         *,
@@ -774,10 +802,11 @@ class LinkUp(google.protobuf.message.Message):
         ended: Global___LegEnded | None = ...,
         load: Global___Load | None = ...,
         signals: Global___WorkerSignals | None = ...,
+        command_refused: Global___CommandRefused | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ended", b"ended", "event", b"event", "handed_off", b"handed_off", "load", b"load", "refused", b"refused", "signals", b"signals", "started", b"started", "tokens", b"tokens", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ended", b"ended", "event", b"event", "handed_off", b"handed_off", "incarnation", b"incarnation", "load", b"load", "refused", b"refused", "signals", b"signals", "started", b"started", "tokens", b"tokens", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["welcome", "refused", "started", "handed_off", "tokens", "ended", "load", "signals"] | None: ...
+    def HasField(self, field_name: typing.Literal["command_refused", b"command_refused", "ended", b"ended", "event", b"event", "handed_off", b"handed_off", "load", b"load", "refused", b"refused", "signals", b"signals", "started", b"started", "tokens", b"tokens", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["command_refused", b"command_refused", "ended", b"ended", "event", b"event", "handed_off", b"handed_off", "incarnation", b"incarnation", "load", b"load", "refused", b"refused", "signals", b"signals", "started", b"started", "tokens", b"tokens", "welcome", b"welcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["welcome", "refused", "started", "handed_off", "tokens", "ended", "load", "signals", "command_refused"] | None: ...
 
 Global___LinkUp: typing_extensions.TypeAlias = LinkUp
 

@@ -137,8 +137,9 @@ class LeaderChannel:
         where it must not wait. A handler that raises ends the instance."""
         self._dispatch.subscribe(kind, handler, direct=direct)
 
-    def unsubscribe(self, kind: str) -> None:
-        self._dispatch.unsubscribe(kind)
+    def unsubscribe(self, kind: str, *, keep: bool = False) -> None:
+        """As Dispatch.unsubscribe."""
+        self._dispatch.unsubscribe(kind, keep=keep)
 
     def on_beat(self, call: Callable[[], None]) -> None:
         """Call it every BEAT_S, in the channel's thread."""
@@ -231,8 +232,9 @@ class FollowerChannel:
         """As LeaderChannel.subscribe, for messages of rank 0."""
         self._dispatch.subscribe(kind, handler, direct=direct)
 
-    def unsubscribe(self, kind: str) -> None:
-        self._dispatch.unsubscribe(kind)
+    def unsubscribe(self, kind: str, *, keep: bool = False) -> None:
+        """As Dispatch.unsubscribe."""
+        self._dispatch.unsubscribe(kind, keep=keep)
 
     def excuse(self) -> None:
         """Rank 0's end is expected from now on."""

@@ -23,6 +23,9 @@ class _Handler:
     direct: bool
 
 
+_NOBODY = _Handler(call=lambda *_: None, direct=True)
+
+
 class Dispatch:
     """Messages of a kind reach its handler in the order in which they came. Those that come before anybody listens to
     their kind are kept for it. ``on_error``: a handler in the loop has raised."""
@@ -37,16 +40,19 @@ class Dispatch:
     def subscribe(self, kind: str, handler: Callable[..., None], *, direct: bool) -> None:
         """Raises ValueError when somebody listens to ``kind`` already."""
         with self._lock:
-            if kind in self._handlers:
+            if self._handlers.get(kind, _NOBODY) is not _NOBODY:
                 raise ValueError(f"messages of kind {kind!r} have a handler already")
             found = self._handlers[kind] = _Handler(call=handler, direct=direct)
             for arguments in self._kept.pop(kind, ()):
                 self._deliver(found, arguments)
 
-    def unsubscribe(self, kind: str) -> None:
-        """Nobody listens any more: what comes of this kind is dropped."""
+    def unsubscribe(self, kind: str, *, keep: bool = False) -> None:
+        """Nobody listens any more: what comes of this kind is dropped, or kept as before, until somebody does again."""
         with self._lock:
-            self._handlers[kind] = _Handler(call=lambda *_: None, direct=True)
+            if keep:
+                self._handlers.pop(kind, None)
+            else:
+                self._handlers[kind] = _NOBODY
 
     def __call__(self, message: Message, *source: int) -> None:
         """In the thread that read it. ``source``: what the handler is told before the message."""

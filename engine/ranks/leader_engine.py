@@ -19,7 +19,8 @@ from biphase.engine.ranks.channel import LeaderChannel
 from biphase.engine.ranks.connection import Message
 from biphase.engine.ranks.step_message import Tokens, error_of, step_message
 from biphase.engine.step import DoneStep, PendingStep, StepPlan, StepResult
-from biphase.protos.errors import EngineLost, InvalidRequest, one_line
+from biphase.protos.errors import EngineLost, Internal, InvalidRequest, one_line
+from biphase.protos.values import Role
 
 _WHO_IS_GONE_S = 0.3
 
@@ -86,6 +87,13 @@ class LeaderEngine(Engine):
         if isinstance(step.own, DoneStep):
             self._own_over(step)
         return step
+
+    def turn(self, role: Role, incarnation: int) -> None:
+        """As Engine.turn: in the order of the steps, so that all ranks turn between the same two."""
+        with self._lock:
+            if self._steps:
+                raise Internal(f"{len(self._steps)} steps are under way, the ranks cannot turn")
+        self._channel.broadcast({"kind": "turn", "number": self._next_number, "role": role, "incarnation": incarnation})
 
     def _check(self, plan: StepPlan) -> None:
         self._engine.plan_limits.check(plan)

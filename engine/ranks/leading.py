@@ -37,6 +37,7 @@ class Leading:
         self.thread = EngineThread(config.step_engine, self._load)
         self._config = config
         self._groups: RankGroups | None = None
+        self._serves = False
         self._loaded = _FromAll(channel, "loaded")
         self._serving = _FromAll(channel, "serving")
         channel.subscribe("failed", self._on_failed, direct=True)
@@ -59,6 +60,7 @@ class Leading:
         self.channel.broadcast({"kind": "serve", "num_blocks": num_blocks})
         self._serving.wait("begun to serve", config.load_timeout_s, lambda line: progress(line, 1.0))
         self.channel.expect_steady_beats()
+        self._serves = True
         return LeaderEngine(
             own,
             self.channel,
@@ -82,6 +84,8 @@ class Leading:
             self.failed.set_result(error)
         self._loaded.fail(error)
         self._serving.fail(error)
+        if self._serves:  # it failed of turning to another role
+            self.channel.lose(str(error))
 
 
 class _FromAll:

@@ -62,8 +62,8 @@ class Bench:
     service: LinkService
     links: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
-    async def link(self) -> LinkClient:
-        return await self.links.enter_async_context(LinkClient(self.address))
+    async def link(self, *, kind: str = "router") -> LinkClient:
+        return await self.links.enter_async_context(LinkClient(self.address, kind=kind))
 
     @property
     def pool(self) -> str:
@@ -260,13 +260,13 @@ async def test_a_peer_that_does_not_read_is_cut_and_the_others_live(bench: Bench
 
 
 async def test_a_drained_instance_finishes_what_runs_and_takes_nothing_new(bench: Bench) -> None:
-    link = await bench.link()
+    link, controller = await bench.link(), await bench.link(kind="controller")
     drained = asyncio.Event()
     bench.worker.on_drain = drained.set
     bench.engine.hold()
     running = await link.open_decode([5], SIX)
     await bench.engine.waiting.wait()
-    await link.send(drain=worker_pb2.Drain())
+    await controller.send(drain=worker_pb2.Drain())
     await drained.wait()
     refused = await link.open_decode([5], SIX)
     await refused.until(lambda leg: leg.refused)

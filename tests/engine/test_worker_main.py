@@ -64,5 +64,5 @@ async def test_a_taken_port_is_named() -> None:
         port = taken.getsockname()[1]
         config, _ = parse("decode", ["--model", "m", "--port", str(port)])
         with pytest.raises(SetupError, match=f"cannot listen on 127.0.0.1:{port}: the port is in use"):
-            async with _listening(config, LinkService(None, None)):  # type: ignore[arg-type]
+            async with _listening(config, LinkService()):
                 pass

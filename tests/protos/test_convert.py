@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 
 from biphase.protos import common_pb2, convert, worker_pb2
 from biphase.protos.ids import Incarnation, InstanceName, TicketId
-from biphase.protos.values import FinishReason, KvTicket, LegStats, Load, ModelInfo, Sampling
+from biphase.protos.step_time import RecentSteps, StepTime
+from biphase.protos.values import FinishReason, KvTicket, LegStats, Load, ModelInfo, Sampling, WorkerSignals
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 F32 = st.floats(width=32, allow_nan=False)
 F64 = st.floats(allow_nan=False)
 IDS = st.lists(U32, max_size=4).map(tuple)
+STEP_TIMES = st.builds(StepTime, fixed_s=F64, per_token_s=F64, per_context_s=F64, num_steps=U64)
 
 VALUES = {
     "sampling": st.builds(
@@ -60,7 +62,31 @@ VALUES = {
         cached_tokens=U32,
     ),
     "load": st.builds(
-        Load, queued_tokens=U32, queued=U32, running=U32, free_blocks=U32, room_blocks=U32, draining=st.booleans()
+        Load,
+        queued_tokens=U32,
+        queued=U32,
+        running=U32,
+        free_blocks=U32,
+        room_blocks=U32,
+        draining=st.booleans(),
+        legs=U32,
+    ),
+    "step_time": STEP_TIMES,
+    "signals": st.builds(
+        WorkerSignals,
+        uptime_s=F64,
+        prefill_tokens=U64,
+        decode_tokens=U64,
+        num_steps=U64,
+        busy_s=F64,
+        queued=U32,
+        queued_tokens=U32,
+        running=U32,
+        running_tokens=U64,
+        free_blocks=U32,
+        prefill_step=STEP_TIMES,
+        decode_step=STEP_TIMES,
+        recent=st.builds(RecentSteps, num_steps=U32, seconds=F64, tokens=U64, context_tokens=U64),
     ),
 }
 

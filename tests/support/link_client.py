@@ -66,6 +66,10 @@ class LinkClient:
         self.welcome = worker_pb2.Welcome()
         self.load = worker_pb2.Load()
         self.num_loads = 0
+        self.signals: list[worker_pb2.WorkerSignals] = []
+        self.command_refused: list[worker_pb2.CommandRefused] = []
+        self.heard = asyncio.Condition()
+        """Of signals, refused commands and loads."""
         self.messages = 0
         self.broken: str = ""
         self.code: grpc.StatusCode | None = None
@@ -142,6 +146,12 @@ class LinkClient:
         await self.send(open_decode=open_decode)
         return leg
 
+    async def until_heard(self, reached: Callable[["LinkClient"], object]) -> None:
+        """Wait for what a load, signals or a refused command bring."""
+        async with asyncio.timeout(ANSWER_WITHIN_S), self.heard:
+            await self.heard.wait_for(lambda: reached(self) or self.broken)
+        assert reached(self), self.broken
+
     async def stats(self) -> dict[str, int]:
         reply = await self.stub.GetStats(worker_pb2.StatsRequest(), timeout=ANSWER_WITHIN_S)
         return dict(reply.counters)
@@ -171,6 +181,8 @@ class LinkClient:
         except grpc.aio.AioRpcError as error:
             self.code, self.broken = error.code(), error.details() or "broken"
         self._welcomed.set()
+        async with self.heard:
+            self.heard.notify_all()
         for leg in self._legs.values():
             async with leg.changed:
                 leg.changed.notify_all()
@@ -179,6 +191,13 @@ class LinkClient:
         event = message.WhichOneof("event")
         if event == "load":
             self.load, self.num_loads = message.load, self.num_loads + 1
+            async with self.heard:
+                self.heard.notify_all()
+            return
+        if event in ("signals", "command_refused"):
+            getattr(self, event).append(getattr(message, event))
+            async with self.heard:
+                self.heard.notify_all()
             return
         if event == "tokens":
             step = message.tokens

@@ -11,6 +11,7 @@ from google.protobuf.message_factory import GetMessageClass
 from biphase.engine.limits import Limits
 from biphase.engine.link import Identity
 from biphase.engine.link_service import LinkService
+from biphase.engine.orders import Orders
 from biphase.engine.step import StepPlan, StepResult
 from biphase.engine.worker import Worker
 from biphase.protos import worker_pb2
@@ -82,7 +83,8 @@ async def serving(worker: Worker[Any, Any], role: Role) -> AsyncIterator[tuple[s
         kv_bytes=0,
         version="0",
     )
-    service = LinkService(identity, worker)
+    service = LinkService()
+    service.begin(identity, worker, Orders(worker, identity))
     server = grpc.aio.server(options=server_options())
     server.add_generic_rpc_handlers((service_handler(worker_pb2.DESCRIPTOR, "Worker", service, GetMessageClass),))
     port = bind(server, "127.0.0.1", 0)
@@ -94,5 +96,5 @@ async def serving(worker: Worker[Any, Any], role: Role) -> AsyncIterator[tuple[s
         worker.stop()
         await stepping
         await worker.legs_ended(5.0)
-        await service.close(5.0)
+        await service.end("the instance stops", 5.0)
         await server.stop(None)
