@@ -122,8 +122,12 @@ def _open_ports(deployment: Deployment, controller: "Controller") -> list[str]:
     said = [(slot.name, slot.announcement.address) for slot in controller.core.slots.values() if slot.announcement]
     said.append(("controller", controller.announcer.current.address))
     found = [f"{name} at {address}" for name, address in said if address and not _is_loopback(address)]
-    if not _is_loopback(f"{deployment.host}:0") and not any("router" in text for text in found):
-        found.append(f"the router's {deployment.host}")
+    known = {name for name, _ in said}
+    found += [
+        f"{place.name} at {place.host}"
+        for place in deployment.router_places
+        if place.name not in known and not _is_loopback(f"{place.host}:0")
+    ]
     return found
 
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
@@ -22,8 +22,10 @@ from biphase.cluster.deployment import (
     KvDtype,
     KvTransport,
     LoadFormat,
+    Placement,
     RolePlan,
 )
+from biphase.cluster.router_places import RouterPlace, reason_against
 from biphase.protos.errors import SetupError, one_line
 from biphase.router.config import RequestLimits
 
@@ -74,6 +76,22 @@ class _RolePlanSchema(_Strict):
         return RolePlan(kv_memory_bytes=values.pop("kv_memory"), **values)
 
 
+class _RouterSchema(_Strict):
+    name: str | None = Field(None, pattern=NAME_PATTERN)
+    host: str | None = Field(None, min_length=1)
+    port: int | None = Field(None, ge=0, le=65535)
+    node: str = ""
+
+    def to_place(self, index: int, host: str, port: int) -> RouterPlace:
+        """What the entry leaves out is the deployment's."""
+        return RouterPlace(
+            name=self.name or f"router-{index}",
+            host=self.host or host,
+            port=port if self.port is None else self.port,
+            node=self.node,
+        )
+
+
 if TYPE_CHECKING:
     _LimitsSchema = _Strict
 else:
@@ -112,10 +130,12 @@ class _DeploymentSchema(_Strict):
     start_timeout_s: float = Field(_DEPLOYMENT.start_timeout_s, gt=0, le=86_400)
     flip_grace_s: float = Field(_DEPLOYMENT.flip_grace_s, gt=0, le=86_400)
     replace_after_s: float = Field(_DEPLOYMENT.replace_after_s, gt=0, le=86_400)
+    routers: list[_RouterSchema] | None = Field(None, min_length=1, max_length=64)
+    placement: Placement = _DEPLOYMENT.placement
     autoscale: str | dict[str, Any] = _DEPLOYMENT.autoscale
 
     def to_deployment(self) -> Deployment:
-        values = self.model_dump(exclude={"prefill", "decode", "limits"})
+        values = self.model_dump(exclude={"prefill", "decode", "limits", "routers"})
         if isinstance(self.autoscale, dict):
             values["autoscale"] = json.dumps(self.autoscale)
         return Deployment(
@@ -123,6 +143,9 @@ class _DeploymentSchema(_Strict):
             prefill=self.prefill.to_plan(),
             decode=self.decode.to_plan(),
             limits=RequestLimits(**self.limits.model_dump()),
+            routers=tuple(
+                entry.to_place(index, self.host, self.port) for index, entry in enumerate(self.routers or ())
+            ),
         )
 
 
@@ -212,6 +235,10 @@ def _contradiction(deployment: Deployment) -> str | None:
                 f"{role}.gpus is {plan.gpus:g} with {plan.parallel}: each rank of an instance needs a GPU of its own, "
                 "give 1, or 0 for the CPU"
             )
+    if deployment.routers:
+        reason = reason_against(deployment.routers, deployment.backend)
+        if reason is not None:
+            return reason
     if deployment.inject_faults:
         from biphase.kvtransfer.faults import FaultPlan
 
@@ -263,6 +290,10 @@ def _explain(path: tuple[str, ...], error: dict[str, Any], named: Callable[[tupl
             return f"{key} is {shown}: 1 to 63 characters of a-z, 0-9, '.', '_', '-', letters or digits at the ends"
         case "string_too_short":
             return f"{key} is empty"
+        case "too_short":
+            return f"{key} is empty: the least is {context['min_length']}"
+        case "too_long":
+            return f"{key} has {context['actual_length']} entries: the most is {context['max_length']}"
         case "value_error":
             return f"{key} is {shown}: {context.get('error', error['msg'])}"
         case "model_type" | "model_attributes_type":
@@ -274,7 +305,11 @@ def _explain(path: tuple[str, ...], error: dict[str, Any], named: Callable[[tupl
 def _schema_at(path: tuple[str, ...]) -> type[BaseModel]:
     schema: type[BaseModel] = _DeploymentSchema
     for part in path:
+        if part.isdecimal():  # an entry of a list
+            continue
         annotation = schema.model_fields[part].annotation
+        for inner in get_args(annotation):  # a list of such, or none
+            annotation = next(iter(get_args(inner)), annotation)
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
         schema = annotation
     return schema
@@ -301,6 +336,10 @@ def _lines_of(text: str) -> dict[tuple[str, ...], int]:
                     lines[(*path, key.value)] = key.start_mark.line + 1
                     lines.setdefault((*path, str(SHORT_NAMES.get(key.value, key.value))), key.start_mark.line + 1)
                     walk(value, (*path, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, entry in enumerate(node.value):
+                lines[(*path, str(index))] = entry.start_mark.line + 1
+                walk(entry, (*path, str(index)))
 
     walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
     return lines

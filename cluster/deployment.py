@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from biphase.cluster.router_places import RouterPlace, places_of
 from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.values import Mode, Role
 from biphase.router.config import RequestLimits
@@ -18,6 +19,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"]
 KvTransport = Literal["auto", "grpc", "tcp", "shm", "cuda_ipc", "dist", "nixl"]
 KvCodec = Literal["raw", "auto", "fp8", "int8", "int4"]
+Placement = Literal["pack", "spread", "near"]
 
 DEFAULT_PORT = 8700
 
@@ -99,11 +101,24 @@ class Deployment:
     """How long what runs on an instance has to end before it turns, or stops by the policy's or a person's wish."""
     replace_after_s: float = 30.0
     """An instance that is out for being slow for so long is killed and replaced."""
+    routers: tuple[RouterPlace, ...] = ()
+    """As the file names them; empty: one on the head at ``host`` and ``port``."""
+    placement: Placement = "pack"
+    """Where instances go on several hosts. pack: on as few as there is room on; spread: prefill and decode on different
+    ones, each role on many; near: prefill and decode side by side. Where that leaves no room, anywhere."""
     autoscale: str = ""
     """The policy file, or, beginning with a brace, the policy itself as JSON; empty: counts change by hand alone."""
 
     def plan(self, role: Role) -> RolePlan:
         return self.prefill if role == "prefill" else self.decode
+
+    @property
+    def router_places(self) -> tuple[RouterPlace, ...]:
+        """Of all routers, at least one."""
+        return places_of(self.routers, self.host, self.port)
+
+    def router_place(self, name: str) -> RouterPlace:
+        return next(place for place in self.router_places if place.name == name)
 
     @property
     def num_ranks(self) -> int:
@@ -123,5 +138,6 @@ class Deployment:
                 "prefill": RolePlan(**values["prefill"]),
                 "decode": RolePlan(**values["decode"]),
                 "limits": RequestLimits(**values["limits"]),
+                "routers": tuple(RouterPlace(**place) for place in values.get("routers", ())),
             }
         )

@@ -80,11 +80,12 @@ async def _serve(spec: ProcessSpec, announcer: Announcer, stop: asyncio.Event, f
 
 def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
     from biphase.engine.config import EngineConfig
-    from biphase.engine.worker_config import WorkerConfig
+    from biphase.engine.worker_config import RoleLimits, WorkerConfig
 
     deployment = spec.deployment
     assert spec.kind == "prefill" or spec.kind == "decode"
     plan = deployment.plan(spec.kind)
+    other = deployment.plan("decode" if spec.kind == "prefill" else "prefill")
     return WorkerConfig(
         name=spec.name,
         role=spec.kind,
@@ -108,6 +109,11 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_queued_tokens=plan.max_queued_tokens,
+        other=RoleLimits(
+            max_num_seqs=other.max_num_seqs,
+            max_num_batched_tokens=other.max_num_batched_tokens,
+            max_queued_tokens=other.max_queued_tokens,
+        ),
         log_file=str(spec.log_file),
         plan=spec.plan,
         rank=spec.rank,
@@ -131,13 +137,13 @@ def _device(asked: str, gpus: float | None) -> str:
 def _router_config(spec: ProcessSpec) -> "RouterConfig":
     from biphase.router.config import RouterConfig, Waits
 
-    deployment = spec.deployment
+    deployment, place = spec.deployment, spec.deployment.router_place(spec.name)
     return RouterConfig(
         name=spec.name,
         incarnation=spec.incarnation,
-        host=deployment.host,
-        advertise_host=spec.host if deployment.host in ("0.0.0.0", "::") else "",
-        port=deployment.port,
+        host=place.host,
+        advertise_host=spec.host if place.host in ("0.0.0.0", "::") else "",
+        port=place.port,
         model=deployment.model,
         served_model_name=deployment.served_model_name,
         mode=deployment.mode,

@@ -37,11 +37,11 @@ PATIENCE_S = 15.0
 def serve(arguments: argparse.Namespace) -> int:
     """Returns 0 after a clean stop (or, with --detach, once ready), 2 when the deployment could not start."""
     began_s = time.monotonic()
-    deployment = _checked(deployment_of(arguments))
+    deployment = checked(deployment_of(arguments))
     run_dir = RunDir.of(deployment.name)
     lock = run_dir.lock()  # before the port: who has the name mostly has the port as well
     try:
-        _check_port(deployment)
+        _check_ports(deployment)
         run_dir.prepare(deployment)
     except BaseException:
         os.close(lock)
@@ -113,7 +113,7 @@ def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def _checked(deployment: Deployment) -> Deployment:
+def checked(deployment: Deployment) -> Deployment:
     """Refuse early what would fail late: the model's files, plans that it cannot be cut by. Paths become absolute."""
     if deployment.load_format == "dummy" and Path(deployment.model).suffix == ".json":
         raise SetupError(f"{deployment.model}: a lone configuration has no tokenizer; give a directory that has both")
@@ -143,18 +143,22 @@ def _check_plans(deployment: Deployment, config: ModelConfig) -> None:
             raise SetupError(f"{role}: {reason}")
 
 
-def _check_port(deployment: Deployment) -> None:
-    """Raises SetupError where the router could not listen."""
-    family = socket.AF_INET6 if ":" in deployment.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((deployment.host, deployment.port))
-        except OSError as error:
-            where = f"{deployment.host}:{deployment.port}"
-            wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-            flag = "--host" if wrong_host else "--port"
-            raise SetupError(f"cannot listen on {where}: {error.strerror or error}; give another {flag}") from error
+def _check_ports(deployment: Deployment) -> None:
+    """Raises SetupError where a router that runs on this host could not listen."""
+    for place in deployment.router_places:
+        if place.node:  # mostly another host
+            continue
+        family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((place.host, place.port))
+            except OSError as error:
+                where = f"{place.host}:{place.port}"
+                wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+                key = "host" if wrong_host else "port"
+                hint = f"give {place.name} another {key}" if deployment.routers else f"give another --{key}"
+                raise SetupError(f"cannot listen on {where}: {error.strerror or error}; {hint}") from error
 
 
 def _spawn_supervisor(run_dir: RunDir, lock: int, began_s: float, *, detach: bool) -> "subprocess.Popen[bytes]":

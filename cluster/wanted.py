@@ -12,7 +12,7 @@ def wanted_of(deployment: Deployment) -> list[Wanted]:
     """Instances first: they take longest to load."""
     instances = [Wanted(name=f"prefill-{index}", kind="prefill") for index in range(deployment.prefill.replicas)]
     instances += [Wanted(name=f"decode-{index}", kind="decode") for index in range(deployment.decode.replicas)]
-    return [*instances, Wanted(name="router-0", kind="router")]
+    return [*instances, *(Wanted(name=place.name, kind="router") for place in deployment.router_places)]
 
 
 def spec_of(

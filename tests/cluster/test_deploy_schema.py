@@ -8,9 +8,13 @@ import pytest
 
 from biphase.cluster.deploy_schema import deployment_from, load_deployment, merge, parse_bytes
 from biphase.cluster.deployment import Deployment, RolePlan
+from biphase.cluster.router_places import RouterPlace
+from biphase.cluster.wanted import wanted_of
 from biphase.protos.errors import SetupError
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+EXAMPLES = sorted(
+    path for path in (Path(__file__).parents[2] / "examples").glob("*.yaml") if not path.stem.startswith("policy")
+)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -25,10 +29,11 @@ def test_there_are_examples() -> None:
 def test_every_key_is_in_the_example_of_every_key() -> None:
     import yaml
 
-    from biphase.cluster.deploy_schema import _DeploymentSchema, _LimitsSchema, _RolePlanSchema
+    from biphase.cluster.deploy_schema import _DeploymentSchema, _LimitsSchema, _RolePlanSchema, _RouterSchema
 
     values = yaml.safe_load((EXAMPLES[0].parent / "every_key.yaml").read_text())
     assert set(_DeploymentSchema.model_fields) - set(values) == {"weights_cache"}
+    assert set(values["routers"][0]) == set(_RouterSchema.model_fields)
     assert set(values["prefill"]) == set(_RolePlanSchema.model_fields)
     assert set(values["limits"]) == set(_LimitsSchema.model_fields)
 
@@ -94,6 +99,19 @@ def test_a_full_deployment_survives_json() -> None:
             "dtype is bfloat16 with device cpu: the CPU computes in",
         ),
         ({"model": "m", "device": "cuda", "prefill": {"gpus": 0}}, "device is cuda and gpus is 0: give device auto"),
+        ({"model": "m", "routers": []}, "here: routers is empty: the least is 1"),
+        ({"model": "m", "routers": {}}, "here: routers is {}: input should be a valid list"),
+        ({"model": "m", "routers": [{"prot": 1}]}, "here: unknown key routers.0.prot: did you mean port?"),
+        ({"model": "m", "routers": [{}, {"port": 70000}]}, "here: routers.1.port is 70000: the most is 65535"),
+        ({"model": "m", "routers": [{"port": 12000}]}, "here: routers.0.port is 12000: Ray gives 10002 to 19999"),
+        ({"model": "m", "routers": [{"name": "decode-7"}]}, "here: routers.0.name is 'decode-7': prefill, decode,"),
+        ({"model": "m", "routers": [{"name": "a", "port": 1}, {"name": "a"}]}, "here: routers: 2 are called 'a'"),
+        ({"model": "m", "routers": [{}, {}]}, "here: routers: 2 listen at port 8700 of the head, give each"),
+        (
+            {"model": "m", "backend": "process", "routers": [{"node": "b"}]},
+            "routers.0.node is 'b' with backend process",
+        ),
+        ({"model": "m", "placement": "far"}, "here: placement is 'far': it must be 'pack', 'spread' or 'near'"),
         ({"model": "m", "limits": {"max_queued_requests": 0}}, "limits.max_queued_requests is 0: it must be above 0"),
     ],
 )
@@ -124,6 +142,28 @@ def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, text: str, line: 
     assert str(caught.value).startswith(str(path))
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_a_list_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text("model: m\nrouters:\n  - port: 1\n  - prot: 2\n")
+    with pytest.raises(SetupError, match=r":4: unknown key routers.1.prot: did you mean port"):
+        load_deployment(path)
+
+
+def test_what_a_router_leaves_out_is_the_deployments() -> None:
+    routers = [{"node": "10.0.0.2"}, {"name": "door", "host": "0.0.0.0", "port": 9000}]
+    deployment = deployment_from({"model": "m", "host": "10.0.0.1", "routers": routers, "placement": "spread"})
+    assert deployment.router_places == (
+        RouterPlace(name="router-0", host="10.0.0.1", port=8700, node="10.0.0.2"),
+        RouterPlace(name="door", host="0.0.0.0", port=9000),
+    )
+    assert [wanted.name for wanted in wanted_of(deployment) if wanted.kind == "router"] == ["router-0", "door"]
+    assert Deployment.from_json(deployment.to_json()) == deployment
+
+
+def test_there_is_one_router_by_default() -> None:
+    assert Deployment(model="m", port=1).router_places == (RouterPlace(name="router-0", host="127.0.0.1", port=1),)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
