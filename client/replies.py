@@ -87,6 +87,7 @@ class ReplyFold:
             prefill_instance=message.prefill_instance,
             decode_instance=message.decode_instance,
             seed=message.seed,
+            replays=message.replays,
             ttft_ms=(first_at_s - self._sent_at_s) * 1e3,
             tpot_ms=(self._last_at_s - first_at_s) / gaps * 1e3,
         )

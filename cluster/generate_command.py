@@ -119,6 +119,7 @@ def _print_stats(result: Result) -> None:
         ("of it exposed", f"{timeline.transfer_exposed_ms:.1f} ms"),
         ("decode", f"{timeline.decode_ms:.1f} ms"),
         ("preemptions", str(timeline.preemptions)),
+        ("replays", str(result.replays)),
     ]
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows:

@@ -134,6 +134,7 @@ class RouterReport(google.protobuf.message.Message):
     RUNNING_REQUESTS_FIELD_NUMBER: builtins.int
     REPLAYS_FIELD_NUMBER: builtins.int
     BROKEN_PAIRS_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
     name: builtins.str
     incarnation: builtins.int
     pid: builtins.int
@@ -160,6 +161,10 @@ class RouterReport(google.protobuf.message.Message):
     def output_tokens(self) -> Global___Histogram: ...
     @property
     def broken_pairs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BrokenPair]: ...
+    @property
+    def running(self) -> Global___JointHistogram:
+        """no total: those that live now, by what they have seen so far"""
+
     def __init__(
         self,
         *,
@@ -180,9 +185,10 @@ class RouterReport(google.protobuf.message.Message):
         running_requests: builtins.int = ...,
         replays: builtins.int = ...,
         broken_pairs: collections.abc.Iterable[Global___BrokenPair] | None = ...,
+        running: Global___JointHistogram | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["latency", b"latency", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["broken_pairs", b"broken_pairs", "ended", b"ended", "incarnation", b"incarnation", "latency", b"latency", "membership_epoch", b"membership_epoch", "name", b"name", "offered_output_tokens", b"offered_output_tokens", "offered_prompt_tokens", b"offered_prompt_tokens", "offered_requests", b"offered_requests", "output_tokens", b"output_tokens", "pid", b"pid", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "replays", b"replays", "running_requests", b"running_requests", "uptime_s", b"uptime_s"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["latency", b"latency", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "running", b"running"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["broken_pairs", b"broken_pairs", "ended", b"ended", "incarnation", b"incarnation", "latency", b"latency", "membership_epoch", b"membership_epoch", "name", b"name", "offered_output_tokens", b"offered_output_tokens", "offered_prompt_tokens", b"offered_prompt_tokens", "offered_requests", b"offered_requests", "output_tokens", b"output_tokens", "pid", b"pid", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "replays", b"replays", "running", b"running", "running_requests", b"running_requests", "uptime_s", b"uptime_s"]) -> None: ...
 
 Global___RouterReport: typing_extensions.TypeAlias = RouterReport
 

@@ -14,6 +14,9 @@ class Counters:
     def add(self, name: str, count: int = 1) -> None:
         self._counts[name] = self._counts.get(name, 0) + count
 
+    def get(self, name: str) -> int:
+        return self._counts.get(name, 0)
+
     def snapshot(self) -> dict[str, int]:
         return dict(self._counts)
 

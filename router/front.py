@@ -3,16 +3,19 @@
 import asyncio
 import itertools
 import logging
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, Self, TypeVar
 
+from biphase.protos import controller_pb2
 from biphase.protos.errors import (
     BiphaseError,
     Cancelled,
     DeadlinePassed,
     InvalidRequest,
+    Overloaded,
     RequestExists,
     RequestNotFound,
     Unavailable,
@@ -24,7 +27,10 @@ from biphase.router.dispatcher import Dispatcher
 from biphase.router.effects import Replay
 from biphase.router.fleet import Fleet
 from biphase.router.links import LegRequest
+from biphase.router.observe import ending_of, num_chars, seen_by
 from biphase.router.output import Output, TextMaker
+from biphase.router.report import LoadReport
+from biphase.router.report_wire import report_to_proto
 from biphase.router.request import Request
 from biphase.router.validate import Asked, Capacity, check_asked, resolve
 from biphase.router.view import Pair, Rules
@@ -79,6 +85,7 @@ class Front:
         self.tokenizer = tokenizer
         self.counters = Counters("accepted", "finished", "cancelled", "tokens")
         self.fleet = Fleet(config.name, config.waits, self._fleet_changed)
+        self._load = LoadReport()
         self.requests: dict[RequestId, Request] = {}
         """Live ones: some client waits, or some leg has not ended."""
         self.is_draining = False
@@ -132,7 +139,7 @@ class Front:
         arrived_s = self._loop.time()
         deadline_s = None if time_left_s is None else arrived_s + time_left_s
         request_id = RequestId(f"req-{secrets.token_hex(8)}")
-        reserved = False
+        reserved = was_read = False
         try:
             if self.is_draining:
                 raise Unavailable("the router is shutting down and takes no new request")
@@ -151,6 +158,8 @@ class Front:
                 prompt_ids = await self._tokenize(asked)
             finally:
                 self._num_tokenizing -= 1
+            self._load.offered(len(prompt_ids), prompt_chars=num_chars(asked))
+            was_read = True
             if deadline_s is not None and self._loop.time() >= deadline_s:
                 raise DeadlinePassed("the client's deadline passed before its request was read")
             sampling = resolve(
@@ -166,6 +175,7 @@ class Front:
         except BaseException as error:
             if reserved:
                 self._client_ids.pop(asked.request_id, None)
+            self._report_refusal(asked, error, was_read=was_read)
             if isinstance(error, BiphaseError):
                 self.counters.add(f"refused_{error.code.name.lower()}")
                 logger.info("%s refused: %s %s", request_id, error.code.name, error)
@@ -196,6 +206,17 @@ class Front:
         )
         self._dispatcher.submit(request)
         return request
+
+    def _report_refusal(self, asked: Asked, error: BaseException, *, was_read: bool) -> None:
+        """Load that was turned away is load; a mistake of the user's, or a client that went before it was read, is none."""
+        if not was_read:
+            if not isinstance(error, Overloaded | Unavailable | DeadlinePassed):
+                return
+            if asked.token_ids is not None:
+                self._load.offered(len(asked.token_ids))
+            else:
+                self._load.offered_unread(num_chars(asked))
+        self._load.ended(ending_of(error), output_tokens=0, ttft_ms=None, tpot_ms=None)
 
     def _reserve(self, client_id: str, request_id: RequestId) -> None:
         if not client_id:
@@ -263,6 +284,10 @@ class Front:
         if request.client_request_id:
             self._client_ids.pop(request.client_request_id, None)
         self.counters.add("tokens", request.num_output_tokens)
+        seen = seen_by(request, self._loop.time())
+        ttft_ms = seen.ttft_ms if seen.output_tokens else None
+        ending = "cancelled" if isinstance(error, Overloaded) else ending_of(error)  # it read too slowly
+        self._load.ended(ending, output_tokens=seen.output_tokens, ttft_ms=ttft_ms, tpot_ms=seen.tpot_ms)
         self._log_end(request, error)
         if error is None:
             self.counters.add("finished")
@@ -293,6 +318,26 @@ class Front:
             record.decision_reason,
             record.instances.get("prefill", "-"),
             record.instances.get("decode", "-"),
+        )
+
+    # ---- what it reports
+
+    def report(self) -> controller_pb2.RouterReport:
+        """What the controller hears from this router about once a second."""
+        now_s = self._loop.time()
+        live = [request for request in self.requests.values() if not request.is_over]
+        return report_to_proto(
+            self._load.snapshot(seen_by(request, now_s) for request in live),
+            broken_pairs=self.fleet.pairs.troubles(),
+            name=self.config.name,
+            incarnation=self.config.incarnation,
+            pid=os.getpid(),
+            uptime_s=now_s - self.started_s,
+            membership_epoch=self.fleet.membership_epoch,
+            queued_requests=self._dispatcher.queued_requests,
+            queued_tokens=self._dispatcher.queued_tokens,
+            running_requests=sum(1 for request in live if request.open_legs),
+            replays=self.counters.get("replays"),
         )
 
     # ---- the whole

@@ -6,7 +6,6 @@ highest epoch is obeyed, and within it the highest version.
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -24,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 2.0
 
+REPORT_EVERY_S = 1.0
+
 Apply = Callable[[Sequence[Member], int], None]
 """Takes the members and the epoch they are of."""
 
@@ -36,11 +37,11 @@ def static_members(prefill: Sequence[str], decode: Sequence[str]) -> list[Member
 
 
 class MembershipWatch:
-    """Follows one controller. ``run`` goes on until it is cancelled."""
+    """Follows one controller, and tells it ``report`` about once a second. ``run`` goes on until it is cancelled."""
 
-    def __init__(self, address: str, router_name: str, apply: Apply) -> None:
+    def __init__(self, address: str, report: Callable[[], controller_pb2.RouterReport], apply: Apply) -> None:
         self._address = address
-        self._router_name = router_name
+        self._report = report
         self._apply = apply
         self._newest = (0, -1)  # epoch, version
 
@@ -69,8 +70,9 @@ class MembershipWatch:
 
     async def _reports(self) -> AsyncIterator[controller_pb2.RouterReport]:
         """What the controller hears from us as long as the stream stands."""
-        yield controller_pb2.RouterReport(name=self._router_name, pid=os.getpid())
-        await asyncio.Event().wait()
+        while True:
+            yield self._report()
+            await asyncio.sleep(REPORT_EVERY_S)
 
     def take(self, message: Any) -> None:
         """Apply one Membership message unless a newer one has been seen. Raises KeyError for an unknown role."""
@@ -83,6 +85,8 @@ class MembershipWatch:
                 address=member.address,
                 incarnation=Incarnation(member.incarnation),
                 draining=member.draining,
+                generation=member.generation,
+                node=member.node,
             )
             for member in message.members
         ]

@@ -74,7 +74,7 @@ async def _members(config: RouterConfig, front: Front) -> AsyncIterator[None]:
         front.fleet.apply(static_members(config.prefill, config.decode), epoch=0)
         yield
         return
-    watch = MembershipWatch(config.controller, config.name, front.fleet.apply)
+    watch = MembershipWatch(config.controller, front.report, front.fleet.apply)
     task = asyncio.create_task(watch.run(), name="membership")
     try:
         yield

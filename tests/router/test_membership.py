@@ -25,6 +25,7 @@ class ScriptedController:
     def __init__(self) -> None:
         self.watchers: list[asyncio.Queue[controller_pb2.Membership]] = []
         self.newest: controller_pb2.Membership | None = None
+        self.reports: asyncio.Queue[controller_pb2.RouterReport] = asyncio.Queue()
         self.port = 0
         self._server: grpc.aio.Server | None = None
 
@@ -61,10 +62,24 @@ class ScriptedController:
     async def WatchMembership(self, request: Any, context: Any) -> Any:
         watcher: asyncio.Queue[controller_pb2.Membership] = asyncio.Queue()
         self.watchers.append(watcher)
-        if self.newest is not None:
-            yield self.newest
-        while True:
-            yield await watcher.get()
+        reading = asyncio.create_task(self._read(request))
+        try:
+            if self.newest is not None:
+                yield self.newest
+            while True:
+                yield await watcher.get()
+        finally:
+            reading.cancel()
+
+    async def _read(self, reports: Any) -> None:
+        async for report in reports:
+            self.reports.put_nowait(report)
+
+    async def until_reported(self, reached: Any) -> controller_pb2.RouterReport:
+        async with asyncio.timeout(10):
+            while not reached(report := await self.reports.get()):
+                pass
+        return report
 
     async def WatchStatus(self, request: Any, context: Any) -> Any:
         yield controller_pb2.ClusterStatus()
@@ -134,6 +149,44 @@ async def test_a_new_incarnation_replaces_the_old_one_at_once(controller, toy_to
                 await reborn.next("open_prefill")
 
 
+async def test_a_router_reports_its_load_about_once_a_second(controller, toy_tokenizer, running_router):
+    async with workers("prefill", "decode") as (p, d):
+        async with running_router(config(controller, max_replays=0)) as door:
+            controller.say(3, 1, p, d)
+            await door.until_states("ready", "ready")
+            first = await controller.until_reported(lambda report: report.membership_epoch == 3)
+            assert (first.name, first.incarnation, first.offered_requests) == ("router-0", 1, 0)
+            answers = [door.ask("prompt", max_tokens=1), door.ask("longer prompt", max_tokens=4)]
+            legs = [(await p.next("open_prefill")).leg_id for _ in answers]
+            p.start(legs[0], ticket=False)
+            p.tokens(legs[0], 0, b"A", LENGTH)
+            p.end(legs[0])
+            await answers[0].finished()
+            report = await controller.until_reported(lambda report: report.ended["finished"])
+            assert (report.offered_requests, report.offered_prompt_tokens, report.offered_output_tokens) == (2, 19, 1)
+            assert (sum(report.latency.counts), report.latency.missed, sum(report.running.counts)) == (1, 0, 1)
+            assert report.running_requests == 1
+            await p.die()
+            await answers[1].failed()
+            report = await controller.until_reported(lambda report: report.ended["failed"])
+            assert (sum(report.latency.counts), report.latency.missed, sum(report.running.counts)) == (1, 1, 0)
+            assert sum(report.prompt_tokens.counts) == 2 and sum(report.output_tokens.counts) == 1
+            await door.ask("", max_tokens=1).failed()
+            report = await controller.until_reported(lambda report: controller.reports.empty())
+            assert report.offered_requests == 2  # a mistake of the user's is no load
+
+
+async def test_an_older_controller_is_not_obeyed(controller, toy_tokenizer, running_router):
+    async with workers("decode", "decode") as (old, new):
+        async with running_router(config(controller)) as door:
+            controller.say(5, 1, new)
+            await door.until_states("ready")
+            controller.say(4, 9, old)  # one that thinks it lives yet
+            controller.say(5, 2, new, draining=("decode-1",))
+            await door.until_states("draining")
+            assert old.hellos == []
+
+
 async def test_a_member_that_is_no_longer_named_ends_its_legs_first(controller, toy_tokenizer, running_router):
     async with workers("decode", "decode") as (old, new):
         async with running_router(config(controller)) as door:
@@ -185,7 +238,7 @@ def test_only_the_highest_epoch_is_obeyed() -> None:
     def apply(members: Any, epoch: int) -> None:
         applied.append((epoch, [member.key for member in members]))
 
-    watch = MembershipWatch("127.0.0.1:1", "router-0", apply)
+    watch = MembershipWatch("127.0.0.1:1", controller_pb2.RouterReport, apply)
 
     def say(epoch: int, version: int, *names: str) -> None:
         members = [controller_pb2.Member(name=name, role=common_pb2.ROLE_DECODE, address="a") for name in names]
@@ -201,6 +254,6 @@ def test_only_the_highest_epoch_is_obeyed() -> None:
 
 
 def test_an_unknown_role_is_an_error() -> None:
-    watch = MembershipWatch("127.0.0.1:1", "router-0", lambda members, epoch: None)
+    watch = MembershipWatch("127.0.0.1:1", controller_pb2.RouterReport, lambda members, epoch: None)
     with pytest.raises(KeyError):
         watch.take(controller_pb2.Membership(epoch=1, version=1, members=[controller_pb2.Member(name="x")]))
