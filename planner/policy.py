@@ -142,7 +142,7 @@ class Policy:
 
 
 def _bounds_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = {"gpu_budget": GpuBudget, "prefill": RoleBounds, "decode": RoleBounds}
+    kinds: dict[str, Any] = {"gpu_budget": GpuBudget, "prefill": RoleBounds, "decode": RoleBounds}
     return {key: None if values[key] is None else kind(**values[key]) for key, kind in kinds.items()}
 
 
@@ -163,8 +163,7 @@ def contradiction(
             return found
     if policy.window_s < policy.interval_s:
         return f"window_s is {policy.window_s:g}, less than interval_s {policy.interval_s:g}"
-    for direction in ("up", "down"):
-        rule = policy.rule(direction)  # type: ignore[arg-type]
+    for direction, rule in (("up", policy.scale_up), ("down", policy.scale_down)):
         if 0 < rule.stabilization_s < policy.interval_s:
             return (
                 f"scale_{direction}.stabilization_s is {rule.stabilization_s:g}, less than interval_s "

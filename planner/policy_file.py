@@ -147,7 +147,7 @@ def policy_from(
 
 def _to_policy(values: dict[str, Any]) -> Policy:
     def bounds(part: dict[str, Any]) -> dict[str, Any]:
-        kinds = {"gpu_budget": GpuBudget, "prefill": RoleBounds, "decode": RoleBounds}
+        kinds: dict[str, Any] = {"gpu_budget": GpuBudget, "prefill": RoleBounds, "decode": RoleBounds}
         return {**part, **{key: part[key] and kind(**part[key]) for key, kind in kinds.items()}}
 
     return Policy(

@@ -1,0 +1,151 @@
+"""How many instances of which role there should be, and what to do about it now. Pure: (policy, signals, state, now).
+
+One decision for both roles. A load's best ratio (``ratio.py``) becomes the target once it has been recommended throughout
+the stabilization time; ``moves.py`` approaches it. ``now_s`` is seconds since 1970: cooldowns hold over restarts, and
+schedules need it.
+"""
+
+from dataclasses import replace
+
+from biphase.planner.autoscaler_state import AutoscalerState, Decision, Hold, Recommendation
+from biphase.planner.capacity import Setup, prior_of
+from biphase.planner.fleet import Fleet
+from biphase.planner.moves import Moves
+from biphase.planner.policy import ROLES, Policy
+from biphase.planner.ratio import Outlook, Ratio, choose
+from biphase.planner.schedules import in_force
+from biphase.planner.signals import ClusterSignals
+from biphase.protos.step_time import StepTime, attended
+from biphase.protos.values import Role
+
+MIN_STEPS = 20
+"""An instance's fit counts from so many steps on."""
+
+MIN_REQUESTS = 20
+"""Measured attainment counts from so many requests on."""
+
+REFERENCE: dict[Role, tuple[int, int]] = {"prefill": (512, attended(0, 512)), "decode": (16, 16 * 512)}
+"""The work at which step times are compared."""
+
+
+def decide(
+    policy: Policy, signals: ClusterSignals, state: AutoscalerState, now_s: float, *, pinned: Ratio | None = None
+) -> Decision:
+    """What to do now. ``pinned``: the ratio that somebody asked for; it replaces the choice, not the budget."""
+    before = state
+    policy, schedules = in_force(policy, now_s)
+    fleet = Fleet(signals, policy, state.given_up)
+    state = _observed(state, signals, fleet, now_s)
+    steps = {role: state.of(role).step or prior_of(role, signals.setup.shape(role), policy.targets) for role in ROLES}
+    outlook = Outlook(signals.load, steps, signals.setup, policy.targets)
+    moves = Moves(policy, signals, fleet, state, now_s, outlook=outlook, pinned=pinned is not None)
+    moves.give_up_late_starts()
+    if pinned is not None:
+        moves.say("pin", f"pinned to {pinned}")
+        moves.towards(pinned, pinned)
+        return moves.decision(before, pinned)
+    if 2 * signals.num_heard < signals.num_known:
+        reason = f"{signals.num_heard} of {signals.num_known} instances report, under half"
+        moves.say("hold", f"hold: {reason}")
+        return moves.decision(before, fleet.ratio, (Hold(reason=reason),))
+    for label in schedules:
+        moves.say(f"schedule {label}", f"schedule {label} is on")
+    for text in outlook.unreachable:
+        moves.say(text.split(" ")[0], text)
+    target, ideal = _target(policy, signals, fleet, moves, outlook, now_s)
+    moves.towards(target, ideal)
+    return moves.decision(before, target)
+
+
+def reason_against(ratio: Ratio, policy: Policy, setup: Setup) -> str | None:
+    """Why somebody may not pin this ratio, in one line; None where they may."""
+    if ratio.decode < 1:
+        return f"decode={ratio.decode}: at least 1 decode instance is needed, prefill alone ends no request"
+    if setup.strict and ratio.prefill < 1:
+        return f"prefill={ratio.prefill} with mode strict, whose least is 1: decode instances do not prefill in it"
+    gpus = ratio.gpus(setup)
+    if gpus > policy.gpu_budget.max + 1e-9:
+        return f"{ratio} takes {gpus:g} GPUs, gpu_budget.max is {policy.gpu_budget.max:g}"
+    return None
+
+
+def _observed(state: AutoscalerState, signals: ClusterSignals, fleet: Fleet, now_s: float) -> AutoscalerState:
+    """The state brought up to what really happened: step times, changes by others, starts that came to serve."""
+    for role in ROLES:
+        seen = state.of(role)
+        ready, wanted = fleet.ready(role), fleet.wanted(role)
+        changed_s = now_s if seen.expected not in (None, wanted) else seen.changed_s
+        served = ready > seen.ready
+        state = state.having(
+            role,
+            step=_fitted(signals, role) or seen.step,
+            # a clock that was set back must not hold things for ever
+            changed_s=None if changed_s is None else min(changed_s, now_s),
+            expected=wanted,
+            ready=ready,
+            failed_starts=0 if served else seen.failed_starts,
+            start_after_s=0.0 if served else seen.start_after_s,
+        )
+    starting = {member.name for member in signals.members if member.phase == "starting"}
+    return replace(
+        state,
+        given_up=tuple(name for name in state.given_up if name in starting),
+        flipped_s=None if state.flipped_s is None else min(state.flipped_s, now_s),
+    )
+
+
+def _fitted(signals: ClusterSignals, role: Role) -> StepTime | None:
+    """The step time of the middle one of all instances that know theirs: one liar does not decide."""
+    found = [report.prefill_step if role == "prefill" else report.decode_step for report in signals.instances]
+    known = [step for step in found if step.num_steps >= MIN_STEPS and step.is_known]
+    known.sort(key=lambda step: step.seconds(*REFERENCE[role]))
+    return known[(len(known) - 1) // 2] if known else None
+
+
+def _target(
+    policy: Policy, signals: ClusterSignals, fleet: Fleet, moves: Moves, outlook: Outlook, now_s: float
+) -> tuple[Ratio, Ratio]:
+    """(what to have with the GPUs that are there, what to have with new nodes too), both stabilized."""
+    current = fleet.ratio
+    here_gpus = fleet.gpus + fleet.idle_gpus
+    now = choose(outlook, policy, current, most_gpus=here_gpus)
+    ideal = now
+    if here_gpus < policy.gpu_budget.max:
+        ideal = choose(outlook, policy, current, most_gpus=policy.gpu_budget.max)
+    if signals.watched_s >= min(2 * policy.interval_s, policy.window_s):  # one report says nothing yet
+        moves.recommend(Recommendation(at_s=now_s, now=now, ideal=ideal))
+    ups, downs = moves.agreeing("up"), moves.agreeing("down")
+    counts: dict[Role, int] = {}
+    wishes: dict[Role, int] = {}
+    for role in ROLES:
+        bounds, have = policy.bounds(role), current.of(role)
+        least = min((item.now.of(role) for item in ups), default=have)
+        most = max((item.now.of(role) for item in downs), default=have)
+        counts[role] = least if least > have else min(most, have)
+        if fleet.over_budget:  # bounds are kept at once: they are orders, not estimates
+            counts[role] = min(counts[role], now.of(role))
+        counts[role] = min(max(counts[role], bounds.min_replicas), bounds.max_replicas)
+        wishes[role] = max(counts[role], min((item.ideal.of(role) for item in ups), default=0))
+    missing = fleet.missing(policy)
+    if missing is not None:  # a role that nobody serves is repaired at once
+        counts = {role: now.of(role) for role in ROLES}
+        if missing == "decode" and now.gpus(signals.setup) > here_gpus and not signals.setup.strict:
+            counts = {"prefill": max(0, current.prefill - 1), "decode": 1}  # which can prefill too
+        wishes = {role: max(counts[role], wishes[role]) for role in ROLES}
+    target = Ratio(prefill=counts["prefill"], decode=counts["decode"])
+    if _is_vetoed(policy, signals, outlook, current, target):
+        *_, both, requests = signals.latency.shares(policy.targets.ttft_ms, policy.targets.tpot_ms)
+        moves.say("veto", f"{current} stays: only {both:.0%} of {requests} requests met their goals, more was forecast")
+        target = current
+    return target, Ratio(prefill=wishes["prefill"], decode=wishes["decode"])
+
+
+def _is_vetoed(policy: Policy, signals: ClusterSignals, outlook: Outlook, current: Ratio, target: Ratio) -> bool:
+    """Nothing shrinks for want of load while requests miss their goals though the forecast says that all is well."""
+    shrinks = target != current and all(target.of(role) <= current.of(role) for role in ROLES)
+    within = all(policy.bounds(role).max_replicas >= current.of(role) for role in ROLES)
+    if not shrinks or not within or current.gpus(signals.setup) > policy.gpu_budget.max:
+        return False
+    *_, both, requests = signals.latency.shares(policy.targets.ttft_ms, policy.targets.tpot_ms)
+    missed = requests >= MIN_REQUESTS and both < policy.targets.attainment
+    return missed and outlook.attainment(current) >= policy.targets.attainment

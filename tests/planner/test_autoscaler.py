@@ -1,0 +1,302 @@
+"""Decisions, one rule at a time: what is done, in which order, and what is said of it."""
+
+from dataclasses import replace
+
+import pytest
+from support.scaling import POLICY, START_S, Cluster, change_of, make_load, make_members, make_signals
+
+from biphase.planner.autoscaler import decide, reason_against
+from biphase.planner.autoscaler_state import (
+    AskNode,
+    AutoscalerState,
+    FlipInstance,
+    Hold,
+    StartInstance,
+    StopInstance,
+    WithdrawNode,
+)
+from biphase.planner.capacity import RoleShape, Setup
+from biphase.planner.policy import GpuBudget, RoleBounds, RoleFlip, Schedule
+from biphase.planner.ratio import Ratio
+from biphase.planner.reports import JointHistogram, Member
+
+QUIET = make_load(0.2)
+PROMPTS = make_load(10.0, prompt=400, output=10)
+"""Needs 3 prefill instances and 1 decode instance."""
+TOKENS = make_load(8.0, prompt=20, output=100)
+"""Needs 1 prefill instance and several decode instances."""
+FIXED = replace(POLICY, gpu_budget=GpuBudget(min=4, max=4))
+
+
+def actions(cluster: Cluster, load: object, seconds: float) -> list[object]:
+    return [action for decision in cluster.run(load, seconds) for action in decision.actions]  # type: ignore[arg-type]
+
+
+def test_steady_load_means_no_action() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1))
+    assert actions(cluster, QUIET, 300) == []
+
+
+def test_a_step_is_answered_at_once_after_stabilization() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1))
+    cluster.run(QUIET, 60)
+    found = cluster.run(PROMPTS, 15)
+    assert [decision.actions for decision in found] == [(), (), (StartInstance(role="prefill"),) * 2]
+    assert "10 prompts/s of 400 tokens keep 1 prefill busy to 205%" in found[-1].reasons[-1]
+
+
+def test_a_short_peak_moves_nothing() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1))
+    cluster.run(QUIET, 60)
+    assert actions(cluster, PROMPTS, 10) == []
+    assert actions(cluster, QUIET, 100) == []
+
+
+def test_no_arrivals_is_data() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=3, decode=3))
+    cluster.run(make_load(0.0), 60)
+    assert cluster.ratio == Ratio(prefill=1, decode=1)
+
+
+def test_it_holds_while_under_half_report_and_only_then() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=2, decode=2))
+    silent = ["prefill-0", "prefill-1", "decode-0"]
+    held = [cluster.tick(PROMPTS, silent=silent) for _ in range(20)]
+    assert {decision.actions for decision in held} == {(Hold(reason="1 of 4 instances report, under half"),)}
+    assert [decision.is_news for decision in held[:3]] == [True, False, False]
+    acted = [cluster.tick(PROMPTS, silent=silent[:2]) for _ in range(4)]
+    assert any(StartInstance(role="prefill") in decision.actions for decision in acted)
+
+
+def test_under_a_fixed_budget_the_ratio_moves_by_flips() -> None:
+    cluster = Cluster(FIXED, Ratio(prefill=2, decode=2))
+    moved = actions(cluster, PROMPTS, 60)
+    assert [type(action) for action in moved] == [FlipInstance]
+    assert cluster.ratio == Ratio(prefill=3, decode=1)
+    moved = actions(cluster, TOKENS, 90)
+    assert {type(action) for action in moved} == {FlipInstance}
+    assert cluster.ratio == Ratio(prefill=1, decode=3)
+    # names stay what they were
+    assert sorted(member.name for member in cluster.members) == ["decode-0", "decode-1", "prefill-0", "prefill-1"]
+
+
+def test_a_flip_that_gains_too_little_is_not_made() -> None:
+    stubborn = replace(FIXED, role_flip=RoleFlip(enabled=True, min_gain=0.99, cooldown_s=15))
+    cluster = Cluster(stubborn, Ratio(prefill=2, decode=2))
+    found = cluster.run(PROMPTS, 60)
+    assert [action for decision in found for action in decision.actions] == []
+    assert "less than min_gain 0.99" in " ".join(found[-1].reasons)
+
+
+def test_without_flips_one_is_stopped_and_one_started_once_its_gpu_is_free() -> None:
+    policy = replace(FIXED, role_flip=RoleFlip(enabled=False), gpu_budget=GpuBudget(max=4))
+    cluster = Cluster(policy, Ratio(prefill=2, decode=2), gpus=4, drain_s=12.0)
+    moved = actions(cluster, PROMPTS, 120)
+    assert [type(action) for action in moved] == [StopInstance, StartInstance]
+    assert cluster.ratio == Ratio(prefill=3, decode=1)
+
+
+def test_a_flips_cost_counts_where_ranks_are_built_anew() -> None:
+    slow = Setup(
+        prefill=RoleShape(plan="tp 2 x pp 1"), decode=RoleShape(plan="tp 1 x pp 2"), flip_s=1.0, rebuild_s=3600.0
+    )
+    busy = make_load(7.9, prompt=400, output=60)  # decode is needed meanwhile
+    cheap, dear = (Cluster(FIXED, Ratio(prefill=2, decode=2), setup=setup) for setup in (Setup(), slow))
+    assert actions(cheap, PROMPTS, 60)
+    assert [cluster.ratio for cluster in (cheap, dear)][1] == Ratio(prefill=2, decode=2)
+    assert actions(dear, busy, 60) == []
+
+
+def test_starting_and_draining_instances_count_against_the_budget() -> None:
+    policy = replace(POLICY, gpu_budget=GpuBudget(max=3))
+    cluster = Cluster(policy, Ratio(prefill=1, decode=1), start_s=1000.0)
+    cluster.members.append(Member(name="decode-9", role="decode", phase="draining"))
+    cluster.drain_s = 1000.0
+    assert actions(cluster, PROMPTS, 60) == []
+    decision = cluster.tick(PROMPTS)
+    assert "3 of 3 GPUs of the budget are held, 1 of them draining" in " ".join(decision.reasons)
+
+
+def test_what_is_starting_counts_so_that_starts_do_not_stack() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), start_s=50.0)
+    assert len(actions(cluster, PROMPTS, 50)) == 2
+
+
+def test_a_start_that_never_serves_is_given_up_backs_off_and_is_reported() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), start_s=1e9)
+    cluster.run(PROMPTS, 20)
+    assert cluster.ratio == Ratio(prefill=3, decode=1)
+    found = cluster.run(PROMPTS, 65)
+    stopped = [a for d in found for a in d.actions if isinstance(a, StopInstance)]
+    assert {stop.name for stop in stopped} == {"prefill-1", "prefill-2"}
+    said = " ".join(reason for decision in found for reason in decision.reasons)
+    assert "prefill-1 is given up: not serving 65 s after its start on node-x, start_timeout_s is 60" in said
+    assert "2 starts failed, the next is tried in" in said
+    assert cluster.state.prefill.failed_starts == 2
+    assert not [a for d in found for a in d.actions[1:] if isinstance(a, StartInstance)]
+    # after the backoff it is tried again, and one that serves clears the record
+    cluster.start_s = 0.0
+    cluster.run(PROMPTS, 130)
+    assert cluster.ratio == Ratio(prefill=3, decode=1)
+    assert cluster.state.prefill.failed_starts == 0
+
+
+def test_until_a_step_time_is_fitted_it_goes_one_step_at_a_time() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), fitted=False)
+    for decision in cluster.run(make_load(100.0, prompt=400, output=500), 60):
+        assert all(abs(change) <= 1 for change in change_of(decision, cluster.members).values() if decision.actions)
+    assert cluster.ratio.gpus(Setup()) > 2
+
+
+def test_what_was_fitted_is_kept_while_nobody_can_say_it() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1))
+    cluster.run(QUIET, 10)
+    cluster.fitted = False
+    cluster.run(PROMPTS, 15)
+    assert cluster.ratio == Ratio(prefill=3, decode=1)
+
+
+def test_victims_have_the_least_work_left_then_the_emptiest_node() -> None:
+    members = [
+        Member(name="decode-0", role="decode", node="a"),
+        Member(name="decode-1", role="decode", node="b"),
+        Member(name="decode-2", role="decode", node="b"),
+        Member(name="prefill-0", role="prefill", node="b"),
+    ]
+    policy = replace(POLICY, decode=RoleBounds(min_replicas=1, max_replicas=2))
+    for work, victim in (({"decode-0": 9, "decode-1": 5, "decode-2": 7}, "decode-1"), ({}, "decode-0")):
+        decision = decide(policy, make_signals(QUIET, members, work=work), AutoscalerState(), START_S)
+        assert decision.actions == (StopInstance(name=victim),)
+
+
+def test_nodes_are_asked_for_when_no_gpu_is_idle_and_withdrawn_when_none_comes() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
+    cluster.can_grow = True
+    found = cluster.run(PROMPTS, 30)
+    assert [a for d in found for a in d.actions] == [AskNode(role="prefill")]
+    assert "ask for a node" in " ".join(r for d in found for r in d.reasons)
+    found = cluster.run(PROMPTS, 120)
+    assert [a for d in found for a in d.actions] == [WithdrawNode(role="prefill")]
+    assert "none came in 120 s, node_wait_s is 120" in " ".join(r for d in found for r in d.reasons)
+    assert actions(cluster, PROMPTS, 60) == []  # and not asked for again at once
+    cluster.gpus = 3
+    assert actions(cluster, PROMPTS, 15) == [StartInstance(role="prefill")]
+
+
+def test_a_node_that_is_needed_no_more_is_withdrawn() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
+    cluster.can_grow = True
+    cluster.run(PROMPTS, 30)
+    assert actions(cluster, QUIET, 40) == [WithdrawNode(role="prefill")]
+
+
+def test_without_an_autoscaler_of_nodes_that_is_said_once() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
+    found = cluster.run(PROMPTS, 60)
+    assert [a for d in found for a in d.actions] == []
+    news = [decision for decision in found if decision.is_news]
+    assert sum("the cluster has no autoscaler" in " ".join(decision.reasons) for decision in news) == 1
+
+
+def test_a_dry_run_does_nothing_and_follows_what_really_happens() -> None:
+    cluster = Cluster(replace(POLICY, dry_run=True), Ratio(prefill=1, decode=1))
+    found = cluster.run(PROMPTS, 60)
+    assert found[-1].dry_run and found[-1].actions == (StartInstance(role="prefill"),) * 2
+    assert found[-1].state.prefill.changed_s is None
+    assert [decision.is_news for decision in found[-3:]] == [False] * 3
+    cluster.members.append(Member(name="prefill-7", role="prefill", node="n"))  # somebody did it by hand
+    assert cluster.tick(PROMPTS).state.prefill.changed_s == cluster.now_s
+
+
+def test_a_pin_is_kept_within_the_budget_and_without_waiting() -> None:
+    members = make_members(Ratio(prefill=1, decode=1))
+    signals = make_signals(QUIET, members)
+    decision = decide(POLICY, signals, AutoscalerState(), START_S, pinned=Ratio(prefill=3, decode=1))
+    assert decision.actions == (StartInstance(role="prefill"),) * 2
+    tight = replace(POLICY, gpu_budget=GpuBudget(max=3))
+    decision = decide(tight, signals, AutoscalerState(), START_S, pinned=Ratio(prefill=3, decode=1))
+    assert decision.actions == (StartInstance(role="prefill"),)
+    assert reason_against(Ratio(prefill=3, decode=1), tight, Setup()) == "3P:1D takes 4 GPUs, gpu_budget.max is 3"
+    assert reason_against(Ratio(prefill=1, decode=0), tight, Setup()) == (
+        "decode=0: at least 1 decode instance is needed, prefill alone ends no request"
+    )
+    assert reason_against(Ratio(prefill=0, decode=1), tight, Setup(strict=True)) is not None
+    assert reason_against(Ratio(prefill=0, decode=1), tight, Setup()) is None
+
+
+def test_schedules_set_bounds() -> None:
+    always = Schedule(cron="* * * * *", duration_s=3600, name="big", prefill=RoleBounds(min_replicas=3, max_replicas=6))
+    cluster = Cluster(replace(POLICY, schedules=(always,)), Ratio(prefill=1, decode=1))
+    decision = cluster.tick(QUIET)
+    assert decision.actions == (StartInstance(role="prefill"),) * 2
+    assert "schedule big is on" in decision.reasons
+
+
+def test_all_decode_instances_gone_a_prefill_instance_takes_their_place() -> None:
+    cluster = Cluster(FIXED, Ratio(prefill=2, decode=1), gpus=2)
+    cluster.set_phase("decode-0", phase="lost", age_s=0.0)
+    decision = cluster.tick(QUIET)
+    assert [action for action in decision.actions if isinstance(action, FlipInstance)] == [
+        FlipInstance(name="prefill-0", role="decode")
+    ]
+    assert cluster.ratio == Ratio(prefill=1, decode=1)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_last_prefill_instance_turns_only_where_decode_instances_may_prefill(strict: bool) -> None:
+    cluster = Cluster(FIXED, Ratio(prefill=1, decode=1), gpus=1, setup=Setup(strict=strict))
+    cluster.set_phase("decode-0", phase="lost", age_s=0.0)
+    flips = [action for action in cluster.tick(QUIET).actions if isinstance(action, FlipInstance)]
+    assert flips == ([] if strict else [FlipInstance(name="prefill-0", role="decode")])
+
+
+def test_with_a_host_lost_the_ratio_is_rebuilt_from_what_is_left() -> None:
+    cluster = Cluster(replace(FIXED, gpu_budget=GpuBudget(max=4)), Ratio(prefill=3, decode=1), gpus=4)
+    cluster.run(PROMPTS, 60)
+    assert cluster.ratio == Ratio(prefill=3, decode=1)
+    cluster.gpus = 3
+    cluster.set_phase("prefill-2", phase="lost", age_s=0.0)
+    cluster.run(TOKENS, 60)
+    assert cluster.ratio == Ratio(prefill=1, decode=2)
+
+
+def test_nothing_shrinks_while_requests_miss_their_goals_against_the_forecast() -> None:
+    members = make_members(Ratio(prefill=3, decode=2))
+    cluster = Cluster(POLICY, Ratio(prefill=3, decode=2))
+    cluster.run(PROMPTS, 10)
+    late = JointHistogram(ttft_ms=(800.0,), tpot_ms=(40.0,), counts=(20, 0, 30, 0))
+    signals = replace(make_signals(QUIET, members), latency=late)
+    state, now_s = AutoscalerState(), START_S
+    for _ in range(20):
+        now_s += 5
+        decision = decide(POLICY, signals, state, now_s)
+        state = decision.state
+        assert decision.actions == ()
+    assert "3P:2D stays: only 40% of 50 requests met their goals, more was forecast" in decision.reasons
+
+
+def test_a_goal_out_of_reach_is_said_and_does_not_grow_the_cluster_without_end() -> None:
+    policy = replace(POLICY, targets=replace(POLICY.targets, ttft_ms=50.0))
+    cluster = Cluster(policy, Ratio(prefill=1, decode=1))
+    found = cluster.run(make_load(0.2), 60)
+    assert "ttft_ms 50 is out of reach: long prompts take 206 ms with nobody before them" in found[-1].reasons
+    assert cluster.ratio == Ratio(prefill=1, decode=1)
+
+
+def test_a_restarted_controller_does_not_act_inside_a_cooldown() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1))
+    cluster.run(PROMPTS, 15)
+    kept = cluster.state.to_json()
+    assert cluster.ratio == Ratio(prefill=3, decode=1)
+    cluster.state = AutoscalerState.from_json(kept)
+    more = make_load(20.0, prompt=400, output=10)
+    assert actions(cluster, more, 10) == []
+    assert actions(cluster, more, 10) != []
+
+
+def test_a_clock_set_back_holds_nothing_for_ever() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1))
+    cluster.run(PROMPTS, 15)
+    cluster.now_s -= 1e6
+    cluster.run(make_load(20.0, prompt=400, output=10), 60)
+    assert cluster.ratio.prefill > 3
