@@ -5,6 +5,8 @@ network namespace before anything else has happened, and writes the host's addre
 backend watches, kills and adopts the process as always. ``BIPHASE_NETNS`` names a JSON file: {"hosts": {HOST: {"address",
 "namespace"}}, "fixed": {PROCESS: HOST}, "controller": ADDRESS, "lives": {HOST: [PROCESS, INCARNATION, PID, TICKS]}}. An
 instance takes the first host that has no living process and is not cut ("cut": [HOST]), as a replacement on another machine.
+
+With ``BIPHASE_CGROUP`` (a folder) an instance joins a cgroup of its name there, of ``BIPHASE_CGROUP_CORES`` cores.
 """
 
 import ctypes
@@ -14,6 +16,7 @@ import os
 import sys
 
 _CLONE_NEWNET = 0x40000000
+_PERIOD_US = 50_000
 _MODULE = "biphase.cluster.process_main"
 
 
@@ -61,5 +64,25 @@ def _move(plan_file, spec_file):
         json.dump(spec, file)
 
 
-if os.environ.get("BIPHASE_NETNS") and _MODULE in sys.orig_argv:
-    _move(os.environ["BIPHASE_NETNS"], sys.orig_argv[sys.orig_argv.index(_MODULE) + 1])
+def _share(root, spec_file):
+    with open(spec_file) as file:
+        spec = json.load(file)
+    if spec["kind"] not in ("prefill", "decode"):
+        return
+    group, cores = os.path.join(root, spec["name"]), float(os.environ["BIPHASE_CGROUP_CORES"])
+    os.makedirs(group, exist_ok=True)
+    if os.path.exists(os.path.join(group, "cpu.max")):
+        settings = {"cpu.max": f"{int(cores * _PERIOD_US)} {_PERIOD_US}"}
+    else:
+        settings = {"cpu.cfs_period_us": str(_PERIOD_US), "cpu.cfs_quota_us": str(int(cores * _PERIOD_US))}
+    for name, value in {**settings, "cgroup.procs": str(os.getpid())}.items():
+        with open(os.path.join(group, name), "w") as file:
+            file.write(value)
+
+
+if _MODULE in sys.orig_argv:
+    _spec_file = sys.orig_argv[sys.orig_argv.index(_MODULE) + 1]
+    if os.environ.get("BIPHASE_CGROUP"):
+        _share(os.environ["BIPHASE_CGROUP"], _spec_file)
+    if os.environ.get("BIPHASE_NETNS"):
+        _move(os.environ["BIPHASE_NETNS"], _spec_file)

@@ -38,6 +38,8 @@ class Measured:
     prefill_instance: str = ""
     decode_instance: str = ""
     address: str = ""
+    prefill_ms: float = 0.0
+    """First chunk scheduled to first token sampled, by the instance's clock."""
 
     @property
     def done(self) -> bool:

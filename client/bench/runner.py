@@ -128,6 +128,7 @@ class Runner:
                 prefill_instance=result.prefill_instance if result else "",
                 decode_instance=result.decode_instance if result else "",
                 address=live.address,
+                prefill_ms=result.timeline.prefill_ms if result else 0.0,
             )
         )
         if self.keep_answers and result:

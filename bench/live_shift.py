@@ -1,0 +1,312 @@
+"""The P:D ratio following a load that turns: the autoscaler beside both fixed ratios, on real processes.
+
+    python bench/live_shift.py [--phase 150] [--rate 1.5] [--model smollm2] [--arms auto 2P1D 1P2D] [--plot FILE.svg]
+                               [--json FILE] [--check]
+
+Mode strict (in auto a decode instance would repair a wrong ratio by prefilling itself), 3 instances under a fixed budget, each
+with half a core of its own (cgroup quota, as root), so that an idle one's time flows to nobody. The load turns from long
+prompts with short answers to short prompts with long answers, and back. First the unloaded times are measured, whose medians
+x 5 are the goals, then what one prefill and one decode instance can do; lengths are chosen so that the right ratio has a
+quarter of headroom. Attainment counts refused and failed requests as misses; it is taken from 60 s after each turn to its end.
+"""
+
+import argparse
+import asyncio
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cpu_shares
+import report
+import shift_plot
+from local_cluster import LocalCluster, local_cluster
+
+from biphase.client import AsyncClient
+from biphase.client.bench.arrivals import Arrival, Phase, arrivals
+from biphase.client.bench.goals import Metric
+from biphase.client.bench.lengths import fixed
+from biphase.client.bench.measured import Measured
+from biphase.client.bench.prompts import RandomPrompts
+from biphase.client.bench.runner import Runner
+from biphase.client.bench.summary import spread_of, summarize, windows
+
+CORES_EACH, INSTANCES = 0.5, 3
+GOAL_FACTOR, HEADROOM = 5.0, 0.25
+SETTLE_S, WINDOW_S, COOLDOWN_S = 60.0, 30.0, 30.0
+PREFILL_HEAVY_OUTPUT, DECODE_HEAVY_INPUT = 4, 16
+RATIOS = {"2P1D": (2, 1), "1P2D": (1, 2)}
+NUM_UNLOADED, NUM_LOADED = 5, 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What was chosen: lengths of the two kinds of phases, and the goals."""
+
+    input_tokens: int
+    output_tokens: int
+    goals: dict[Metric, float]
+    prefill_rate: float
+    decode_rate: float
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """One run over the whole load."""
+
+    name: str
+    measured: list[Measured] = field(default_factory=list)
+    ratios: list[tuple[float, int, int]] = field(default_factory=list)
+    """(seconds, ready prefill instances, ready decode instances), at every change."""
+    decisions: list[str] = field(default_factory=list)
+
+
+def phases_of(shape: Shape, rate: float, seconds: float) -> list[Phase]:
+    def phase(name: str, input_tokens: int, output_tokens: int) -> Phase:
+        return Phase(
+            name=name,
+            seconds=seconds,
+            rate=rate,
+            rate_end=rate,
+            burstiness=4.0,  # a little more even than Poisson: 40 requests in a window are few
+            input_tokens=fixed(input_tokens),
+            output_tokens=fixed(output_tokens),
+        )
+
+    heavy = phase("prefill-heavy", shape.input_tokens, PREFILL_HEAVY_OUTPUT)
+    return [heavy, phase("decode-heavy", DECODE_HEAVY_INPUT, shape.output_tokens), heavy]
+
+
+def deploy_of(arguments: argparse.Namespace, ratio: tuple[int, int], policy: dict[str, Any] | None) -> dict[str, Any]:
+    plan = {"threads": 1, "kv_memory": arguments.kv_memory, "max_num_seqs": 64}
+    deploy: dict[str, Any] = {
+        "model": arguments.model,
+        "backend": "process",
+        "mode": "strict",
+        "max_model_len": 1024,
+        "prefill": {**plan, "replicas": ratio[0]},
+        "decode": {**plan, "replicas": ratio[1]},
+        "drain_s": 2.0,
+    }
+    return deploy | ({"autoscale": policy, "flip_grace_s": 10.0} if policy else {})
+
+
+def policy_of(shape: Shape) -> dict[str, Any]:
+    rule = {"stabilization_s": 5, "cooldown_s": COOLDOWN_S, "max_step": 1}
+    return {
+        "interval_s": 5,
+        "window_s": 20,
+        "gpu_budget": {"min": INSTANCES, "max": INSTANCES},
+        "prefill": {"min_replicas": 1, "max_replicas": 2},
+        "decode": {"min_replicas": 1, "max_replicas": 2},
+        "targets": {
+            "ttft_ms": shape.goals["ttft"],
+            "tpot_ms": shape.goals["tpot"],
+            "percentile": 90,
+            "attainment": 0.9,
+        },
+        "scale_up": rule,
+        "scale_down": rule,
+        "role_flip": {"enabled": True, "min_gain": 0.05, "cooldown_s": COOLDOWN_S},
+    }
+
+
+async def burst(client: AsyncClient, count: int, input_tokens: int, output_tokens: int, gap_s: float) -> list[Measured]:
+    """``count`` requests, ``gap_s`` apart."""
+    model = (await client.model_info()).model
+    prompts = RandomPrompts(
+        vocab_size=model.vocab_size, max_model_len=model.max_model_len, seed=count, salt=time.monotonic_ns()
+    )
+    due = [
+        Arrival(index=index, at_s=index * gap_s, phase=0, input_tokens=input_tokens, output_tokens=output_tokens)
+        for index in range(count)
+    ]
+    found = await Runner([client], prompts, timeout_s=300.0).run(due)
+    bad = [one for one in found if not one.done]
+    if bad:
+        raise SystemExit(f"a request failed while nothing was wrong: {bad[0].detail}")
+    return found
+
+
+async def calibrate(arguments: argparse.Namespace) -> Shape:
+    """Unloaded times, and what one instance of each role can do under its share of the processors."""
+    with cpu_shares.cpu_shares(CORES_EACH) as env:
+        async with local_cluster(deploy_of(arguments, (1, 2), None), env) as cluster:
+            async with AsyncClient(cluster.address) as client:
+                await burst(client, 2, 64, 8, 0.0)
+                loaded = await burst(client, NUM_LOADED, arguments.probe_input, 1, 0.0)
+                prefill_rate = sum(one.input_tokens for one in loaded) / max(one.ended_s for one in loaded)
+                loaded = await burst(client, NUM_LOADED, DECODE_HEAVY_INPUT, arguments.probe_output, 0.0)
+                began_s = statistics.median(one.token_at_s[0] for one in loaded)
+                tokens = sum(sum(at_s >= began_s for at_s in one.token_at_s) for one in loaded)
+                decode_rate = tokens / (max(one.ended_s for one in loaded) - began_s) / 2
+                usable = (1 - HEADROOM) * 2 / arguments.rate
+                input_tokens, output_tokens = int(usable * prefill_rate), int(usable * decode_rate)
+                alone = []
+                for shape in ((input_tokens, PREFILL_HEAVY_OUTPUT), (DECODE_HEAVY_INPUT, output_tokens)):
+                    for _ in range(NUM_UNLOADED):
+                        alone.append((await burst(client, 1, *shape, 0.0))[0])
+    ttft = statistics.median(one.ttft_ms or 0.0 for one in alone[:NUM_UNLOADED])
+    tpot = statistics.median(one.tpot_ms or 0.0 for one in alone[NUM_UNLOADED:])
+    found = Shape(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        goals={"ttft": GOAL_FACTOR * ttft, "tpot": GOAL_FACTOR * tpot},
+        prefill_rate=prefill_rate,
+        decode_rate=decode_rate,
+    )
+    print(f"chosen: {found}", file=sys.stderr, flush=True)
+    return found
+
+
+async def follow(cluster: LocalCluster, runner: Runner, arm: Arm) -> None:
+    """Note every change of the ratio, and the controller's decisions."""
+    while True:
+        status = await cluster.status()
+        if status is not None:
+            ready = [process.role for process in status.processes if process.state == "ready" and process.role]
+            now = ready.count(1), ready.count(2)
+            if sum(now) and (not arm.ratios or arm.ratios[-1][1:] != now):
+                arm.ratios.append((runner.now_s(), *now))
+            for event in status.decisions:
+                line = f"{event.kind} {event.subject}: {event.text}"
+                if line not in arm.decisions:
+                    arm.decisions.append(line)
+                    print(f"{arm.name} at {runner.now_s():.0f} s: {line}", file=sys.stderr, flush=True)
+        await asyncio.sleep(0.5)
+
+
+async def run_arm(arguments: argparse.Namespace, name: str, shape: Shape, phases: Sequence[Phase]) -> Arm:
+    arm = Arm(name=name)
+    policy = policy_of(shape) if name == "auto" else None
+    ratio = RATIOS.get(name, RATIOS["2P1D"])  # the autoscaler begins with what suits the first phase
+    with cpu_shares.cpu_shares(CORES_EACH) as env:
+        async with local_cluster(deploy_of(arguments, ratio, policy), env) as cluster:
+            async with AsyncClient(cluster.address) as client:
+                await burst(client, 4, 64, 8, 0.5)
+                model = (await client.model_info()).model
+                prompts = RandomPrompts(vocab_size=model.vocab_size, max_model_len=model.max_model_len, seed=7)
+                runner = Runner([client], prompts, timeout_s=120.0)
+                following = asyncio.create_task(follow(cluster, runner, arm))
+                arm.measured = list(await runner.run(arrivals(phases, random.Random(arguments.seed))))
+                following.cancel()
+    return arm
+
+
+def attained(measured: Sequence[Measured], goals: dict[Metric, float], since_s: float, until_s: float) -> float:
+    share = summarize([one for one in measured if since_s <= one.due_s < until_s], goals).attainment
+    return math.nan if share is None else share
+
+
+def judge(found: report.Report, arms: Sequence[Arm], shape: Shape, phases: Sequence[Phase]) -> None:
+    turns = [index * phases[0].seconds for index in range(len(phases))]
+    for arm in arms:
+        for index, (phase, turn_s) in enumerate(zip(phases, turns, strict=True)):
+            until_s = turn_s + phase.seconds
+            mine = [one for one in arm.measured if turn_s + SETTLE_S <= one.due_s < until_s]
+            settled = attained(arm.measured, shape.goals, turn_s + SETTLE_S, until_s)
+            whole = [*windows(mine, WINDOW_S, until_s)][math.ceil((turn_s + SETTLE_S) / WINDOW_S) :]
+            shares = [summarize(window, shape.goals).attainment for window in whole if window]
+            worst = min((share for share in shares if share is not None), default=math.nan)
+            ttft = spread_of([one.ttft_ms for one in mine if one.ttft_ms is not None])
+            tpot = spread_of([one.tpot_ms for one in mine if one.tpot_ms is not None])
+            failed = sum(not one.done for one in arm.measured if turn_s <= one.due_s < until_s)
+            found.row(
+                arm.name,
+                phase.name,
+                len(mine),
+                settled,
+                worst,
+                ttft.percentiles[90] if ttft else math.nan,
+                tpot.percentiles[90] if tpot else math.nan,
+                failed,
+            )
+            if arm.name == "auto":
+                found.goal(f"auto_attainment_{index}_{phase.name}", settled, 0.9, at_least=True)
+                found.goal(f"auto_worst_window_{index}_{phase.name}", worst, 0.75, at_least=True)
+            else:
+                right = (arm.name == "2P1D") == (phase.name == "prefill-heavy")
+                name = f"{arm.name}_{'right' if right else 'wrong'}_{index}_{phase.name}"
+                found.goal(name, settled, 0.9 if right else 0.5, at_least=right)
+        if arm.name == "auto":
+            found.goal("auto_failed", sum(not one.done for one in arm.measured), 0)
+            found.goal("auto_reversals_within_cooldown", reversals(arm.ratios), 0)
+            found.goal("auto_changes_of_ratio", len(settled_ratios(arm.ratios)) - 1, 2, at_least=True)
+
+
+def settled_ratios(ratios: Sequence[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    """Those with every instance ready: an instance that turns is away for a moment."""
+    found: list[tuple[float, int, int]] = []
+    for one in ratios:
+        if sum(one[1:]) == INSTANCES and (not found or found[-1][1:] != one[1:]):
+            found.append(one)
+    return found
+
+
+def reversals(ratios: Sequence[tuple[float, int, int]]) -> int:
+    """Changes that take back the one before within the cooldown."""
+    found = settled_ratios(ratios)
+    return sum(
+        later[1:] == earlier[1:] and later[0] - between[0] < COOLDOWN_S
+        for earlier, between, later in zip(found, found[1:], found[2:], strict=False)
+    )
+
+
+async def measure(arguments: argparse.Namespace) -> int:
+    columns = ("ratio", "phase", "requests", "attainment", "worst window", "TTFT p90 ms", "TPOT p90 ms", "failed")
+    found = report.Report("live_shift", columns)
+    shape = await calibrate(arguments)
+    phases = phases_of(shape, arguments.rate, arguments.phase)
+    arms = []
+    for name in arguments.arms:
+        arms.append(await run_arm(arguments, name, shape, phases))
+        found.extra["arms"] = [
+            {"name": arm.name, "ratios": arm.ratios, "decisions": arm.decisions, "requests": len(arm.measured)}
+            for arm in arms
+        ]
+        found.write(arguments)
+    found.extra["shape"] = {
+        "input_tokens": shape.input_tokens,
+        "output_tokens": shape.output_tokens,
+        "goals_ms": shape.goals,
+        "prefill_tokens_per_s": shape.prefill_rate,
+        "decode_tokens_per_s": shape.decode_rate,
+        "rate": arguments.rate,
+    }
+    judge(found, arms, shape, phases)
+    if arguments.plot:
+        _draw(Path(arguments.plot), arms, phases, shape)
+    return found.finish(arguments)
+
+
+def _draw(path: Path, arms: Sequence[Arm], phases: Sequence[Phase], shape: Shape) -> None:
+    path.write_text(shift_plot.picture(arms, phases, shape.goals, WINDOW_S))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--phase", type=float, default=150.0, metavar="S", help="length of each of the three phases")
+    parser.add_argument("--rate", type=float, default=1.5, help="requests/s: 40 in a window of 30 s need 1.34")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--kv-memory", default="256MiB", help="of each instance")
+    parser.add_argument("--arms", nargs="+", choices=["auto", *RATIOS], default=["auto", *RATIOS])
+    parser.add_argument("--probe-input", type=int, default=128, help="prompt tokens of the calibration")
+    parser.add_argument("--probe-output", type=int, default=48, help="output tokens of the calibration")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--plot", metavar="FILE", help="an SVG")
+    report.add_arguments(parser)
+    arguments = parser.parse_args()
+    reason = cpu_shares.lacking()
+    if reason:
+        print(f"live_shift: needs a share of the processors for each instance: {reason}", file=sys.stderr)
+        return 2
+    return asyncio.run(measure(arguments))
+
+
+if __name__ == "__main__":
+    report.run(main)

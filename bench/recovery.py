@@ -1,0 +1,240 @@
+"""What is lost when something dies: every fault on a deployment under load, whose processes have hosts of their own.
+
+    python bench/recovery.py [--faults kill:decode stop:prefill ...] [--repeat 3] [--kills 10] [--model smollm2]
+                             [--tokens FILE] [--json FILE] [--check]
+
+1 prefill and 2 decode instances, 2 routers, mode auto, float32 and codec raw, each process in a network namespace (root).
+Faults: kill -9, SIGSTOP and partition (packets dropped, no end is told) of a prefill instance, a decode instance, the
+controller and one of two routers, and a partition of prefill and decode instance from each other alone; stops and partitions
+heal after 10 s. Answers are compared with recorded ones (``record_tokens.py``; tests/reference has SmolLM2's).
+
+A request is *lost* when it is not done, save UNAVAILABLE of streams at the faulted router. *Seen*: every router has the
+instance as not ready; of a router: its last stream has ended at the client. The gap is the longest silence of a stream that
+went on elsewhere, the bound detection + displaced tokens / prefill rate under the same load + 1 s.
+"""
+
+import argparse
+import asyncio
+import math
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import report
+from fault_case import Fault, Kind, Load, Outcome, load_of, run_case
+from netns_cluster import CONTROLLER, netns_cluster, routers_supported
+from record_tokens import record
+
+from biphase.client.bench.arrivals import Arrival, Phase, arrivals
+from biphase.client.bench.lengths import Lengths, fixed, parse_lengths
+from biphase.client.bench.phases_file import read_lengths
+from biphase.client.bench.prompts import RecordedPrompts
+from biphase.client.bench.tokens_file import Recording, read_recording
+from biphase.protos.errors import SetupError, one_line
+
+INSTANCES = ("prefill-0", "decode-0", "decode-1")
+VICTIMS = {"prefill": "prefill-0", "decode": "decode-0", "controller": CONTROLLER, "router": "router-0"}
+KINDS: tuple[Kind, ...] = ("kill", "stop", "partition")
+RECORDED = Path(__file__).resolve().parent.parent / "tests" / "reference" / "smollm2_recorded.jsonl"
+OUTPUT_LEN = "uniform:96:256"
+BURST, LONGEST_S = 10, 150.0
+COLUMNS = (
+    "fault",
+    "seen s",
+    "requests",
+    "lost",
+    "at router",
+    "replays",
+    "wrong",
+    "left",
+    "gap s",
+    "bound s",
+    "strong s",
+)
+
+
+def all_faults() -> list[str]:
+    return [f"{kind}:{victim}" for kind in KINDS for victim in VICTIMS] + ["pair:decode"]
+
+
+def fault_of(word: str) -> Fault:
+    kind, _, victim = word.partition(":")
+    if kind == "pair":
+        return Fault(kind="pair", victim=VICTIMS["decode"], other=VICTIMS["prefill"])
+    return Fault(kind=kind, victim=VICTIMS[victim])  # type: ignore[arg-type]
+
+
+def requests(rate: float, seed: int, output: Lengths) -> list[Arrival]:
+    """A burst, so that every instance is soon at work, then an even stream for as long as a case may take."""
+    shape = {"input_tokens": fixed(96), "output_tokens": output}
+    phases = (
+        Phase(name="burst", seconds=1.0, rate=BURST, rate_end=BURST, burstiness=math.inf, **shape),  # type: ignore[arg-type]
+        Phase(name="even", seconds=LONGEST_S, rate=rate, rate_end=rate, burstiness=1.0, **shape),  # type: ignore[arg-type]
+    )
+    return list(arrivals(phases, random.Random(seed)))
+
+
+async def baseline(load: Load, seed: int, output: Lengths) -> tuple[float, float]:
+    """Without a fault: (requests/s at saturation, prompt tokens/s that a prefill gets under it)."""
+    runner = load.runner()
+    once = [
+        Arrival(index=one.index, at_s=0.0, phase=0, input_tokens=one.input_tokens, output_tokens=one.output_tokens)
+        for one in requests(1.0, seed, output)[: 2 * BURST]
+    ]
+    found = await runner.run(once)
+    bad = [one for one in found if not one.done or one.wrong]
+    if bad:
+        raise SystemExit(f"without any fault a request failed or was wrong: {bad[0]}")
+    seconds = max(one.ended_s for one in found)
+    prefill_s = sum(one.prefill_ms for one in found) / 1e3
+    return len(found) / seconds, sum(one.input_tokens for one in found) / max(prefill_s, 1e-3)
+
+
+def recording_of(arguments: argparse.Namespace) -> Recording:
+    """The given one, the one in the repository, or, of another model, one made now."""
+    if arguments.tokens or arguments.model == "smollm2":
+        return read_recording(arguments.tokens or RECORDED)
+    return record(arguments.model, num_prompts=32, input_len="uniform:32:160", output_len=256)
+
+
+def deploy_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The deploy file."""
+    plan = {"threads": 1, "kv_memory": arguments.kv_memory}
+    return {
+        "model": arguments.model,
+        "mode": "auto",
+        "kv_transport": "tcp",
+        "max_model_len": 1024,
+        "prefill": {"replicas": 1, **plan},
+        "decode": {"replicas": 2, **plan},
+        "drain_s": 1.0,
+    }
+
+
+async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
+    found = report.Report("recovery", COLUMNS)
+    outcomes: list[tuple[Outcome, float]] = []
+    words = arguments.faults or all_faults()
+    if not routers_supported():
+        words = [word for word in words if not word.endswith(":router")]
+        print("this deployment has one router only: faults of a router are left out", file=sys.stderr)
+    due = [
+        (word, number)
+        for word in words
+        for number in range(arguments.kills if word in ("kill:prefill", "kill:decode") else arguments.repeat)
+    ]
+    prompts = RecordedPrompts(recording.usable, seed=arguments.seed, candidates=1)
+    output = parse_lengths(OUTPUT_LEN, "output", read_lengths)
+    deploy = deploy_of(arguments)
+    while due:  # a deployment that does not come back is replaced, and what it did is in the table
+        with tempfile.TemporaryDirectory() as folder:
+            async with netns_cluster(Path(folder), deploy, num_instances=len(INSTANCES)) as cluster:
+                async with load_of(cluster, prompts) as load:
+                    capacity, prefill_rate = await baseline(load, arguments.seed, output)
+                    print(f"capacity {capacity:.2f} requests/s, prefill {prefill_rate:.0f} tokens/s", file=sys.stderr)
+                    while due:
+                        word, number = due.pop(0)
+                        seed = arguments.seed + 1000 * number + sum(map(ord, word))
+                        outcome = await run_case(load, fault_of(word), requests(capacity / 2, seed, output), INSTANCES)
+                        bound_s = outcome.seen_s + outcome.displaced_tokens / prefill_rate + 1.0
+                        outcomes.append((outcome, bound_s))
+                        _row(found, outcome, bound_s)
+                        found.write(arguments)
+                        if math.isnan(outcome.strong_s):
+                            print(
+                                f"{outcome.fault.label}: not at full strength again\n{cluster.logs()}", file=sys.stderr
+                            )
+                            break
+    _goals(found, outcomes)
+    found.extra["per_fault"] = _per_fault([outcome for outcome, _ in outcomes])
+    return found.finish(arguments)
+
+
+def _row(found: report.Report, outcome: Outcome, bound_s: float) -> None:
+    found.row(
+        outcome.fault.label,
+        outcome.seen_s,
+        len(outcome.measured),
+        len(outcome.lost),
+        len(outcome.excused),
+        outcome.replays,
+        outcome.wrong,
+        sum(outcome.left.values()),
+        outcome.gap_s,
+        bound_s,
+        outcome.strong_s,
+    )
+    words = f"{outcome.fault.label}: seen {outcome.seen_s:.3f} s, {len(outcome.lost)} of {len(outcome.measured)} lost, "
+    words += f"{outcome.wrong} wrong, gap {outcome.gap_s:.2f} s, full strength {outcome.strong_s:.1f} s"
+    print(words, file=sys.stderr, flush=True)
+    for kind in sorted({one.kind for one in outcome.lost}):
+        print(f"    {kind}: {next(one.detail for one in outcome.lost if one.kind == kind)}", file=sys.stderr)
+    if outcome.left:
+        print(f"    left: {outcome.left}", file=sys.stderr, flush=True)
+
+
+def _per_fault(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+    """Medians and maxima, as docs/reliability.md has them."""
+    found: dict[str, dict[str, float]] = {}
+    for label in dict.fromkeys(outcome.fault.label for outcome in outcomes):
+        mine = [outcome for outcome in outcomes if outcome.fault.label == label]
+        of: dict[str, float] = {"cases": len(mine), "lost": sum(len(one.lost) for one in mine)}
+        for name in ("seen_s", "gap_s", "strong_s", "stopped_s"):
+            values = [value for one in mine if not math.isnan(value := getattr(one, name))]
+            if values:
+                of |= {f"{name}_median": statistics.median(values), f"{name}_max": max(values)}
+        found[label] = of
+    return found
+
+
+def _goals(found: report.Report, outcomes: Sequence[tuple[Outcome, float]]) -> None:
+    every = [outcome for outcome, _ in outcomes]
+    found.goal("lost_requests", sum(len(one.lost) for one in every), 0)
+    found.goal("wrong_tokens", sum(one.wrong for one in every), 0)
+    found.goal("leaked", sum(sum(one.left.values()) for one in every), 0)
+    found.goal("not_back_at_full_strength", sum(math.isnan(one.strong_s) for one in every), 0)
+    instances = [one for one in every if one.fault.role in ("prefill", "decode") and one.fault.kind != "pair"]
+    for name, kinds, bound_s in (("kill", ("kill",), 0.1), ("stop_or_partition", ("stop", "partition"), 2.5)):
+        seen = [one.seen_s for one in instances if one.fault.kind in kinds]
+        if seen:
+            found.goal(f"{name}_seen_worst_s", max(math.inf if math.isnan(value) else value for value in seen), bound_s)
+    routers = [one for one in every if one.fault.role == "router"]
+    if routers:
+        for name, bound_s in (("seen_s", 3.0), ("stopped_s", 5.0)):
+            values = [getattr(one, name) for one in routers]
+            worst = max(math.inf if math.isnan(value) else value for value in values)
+            found.goal(f"router_{name.removesuffix('_s')}_worst_s", worst, bound_s)
+    gaps = [one.gap_s - bound_s for one, bound_s in outcomes if one.fault.role == "decode" and one.displaced]
+    gaps = [gap for gap in gaps if not math.isnan(gap)]
+    if gaps:
+        found.goal("gap_over_bound_worst_s", max(gaps), 0.0)
+    found.goal("displaced_streams", sum(len(one.displaced) for one in every), 1, at_least=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--faults", nargs="+", choices=all_faults(), metavar="KIND:VICTIM", help=", ".join(all_faults())
+    )
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=10, help="of prefill and decode instance, each")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--kv-memory", default="256MiB", help="of each instance")
+    parser.add_argument("--tokens", type=Path, metavar="FILE", help="recorded answers of at least 256 tokens")
+    parser.add_argument("--seed", type=int, default=1)
+    report.add_arguments(parser)
+    arguments = parser.parse_args()
+    try:
+        recording = recording_of(arguments)
+        return asyncio.run(measure(arguments, recording))
+    except SetupError as error:
+        print(f"recovery: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    report.run(main)
