@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from biphase.client.bench import flags as bench_flags
+from biphase.cluster import admin_parsers
+from biphase.cluster.controller_call import add_whom
 from biphase.cluster.deployment import Dtype, KvCodec, KvDtype, KvTransport
 from biphase.cluster.version import version
 from biphase.protos.errors import BiphaseError, InvalidRequest, SetupError, one_line
@@ -32,7 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_stop(commands)
     _add_generate(commands)
+    _add_autoscale(commands)
     _add_bench(commands)
+    admin_parsers.add_commands(commands)
     return parser
 
 
@@ -100,8 +104,9 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _add_status(commands: "argparse._SubParsersAction[_Parser]") -> None:
     status = commands.add_parser("status", help="show a running deployment and its processes")
-    status.add_argument("--name", help="which deployment (default: the one that runs)")
+    add_whom(status)
     status.add_argument("--json", action="store_true", help="everything, counters too, as JSON")
+    status.add_argument("--watch", action="store_true", help="again at every change, until Ctrl-C")
     status.set_defaults(run="status", parser=status)
 
 
@@ -157,6 +162,29 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     bench.set_defaults(run="bench", parser=bench)
 
 
+def _add_autoscale(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    autoscale = commands.add_parser("autoscale", help="try an autoscaling policy")
+    autoscale.set_defaults(run=None, parser=autoscale)
+    parts = autoscale.add_subparsers(dest="part", metavar="PART")
+    replay = parts.add_parser(
+        "replay",
+        help="run a policy over a recorded history, offline",
+        description="Run a policy over a recorded history of signals and print what it would have done, and why.",
+        epilog="example: biphase autoscale replay --policy examples/policy.yaml --signals examples/history.jsonl",
+    )
+    replay.add_argument("--policy", required=True, metavar="FILE", help="a policy file, as examples/policy.yaml")
+    replay.add_argument("--signals", required=True, metavar="FILE", help="a recorded history, as examples/history.jsonl")
+    replay.add_argument("--start-s", type=float, default=30.0, metavar="S", help="how long a start takes (default 30)")
+    replay.add_argument(
+        "--as-recorded",
+        action="store_true",
+        help="decide over the instances that really ran, not those that the decisions would have led to",
+    )
+    replay.add_argument("--all", action="store_true", help="a line for every decision, not for news alone")
+    replay.add_argument("--json", action="store_true", help="one JSON object per decision")
+    replay.set_defaults(run="autoscale replay", parser=replay)
+
+
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; what cannot be taken ends here, with the usage of the subcommand that was meant."""
     parser = make_parser()
@@ -165,7 +193,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         words = arguments.run == "generate" and any(not word.startswith("-") for word in unknown)
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}" + ("; quote the prompt" if words else ""))
     if arguments.run is None:
-        parser.print_help(sys.stderr)
+        arguments.parser.print_help(sys.stderr)
         parser.exit(EXIT_USAGE)
     return arguments
 
@@ -187,10 +215,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from biphase.cluster.status_command import stop
 
                 return stop(arguments)
+            case admin if admin in admin_parsers.COMMANDS:
+                return admin_parsers.run_command(admin, arguments)
             case "bench":
                 from biphase.cluster.bench_command import run_bench
 
                 return run_bench(arguments)
+            case "autoscale replay":
+                from biphase.cluster.autoscale_command import replay
+
+                return replay(arguments)
             case _:
                 from biphase.cluster.generate_command import generate
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.wanted import wanted_of
 from biphase.protos.errors import SetupError
+from biphase.protos.values import Role
 
 WHOLE = 10_000
 """Shares are counted in ten-thousandths, as Ray does: their sums are exact."""
@@ -68,6 +69,51 @@ def divide(deployment: Deployment, num_gpus: int, *, where: str = "this host") -
         left[gpu] -= share
         parts[name] = GpuPart(share=share / WHOLE, gpus=(gpu,))
     return parts
+
+
+def share_of(deployment: Deployment, name: str, role: Role, num_gpus: int, *, where: str = "this host") -> float:
+    """The part of one GPU that each rank of an instance gets, of one that was added later too: as others of its role."""
+    parts = divide(deployment, num_gpus, where=where)
+    if name in parts:
+        return parts[name].share
+    gpus = deployment.plan(role).gpus
+    if deployment.device == "cpu" or gpus == 0 or not num_gpus:
+        return 0.0
+    alike = (part.share for other, part in parts.items() if other.startswith(f"{role}-"))
+    return gpus if gpus is not None else next(alike, 1.0)
+
+
+def part_of(
+    deployment: Deployment,
+    name: str,
+    role: Role,
+    num_gpus: int,
+    held: Mapping[str, GpuPart],
+    *,
+    where: str = "this host",
+) -> GpuPart:
+    """The part of an instance that starts now, beside what others hold: that of ``divide`` where it is free, else the
+    first GPUs with room. Raises SetupError when there is none."""
+    share = in_parts(share_of(deployment, name, role, num_gpus, where=where))
+    if not share:
+        return GpuPart()
+    left = [WHOLE] * num_gpus
+    for other, part in held.items():
+        for gpu in part.gpus if other != name else ():
+            left[gpu] -= in_parts(part.share)
+    first = divide(deployment, num_gpus, where=where).get(name, GpuPart()).gpus
+    taken: list[int] = []
+    for rank in range(deployment.plan(role).parallel.num_ranks):
+        wish = first[rank : rank + 1]
+        gpu = next((gpu for gpu in (*wish, *range(num_gpus)) if left[gpu] >= share), None)
+        if gpu is None:
+            raise SetupError(
+                f"{name} asks for {share / WHOLE:g} of a GPU for each rank, {where} has {num_gpus}, and none with so "
+                "much left"
+            )
+        left[gpu] -= share
+        taken.append(gpu)
+    return GpuPart(share=share / WHOLE, gpus=tuple(taken))
 
 
 def in_parts(amount: float) -> int:

@@ -7,14 +7,14 @@ run directory; by its records a life is found again, whoever started it.
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from biphase.cluster.backend import CONTROLLER, STATE, Handle, ProcessSpec
-from biphase.cluster.gpus import GpuPart, divide, host_gpus
+from biphase.cluster.gpus import GpuPart, divide, host_gpus, part_of
 from biphase.cluster.process_rank import ProcessRank
 from biphase.cluster.rank_group import MissingRank, RankGroup
 from biphase.cluster.run_dir import RunDir, replace_file, started_ticks
@@ -35,6 +35,7 @@ class ProcessBackend:
         self._owner = owner
         self._gpus = host_gpus()
         self._groups: dict[tuple[str, int], RankGroup] = {}
+        self._gpu_parts: dict[tuple[str, int], GpuPart] = {}
 
     async def open(self) -> None:
         self._run_dir.processes.mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,9 @@ class ProcessBackend:
     async def check(self, specs: Sequence[ProcessSpec]) -> None:
         """One host takes what it is given (threads and memory are the ranks' own defaults to bound), GPUs apart."""
         divide(specs[0].deployment, len(self._gpus))
+        held = self._held()
+        for spec in specs:
+            held[spec.name] = self._part(spec, held)
 
     async def start(self, spec: ProcessSpec) -> RankGroup:
         ranks: list[ProcessRank] = []
@@ -72,6 +76,8 @@ class ProcessBackend:
             "num_ranks": spec.plan.num_ranks,
             "pid": rank.pid,
             "started_ticks": started_ticks(rank.pid),
+            "gpus": self._gpu_parts[spec.name, spec.incarnation].gpus,
+            "gpu_share": self._gpu_parts[spec.name, spec.incarnation].share,
         }
         replace_file(self._file(spec), json.dumps(record))
         return rank
@@ -81,9 +87,8 @@ class ProcessBackend:
 
     def _rank_specs(self, spec: ProcessSpec) -> list[ProcessSpec]:
         """What each rank is told: which one it is, how it finds rank 0, and which GPU is its own."""
-        part = GpuPart()
-        if spec.kind == "prefill" or spec.kind == "decode":
-            part = divide(spec.deployment, len(self._gpus))[spec.name]
+        part = self._part(spec, self._held())
+        self._gpu_parts[spec.name, spec.incarnation] = part
         several = spec.plan.num_ranks > 1
         key, leader = (secrets.token_hex(16), str(self._file(spec, "announce"))) if several else ("", "")
         specs = []
@@ -91,6 +96,21 @@ class ProcessBackend:
             env = (*spec.env, ("CUDA_VISIBLE_DEVICES", self._gpus[part.gpus[rank]])) if part.gpus else spec.env
             specs.append(replace(spec, rank=rank, rank_key=key, leader=leader, gpus=part.share, env=env))
         return specs
+
+    def _part(self, spec: ProcessSpec, held: Mapping[str, GpuPart]) -> GpuPart:
+        """Of the GPUs of this host, beside what others hold."""
+        if spec.kind != "prefill" and spec.kind != "decode":
+            return GpuPart()
+        return part_of(spec.deployment, spec.name, spec.kind, len(self._gpus), held)
+
+    def _held(self) -> dict[str, GpuPart]:
+        """What living instances have of the GPUs, whoever started them."""
+        held: dict[str, GpuPart] = {}
+        for key, part in self._gpu_parts.items():
+            group = self._groups.get(key)
+            if group is not None and group.end is None:
+                held[key[0]] = part
+        return held
 
     async def adopt(self) -> list[Handle]:
         """Every life with a record here. One that has ended already is there too, with its end and last word."""
@@ -103,6 +123,8 @@ class ProcessBackend:
                 records.setdefault((record["name"], record["incarnation"]), {})[record["rank"]] = record
         for key, found in records.items():
             if key not in self._groups:
+                record = next(iter(found.values()))
+                self._gpu_parts[key] = GpuPart(share=record.get("gpu_share", 0.0), gpus=tuple(record.get("gpus", ())))
                 self._groups[key] = self._adopted(next(iter(found.values())), found)
         return [self._groups[key] for key in records]
 

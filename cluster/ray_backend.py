@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from biphase.cluster.backend import STATE, Handle, ProcessSpec
 from biphase.cluster.deployment import Deployment
-from biphase.cluster.gpus import WHOLE, GpuPart, divide, host_gpus
+from biphase.cluster.gpus import WHOLE, GpuPart, divide, host_gpus, share_of
 from biphase.cluster.rank_group import MissingRank, RankGroup
 from biphase.cluster.ray_actor import ProcessActor
 from biphase.cluster.ray_names import ActorName, group_name, namespace_of
@@ -140,6 +140,12 @@ class RayBackend:
         num_gpus = int(internal_kv._internal_kv_get(self._num_gpus_key()) or 0)
         return divide(deployment, num_gpus, where="the Ray cluster")
 
+    def _share(self, spec: ProcessSpec) -> float:
+        if spec.kind != "prefill" and spec.kind != "decode":
+            return 0.0
+        num_gpus = int(internal_kv._internal_kv_get(self._num_gpus_key()) or 0)
+        return share_of(spec.deployment, spec.name, spec.kind, num_gpus, where="the Ray cluster")
+
     def _keep_num_gpus(self, num_gpus: int) -> None:
         """As many as there are at the start, for every life: a host that goes must change no instance's share."""
         internal_kv._internal_kv_put(self._num_gpus_key(), str(num_gpus).encode(), overwrite=True)
@@ -149,7 +155,7 @@ class RayBackend:
 
     def _create(self, spec: ProcessSpec) -> list[Any]:
         """All actors of a life, in the order of their ranks. Ray starts them when their bundles are there."""
-        share = self._parts(spec.deployment).get(spec.name, GpuPart()).share
+        share = self._share(spec)
         spec = replace(spec, gpus=share, host=spec.host if len(_all_there()) == 1 else "")
         key = secrets.token_hex(16) if spec.plan.num_ranks > 1 else ""
         try:

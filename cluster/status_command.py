@@ -7,13 +7,18 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Mapping
+import time
 from typing import Any
 
+from biphase.cluster.controller_call import CONTROLLER_VARIABLE
+from biphase.cluster.events_command import as_json
 from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord, served, started_ticks
-from biphase.protos.errors import SetupError
+from biphase.cluster.status_table import print_status
+from biphase.protos.errors import SetupError, Unavailable
 
 CALL_S = 5.0
+WATCH_S, MIN_WATCH_S = 5.0, 0.5
+"""How long an unchanged status stands, and how long any does at least."""
 STOP_PATIENCE_S = 120.0
 
 
@@ -35,119 +40,104 @@ def chosen(name: str | None) -> tuple[RunDir, ServeRecord]:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    run_dir, record = chosen(arguments.name)
-    seen = _ask_controller(record)
-    if arguments.json:
-        print(json.dumps(_as_json(run_dir, record, seen), indent=2))
-    else:
-        _print_table(run_dir, record, seen)
+    given = arguments.controller or (os.environ.get(CONTROLLER_VARIABLE) if arguments.name is None else None)
+    run_dir, record = (None, None) if given else chosen(arguments.name)
+    address = given or (record.controller_address if record is not None else "")
+    if arguments.watch:
+        return _watch(address, run_dir, record, as_json=arguments.json)
+    seen = _ask_controller(address)
+    if seen is None and record is None:
+        raise Unavailable(f"the controller at {address} does not answer")
+    _show(seen, run_dir, record, as_json=arguments.json)
     return 0
 
 
-def _ask_controller(record: ServeRecord) -> Any | None:
+def _show(seen: Any | None, run_dir: RunDir | None, record: ServeRecord | None, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_as_json(run_dir, record, seen), indent=2), flush=True)
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    if seen is None:
+        assert record is not None
+        console.print(f"{record.name}: {record.state} (supervisor pid {record.pid}); the controller does not answer")
+        return
+    print_status(console, seen, record.pid if record is not None else None, run_dir.path if run_dir else None)
+
+
+def _watch(address: str, run_dir: RunDir | None, record: ServeRecord | None, *, as_json: bool) -> int:
+    """At every change, and while nothing changes every few seconds, until Ctrl-C or the deployment's end."""
+    while True:
+        seen = _ask_controller(address)
+        if seen is None and (record is None or started_ticks(record.pid) != record.started_ticks):
+            raise Unavailable(f"the controller at {address} does not answer")
+        if sys.stdout.isatty() and not as_json:
+            print("\x1b[H\x1b[2J", end="")
+        _show(seen, run_dir, record, as_json=as_json)
+        _wait_for_change(address)
+
+
+def _wait_for_change(address: str) -> None:
+    import grpc
+
+    from biphase.protos import controller_pb2, controller_pb2_grpc
+    from biphase.protos.grpc_setup import channel_options
+
+    began_s = time.monotonic()
+    with grpc.insecure_channel(address, options=channel_options()) as channel, contextlib.suppress(grpc.RpcError):
+        watch = controller_pb2_grpc.ControllerStub(channel).WatchStatus(
+            controller_pb2.WatchStatusRequest(), timeout=WATCH_S
+        )
+        next(watch)
+        next(watch)
+    time.sleep(max(0.0, MIN_WATCH_S - (time.monotonic() - began_s)))
+
+
+def _ask_controller(address: str) -> Any | None:
     """The controller's ClusterStatus, None when it does not answer."""
     import grpc
 
     from biphase.protos import controller_pb2, controller_pb2_grpc
     from biphase.protos.grpc_setup import channel_options
 
-    with grpc.insecure_channel(record.controller_address, options=channel_options()) as channel:
+    with grpc.insecure_channel(address, options=channel_options()) as channel:
         with contextlib.suppress(grpc.RpcError):
             stub = controller_pb2_grpc.ControllerStub(channel)
             return stub.GetStatus(controller_pb2.WatchStatusRequest(), timeout=CALL_S)
     return None
 
 
-def _as_json(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> dict[str, Any]:
-    document: dict[str, Any] = {
-        "deployment": record.name,
-        "state": seen.state if seen is not None else record.state,
-        "detail": seen.detail if seen is not None else "the controller does not answer",
-        "backend": record.backend,
-        "supervisor_pid": record.pid,
-        "controller_address": record.controller_address,
-        "router_addresses": list(seen.router_addresses) if seen is not None else [record.router_address],
-        "run_dir": str(run_dir.path),
-        "stages": dict(record.stages),
-        "processes": [],
-    }
-    if seen is not None:
-        document |= {"model": seen.model, "mode": seen.mode, "uptime_s": seen.uptime_s, "version": seen.version}
-        fields = [field.name for field in seen.DESCRIPTOR.fields_by_name["processes"].message_type.fields]
-        for process in seen.processes:
-            values = {name: getattr(process, name) for name in fields}
-            maps = {name: dict(values[name]) for name in ("counters", "transports")}
-            document["processes"].append({**values, "rank_pids": list(process.rank_pids), **maps})
+def _as_json(run_dir: RunDir | None, record: ServeRecord | None, seen: Any | None) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    if record is not None and run_dir is not None:
+        document = {
+            "deployment": record.name,
+            "state": record.state,
+            "detail": "the controller does not answer",
+            "backend": record.backend,
+            "supervisor_pid": record.pid,
+            "controller_address": record.controller_address,
+            "router_addresses": [record.router_address],
+            "run_dir": str(run_dir.path),
+            "stages": dict(record.stages),
+            "processes": [],
+        }
+    if seen is None:
+        return document
+    plain = ("deployment", "state", "detail", "backend", "model", "mode", "uptime_s", "version")
+    document |= {key: getattr(seen, key) for key in (*plain, "epoch", "ratio", "pinned", "policy")}
+    document |= {key: list(getattr(seen, key)) for key in ("router_addresses", "warnings", "cordoned_nodes")}
+    document["decisions"] = [json.loads(as_json(event)) for event in seen.decisions]
+    document["processes"] = [_process_json(process) for process in seen.processes]
     return document
 
 
-def _print_table(run_dir: RunDir, record: ServeRecord, seen: Any | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    if seen is None:
-        console.print(f"{record.name}: {record.state} (supervisor pid {record.pid}); the controller does not answer")
-        return
-    routers = ", ".join(seen.router_addresses) or "no router yet"
-    console.print(
-        f"{seen.deployment}: {seen.state}, {seen.model} at {routers} ({seen.backend}, mode {seen.mode}, "
-        f"up {seen.uptime_s:.0f} s, supervisor pid {record.pid})",
-        markup=False,
-    )
-    if seen.detail:
-        console.print(seen.detail, markup=False)
-    table = Table(box=None, pad_edge=False)
-    for column in (
-        "process",
-        "state",
-        "plan",
-        "pid",
-        "incarnation",
-        "device",
-        "threads",
-        "KV memory",
-        "restarts",
-        "address",
-        "log",
-    ):
-        table.add_column(column, overflow="fold")
-    for process in seen.processes:
-        state = process.state
-        if state == "loading":
-            state = f"loading {process.progress:.0%} {process.detail}"
-        table.add_row(
-            process.name,
-            state,
-            process.plan.replace(" x ", ", ") or "-",
-            " ".join(map(str, process.rank_pids)) or str(process.pid or "-"),
-            str(process.incarnation),
-            process.device or "-",
-            str(process.threads or "-"),
-            f"{process.kv_bytes / 2**20:.0f} MiB" if process.kv_bytes else "-",
-            str(process.restarts),
-            process.address or "-",
-            os.path.relpath(process.log_file, run_dir.path) if process.log_file else "-",
-        )
-    console.print(table)
-    for process in seen.processes:
-        for words in transport_lines(process.name, process.transports):
-            console.print(words, markup=False)
-    console.print(f"logs below {run_dir.path}", markup=False)
-
-
-def transport_lines(name: str, transports: Mapping[str, str]) -> list[str]:
-    """What KV of each instance comes by: one line where all pairs of ranks agree, else one for each that differs."""
-    pairs: dict[str, dict[str, list[str]]] = {}
-    for pair, transport in transports.items():
-        ranks, _, peer = pair.rpartition(" of ")
-        pairs.setdefault(peer, {}).setdefault(transport, []).append(ranks)
-    lines = []
-    for peer, by_transport in sorted(pairs.items()):
-        for transport, which_ranks in sorted(by_transport.items()):
-            which = f" ({', '.join(sorted(which_ranks))})" if len(by_transport) > 1 else ""
-            lines.append(f"{name} takes KV of {peer}{which} by {transport}")
-    return lines
+def _process_json(process: Any) -> dict[str, Any]:
+    values = {name: getattr(process, name) for name in process.DESCRIPTOR.fields_by_name}
+    maps = {name: dict(values[name]) for name in ("counters", "transports")}
+    role = process.kind if process.role else ""
+    return {**values, "rank_pids": list(process.rank_pids), "role": role, **maps}
 
 
 def stop(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from biphase.cluster.backend import ProcessSpec
 from biphase.cluster.deployment import Deployment, Device, RolePlan
-from biphase.cluster.gpus import divide, host_gpus, in_parts
+from biphase.cluster.gpus import GpuPart, divide, host_gpus, in_parts, part_of
 from biphase.cluster.process_runner import _worker_config
 from biphase.cluster.wanted import spec_of
 from biphase.protos.errors import SetupError
@@ -190,3 +190,16 @@ def test_a_plan_that_says_how_many_gpus_means_it(gpus: float | None, device: str
     )
     assert _worker_config(spec_of(base, "decode-0", 1)).engine.device == device
     assert _worker_config(spec_of(base, "prefill-0", 1)).engine.device == "auto"
+
+
+def test_an_instance_that_is_added_finds_what_others_leave() -> None:
+    deployment = deployment_of((1, 1.0), (1, 1.0))
+    held = divide(deployment, 3)
+    assert part_of(deployment, "decode-1", "decode", 3, held) == GpuPart(share=1.0, gpus=(2,))
+    with pytest.raises(SetupError, match="decode-1 asks for 1 of a GPU for each rank, this host has 2, and none"):
+        part_of(deployment, "decode-1", "decode", 2, held)
+    again = {name: part for name, part in held.items() if name != "decode-0"}
+    assert part_of(deployment, "decode-0", "decode", 3, again) == held["decode-0"], "a next life has what it had"
+    taken = {**again, "decode-1": held["decode-0"]}
+    assert part_of(deployment, "decode-0", "decode", 3, taken).gpus == (2,), "what another took meanwhile is its own"
+    assert part_of(deployment_of((1, None), (1, None), "cpu"), "decode-1", "decode", 3, held) == GpuPart()

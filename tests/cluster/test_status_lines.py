@@ -1,6 +1,6 @@
 """What `biphase status` says of transports."""
 
-from biphase.cluster.status_command import transport_lines
+from biphase.cluster.status_table import transport_lines
 
 
 def test_pairs_that_agree_are_one_line() -> None:

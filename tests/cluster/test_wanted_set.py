@@ -203,7 +203,7 @@ def test_a_host_where_starts_fail_is_cordoned_and_named() -> None:
         say(core, "decode-1", "loading", now_s, node="bad")
     core.gone("decode-1", core.slots["decode-1"].life, "boom", now_s)
     assert "3 starts failed" in core.node_failures.cordoned["bad"]
-    assert [note for note in core.notes if note[0] == "node"][0][1] == "bad"
+    assert next(note for note in core.notes if note[0] == "node")[1] == "bad"
 
 
 def test_the_last_host_is_never_cordoned() -> None:

@@ -1,0 +1,109 @@
+"""A deployment's status as people read it: a headline, a table of its processes, transports, decisions, warnings."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from biphase.cluster.events_command import line_of
+
+COLUMNS = (
+    *("process", "role", "state", "health", "plan", "node", "load", "pid", "incarnation", "device", "threads"),
+    *("KV memory", "restarts", "generation", "address", "log"),
+)
+
+
+def print_status(console: Any, seen: Any, supervisor_pid: int | None, run_dir: Path | None) -> None:
+    """``console``: rich's; ``seen``: a ClusterStatus."""
+    from rich.table import Table
+
+    for line in headlines(seen, supervisor_pid):
+        console.print(line, markup=False)
+    table = Table(box=None, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")
+    for process in seen.processes:
+        table.add_row(*row_of(process, run_dir))
+    console.print(table)
+    for line in tail_lines(seen, run_dir):
+        console.print(line, markup=False)
+
+
+def headlines(seen: Any, supervisor_pid: int | None) -> Iterator[str]:
+    routers = ", ".join(seen.router_addresses) or "no router yet"
+    supervisor = f", supervisor pid {supervisor_pid}" if supervisor_pid is not None else ""
+    yield (
+        f"{seen.deployment}: {seen.state}, {seen.model} at {routers} ({seen.backend}, mode {seen.mode}, "
+        f"up {seen.uptime_s:.0f} s{supervisor})"
+    )
+    if seen.detail:
+        yield seen.detail
+    wanted = [seen.ratio] if seen.ratio else []
+    wanted += [f"pinned: {seen.pinned}"] if seen.pinned else []
+    wanted += [f"policy: {seen.policy}"] if seen.policy else []
+    if wanted:
+        yield "; ".join(wanted)
+
+
+def row_of(process: Any, run_dir: Path | None) -> list[str]:
+    state = process.state
+    if state == "loading":
+        state = f"loading {process.progress:.0%} {process.detail}"
+    is_instance = bool(process.role)
+    log = process.log_file
+    return [
+        process.name,
+        process.kind if is_instance else "-",
+        state,
+        process.health or "-",
+        process.plan.replace(" x ", ", ") or "-",
+        process.node or "-",
+        load_of(process) if is_instance else "-",
+        " ".join(map(str, process.rank_pids)) or str(process.pid or "-"),
+        str(process.incarnation),
+        process.device or "-",
+        str(process.threads or "-"),
+        f"{process.kv_bytes / 2**20:.0f} MiB" if process.kv_bytes else "-",
+        str(process.restarts),
+        process.generation or "-",
+        process.address or "-",
+        (os.path.relpath(log, run_dir) if run_dir is not None else log) if log else "-",
+    ]
+
+
+def load_of(process: Any) -> str:
+    """ "3 running, 512 queued, 80 % full", of blocks; "idle"."""
+    words = [f"{process.running} running"] if process.running else []
+    words += [f"{process.queued_tokens} tokens queued"] if process.queued_tokens else []
+    if process.num_blocks and process.free_blocks < process.num_blocks:
+        words.append(f"{1 - process.free_blocks / process.num_blocks:.0%} full")
+    return ", ".join(words) or "idle"
+
+
+def tail_lines(seen: Any, run_dir: Path | None) -> Iterator[str]:
+    for process in seen.processes:
+        yield from transport_lines(process.name, process.transports)
+    for node in seen.cordoned_nodes:
+        yield f"cordoned: {node}"
+    if seen.decisions:
+        yield "last decisions:"
+        for event in seen.decisions:
+            yield f"  {line_of(event)}"
+    for warning in seen.warnings:
+        yield f"warning: {warning}"
+    if run_dir is not None:
+        yield f"logs below {run_dir}"
+
+
+def transport_lines(name: str, transports: Mapping[str, str]) -> list[str]:
+    """What KV of each instance comes by: one line where all pairs of ranks agree, else one for each that differs."""
+    pairs: dict[str, dict[str, list[str]]] = {}
+    for pair, transport in transports.items():
+        ranks, _, peer = pair.rpartition(" of ")
+        pairs.setdefault(peer, {}).setdefault(transport, []).append(ranks)
+    lines = []
+    for peer, by_transport in sorted(pairs.items()):
+        for transport, which_ranks in sorted(by_transport.items()):
+            which = f" ({', '.join(sorted(which_ranks))})" if len(by_transport) > 1 else ""
+            lines.append(f"{name} takes KV of {peer}{which} by {transport}")
+    return lines
