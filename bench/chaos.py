@@ -88,7 +88,7 @@ async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
     prompts = RecordedPrompts(recording.usable, seed=arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         deploy = deploy_of(arguments)
-        async with netns_cluster(Path(folder), deploy, num_instances=len(INSTANCES), spares=4) as cluster:
+        async with netns_cluster(Path(folder), deploy, num_instances=sum(INSTANCES.values()), spares=4) as cluster:
             async with load_of(cluster, prompts) as load:
                 capacity, _ = await baseline(load, arguments.seed, parse_lengths(OUTPUT_LEN, "output", read_lengths))
                 seconds = 60.0 * arguments.minutes

@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,15 +68,15 @@ class Outcome:
     measured: list[Measured] = field(default_factory=list)
     left: dict[str, int] = field(default_factory=dict)
     """Counters that were not back after the last end."""
+    address: str = ""
+    """Of the faulted router."""
 
     @property
     def excused(self) -> list[Measured]:
         """Failed as they may: at the faulted router, with UNAVAILABLE."""
         if self.fault.role != "router":
             return []
-        return [one for one in self.measured if one.kind == "UNAVAILABLE" and one.address == self._address]
-
-    _address: str = ""
+        return [one for one in self.measured if one.kind == "UNAVAILABLE" and one.address == self.address]
 
     @property
     def lost(self) -> list[Measured]:
@@ -93,7 +94,7 @@ class Outcome:
     @property
     def displaced(self) -> list[Measured]:
         """Done requests that were running when the fault came and went on elsewhere."""
-        return [one for one in self.measured if one.done and one.replays and one.sent_s < self.at_s]
+        return [one for one in self.measured if one.done and one.replays and one.sent_s < self.at_s < one.ended_s]
 
     @property
     def displaced_tokens(self) -> int:
@@ -129,11 +130,15 @@ class Load:
             return None
         return {one.name: (one.incarnation, one.state, one.running) for one in info.instances}
 
-    async def strong(self, instances: Sequence[str]) -> bool:
-        """Whether every router has every instance as ready, and the controller calls all ready."""
+    async def strong(self, instances: Mapping[str, int]) -> bool:
+        """Whether every router has so many ``instances`` of each role as ready, and the controller calls all ready."""
         for client in self.clients:
-            states = await self.states(client)
-            if states is None or any(name not in states or states[name][1] != "ready" for name in instances):
+            try:
+                views = (await client.server_info(timeout_s=1.0)).instances
+            except BiphaseError:
+                return False
+            ready = Counter(view.role for view in views if view.state == "ready")
+            if any(ready[role] != count for role, count in instances.items()):  # type: ignore[index]
                 return False
         status = await self.cluster.status()
         return status is not None and status.state == "ready" and bool(status.processes)
@@ -146,22 +151,23 @@ async def load_of(cluster: NetnsCluster, prompts: Prompts) -> AsyncIterator[Load
         yield Load(cluster, clients, prompts)
 
 
-async def run_case(load: Load, fault: Fault, arrivals: Sequence[Arrival], instances: Sequence[str]) -> Outcome:
+async def run_case(load: Load, fault: Fault, arrivals: Sequence[Arrival], instances: Mapping[str, int]) -> Outcome:
     """Start the load, wait until the victim is at work, hit it, heal it, wait for full strength and for every end."""
     outcome, runner = Outcome(fault=fault), load.runner()
     running = asyncio.create_task(runner.run(arrivals))
     try:
         await _at_work(load, fault, runner)
+        life = load.cluster.lives()[fault.victim][1]
         hit_at = time.monotonic()
         outcome.at_s = runner.now_s()
         heal = inject(load.cluster, fault)
         if fault.role == "router":
-            outcome._address = load.cluster.addresses[int(fault.victim.partition("-")[2])]
-            doomed = [index for index, live in runner.live.items() if live.address == outcome._address]
+            outcome.address = load.cluster.addresses[int(fault.victim.partition("-")[2])]
+            doomed = [index for index, live in runner.live.items() if live.address == outcome.address]
             seen = asyncio.create_task(_streams_ended(runner, doomed, hit_at))
             stopped = asyncio.create_task(_work_stopped(load, fault, hit_at))
         else:
-            seen = asyncio.create_task(_seen(load, fault, hit_at))
+            seen = asyncio.create_task(_seen(load, fault, life, hit_at))
             stopped = None
         if fault.kind != "kill":
             await asyncio.sleep(HEAL_AFTER_S - (time.monotonic() - hit_at))
@@ -208,18 +214,17 @@ async def _at_work(load: Load, fault: Fault, runner: Runner) -> None:
         await asyncio.sleep(0.05)
 
 
-async def _seen(load: Load, fault: Fault, hit_at: float) -> float:
-    """Until every router has the victim's life as not ready. What the routers cannot see by themselves is NaN."""
+async def _seen(load: Load, fault: Fault, life: int, hit_at: float) -> float:
+    """Until every router has the victim's ``life`` as not ready. What the routers cannot see by themselves is NaN."""
     if fault.victim == CONTROLLER or fault.kind == "pair":
         return math.nan
-    first = {name: incarnation for name, (_, incarnation, _) in load.cluster.lives().items()}.get(fault.victim)
 
     async def one(client: AsyncClient) -> float:
         while time.monotonic() - hit_at < SEEN_WITHIN_S:
             states = await load.states(client)
             if states is not None:
                 incarnation, state, _ = states.get(fault.victim, (0, "absent", 0))
-                if state != "ready" or (first is not None and incarnation > first):
+                if state != "ready" or incarnation > life:
                     return time.monotonic() - hit_at
             await asyncio.sleep(POLL_S)
         return math.nan
@@ -250,7 +255,7 @@ async def _work_stopped(load: Load, fault: Fault, hit_at: float) -> float:
     return math.nan
 
 
-async def _strong_again(load: Load, instances: Sequence[str], hit_at: float) -> float:
+async def _strong_again(load: Load, instances: Mapping[str, int], hit_at: float) -> float:
     while time.monotonic() - hit_at < STRONG_WITHIN_S:
         if await load.strong(instances):
             return time.monotonic() - hit_at

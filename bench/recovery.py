@@ -26,7 +26,7 @@ from typing import Any
 
 import report
 from fault_case import Fault, Kind, Load, Outcome, load_of, run_case
-from netns_cluster import CONTROLLER, netns_cluster, routers_supported
+from netns_cluster import CONTROLLER, NetnsCluster, netns_cluster, routers_supported
 from record_tokens import record
 
 from biphase.client.bench.arrivals import Arrival, Phase, arrivals
@@ -36,8 +36,8 @@ from biphase.client.bench.prompts import RecordedPrompts
 from biphase.client.bench.tokens_file import Recording, read_recording
 from biphase.protos.errors import SetupError, one_line
 
-INSTANCES = ("prefill-0", "decode-0", "decode-1")
-VICTIMS = {"prefill": "prefill-0", "decode": "decode-0", "controller": CONTROLLER, "router": "router-0"}
+INSTANCES = {"prefill": 1, "decode": 2}
+VICTIMS = ("prefill", "decode", CONTROLLER, "router")
 KINDS: tuple[Kind, ...] = ("kill", "stop", "partition")
 RECORDED = Path(__file__).resolve().parent.parent / "tests" / "reference" / "smollm2_recorded.jsonl"
 OUTPUT_LEN = "uniform:96:256"
@@ -61,11 +61,17 @@ def all_faults() -> list[str]:
     return [f"{kind}:{victim}" for kind in KINDS for victim in VICTIMS] + ["pair:decode"]
 
 
-def fault_of(word: str) -> Fault:
-    kind, _, victim = word.partition(":")
+def fault_of(word: str, cluster: NetnsCluster) -> Fault:
+    """``word`` is KIND:ROLE; of several of the role, the first by name is hit."""
+    kind, _, role = word.partition(":")
+    lives = sorted(cluster.lives())
+
+    def first(wanted: str) -> str:
+        return next(name for name in lives if name.partition("-")[0] == wanted)
+
     if kind == "pair":
-        return Fault(kind="pair", victim=VICTIMS["decode"], other=VICTIMS["prefill"])
-    return Fault(kind=kind, victim=VICTIMS[victim])  # type: ignore[arg-type]
+        return Fault(kind="pair", victim=first("decode"), other=first("prefill"))
+    return Fault(kind=kind, victim=first(role))  # type: ignore[arg-type]
 
 
 def requests(rate: float, seed: int, output: Lengths) -> list[Arrival]:
@@ -132,14 +138,16 @@ async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
     deploy = deploy_of(arguments)
     while due:  # a deployment that does not come back is replaced, and what it did is in the table
         with tempfile.TemporaryDirectory() as folder:
-            async with netns_cluster(Path(folder), deploy, num_instances=len(INSTANCES)) as cluster:
+            async with netns_cluster(Path(folder), deploy, num_instances=sum(INSTANCES.values())) as cluster:
                 async with load_of(cluster, prompts) as load:
                     capacity, prefill_rate = await baseline(load, arguments.seed, output)
                     print(f"capacity {capacity:.2f} requests/s, prefill {prefill_rate:.0f} tokens/s", file=sys.stderr)
                     while due:
                         word, number = due.pop(0)
                         seed = arguments.seed + 1000 * number + sum(map(ord, word))
-                        outcome = await run_case(load, fault_of(word), requests(capacity / 2, seed, output), INSTANCES)
+                        outcome = await run_case(
+                            load, fault_of(word, cluster), requests(capacity / 2, seed, output), INSTANCES
+                        )
                         bound_s = outcome.seen_s + outcome.displaced_tokens / prefill_rate + 1.0
                         outcomes.append((outcome, bound_s))
                         _row(found, outcome, bound_s)
