@@ -28,6 +28,10 @@ class ReplyFold:
         state = "finished" if self.result else "running" if self.accepted else "sent"
         return f"<ReplyFold [{state}, {len(self._token_ids)} tokens]>"
 
+    @property
+    def has_tokens(self) -> bool:
+        return bool(self._token_ids)
+
     def feed(self, reply: router_pb2.GenerateReply, now_s: float) -> Delta | None:
         """Take the next reply; the delta in it, or None."""
         if self.result is not None:

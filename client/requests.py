@@ -27,16 +27,24 @@ class Options(TypedDict, total=False):
     model: str
 
 
-def resolve_address(address: str | None) -> str:
-    """``address``, else BIPHASE_ADDRESS, else 127.0.0.1:8700. Raises InvalidRequest when it names no port."""
+def resolve_addresses(address: str | Sequence[str] | None) -> tuple[str, ...]:
+    """``address``, else BIPHASE_ADDRESS, else 127.0.0.1:8700: one, a sequence, or several with commas between them.
+
+    Raises InvalidRequest for one that names no port.
+    """
     chosen = address or os.environ.get("BIPHASE_ADDRESS") or DEFAULT_ADDRESS
-    scheme, separator, rest = chosen.partition("://")
+    named = chosen.split(",") if isinstance(chosen, str) else list(chosen)
+    return tuple(dict.fromkeys(_checked(one.strip()) for one in named))
+
+
+def _checked(address: str) -> str:
+    scheme, separator, rest = address.partition("://")
     if separator:
-        raise InvalidRequest(f"address {chosen!r} is not HOST:PORT: give it without {scheme}://, as in {rest!r}")
-    host, _, port = chosen.rpartition(":")
+        raise InvalidRequest(f"address {address!r} is not HOST:PORT: give it without {scheme}://, as in {rest!r}")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InvalidRequest(f"address {chosen!r} is not HOST:PORT with a port of 1 to 65535")
-    return chosen
+        raise InvalidRequest(f"address {address!r} is not HOST:PORT with a port of 1 to 65535")
+    return address
 
 
 def generate_request(

@@ -9,10 +9,11 @@ import grpc
 
 from biphase.client.failures import failure
 from biphase.client.replies import ReplyFold, served_model, server_info
-from biphase.client.requests import Options, generate_request, resolve_address
+from biphase.client.requests import Options, generate_request, resolve_addresses
+from biphase.client.routers import Attempts, Routers
 from biphase.client.values import Accepted, Delta, Result, ServedModel, ServerInfo
 from biphase.protos import router_pb2
-from biphase.protos.errors import BiphaseError, Cancelled
+from biphase.protos.errors import BiphaseError, Cancelled, RequestNotFound, Unavailable
 from biphase.protos.grpc_setup import channel_options
 from biphase.protos.router_pb2_grpc import RouterStub
 
@@ -24,11 +25,9 @@ class Generation:
     the server. A failed request raises the error of its status (biphase.protos.errors) out of the iteration.
     """
 
-    def __init__(self, call: Any, address: str, sent_at_s: float, timeout_s: float | None) -> None:
-        self._call = call
-        self._address = address
-        self._timeout_s = timeout_s
-        self._fold = ReplyFold(sent_at_s)
+    def __init__(self, attempts: Attempts[Any]) -> None:
+        self._attempts = attempts
+        self._fold = ReplyFold(attempts.sent_at_s)
         self._error: BiphaseError | None = None
 
     @property
@@ -47,16 +46,31 @@ class Generation:
         if self._error is not None:
             raise self._error
         try:
-            for reply in self._call:
-                delta = self._fold.feed(reply, time.perf_counter())
-                if delta is not None:
-                    yield delta
-            self._fold.end()
-        except grpc.RpcError as error:
-            self._error = failure(error, self._address, timeout_s=self._timeout_s, generating=True)
-            raise self._error from None
+            while True:
+                try:
+                    for reply in self._attempts.call:
+                        delta = self._fold.feed(reply, time.perf_counter())
+                        if delta is not None:
+                            yield delta
+                    self._fold.end()
+                    self._attempts.worked()
+                    return
+                except grpc.RpcError as error:
+                    self._take_failure(error)
         finally:
             self.close()
+
+    def _take_failure(self, error: grpc.RpcError) -> None:
+        """Send the request elsewhere where that may be; raises the error that ends it where not."""
+        timeout_s = self._attempts.timeout_s
+        told = failure(error, self._attempts.address, timeout_s=timeout_s, generating=True)
+        closed = self._error is not None
+        if closed or not self._attempts.go_on(told, time.perf_counter(), has_tokens=self._fold.has_tokens):
+            self._error = told
+            raise self._error from None
+        self._fold = ReplyFold(self._attempts.sent_at_s)
+        if self._error is not None:  # closed meanwhile
+            self._attempts.call.cancel()
 
     def text(self) -> str:
         """Read the answer to its end and return all of its text."""
@@ -68,7 +82,7 @@ class Generation:
         """Cancel the request unless it has ended. May be called twice, and from another thread."""
         if self._fold.result is None and self._error is None:
             self._error = Cancelled("the request was cancelled by this client")
-        self._call.cancel()
+        self._attempts.call.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -80,15 +94,18 @@ class Generation:
 
 
 class Client:
-    """A connection to a router at ``address`` (HOST:PORT; default BIPHASE_ADDRESS, else 127.0.0.1:8700).
+    """Connections to one router or several: ``address`` is HOST:PORT, several with commas between them, or a sequence of
+    them (default BIPHASE_ADDRESS, else 127.0.0.1:8700). Requests go round; one that ends UNAVAILABLE before its first token
+    is sent to the next router, each is tried once.
 
     Nothing is sent before the first call, so a wrong address shows there, as Unavailable.
     """
 
-    def __init__(self, address: str | None = None) -> None:
-        self.address = resolve_address(address)
-        self._channel = grpc.insecure_channel(self.address, channel_options())
-        self._stub = RouterStub(self._channel)
+    def __init__(self, address: str | Sequence[str] | None = None) -> None:
+        self._routers = Routers(resolve_addresses(address))
+        self.address = ",".join(self._routers.addresses)
+        self._channels = [grpc.insecure_channel(one, channel_options()) for one in self._routers.addresses]
+        self._stubs: list[Any] = [RouterStub(channel) for channel in self._channels]
 
     def generate(
         self,
@@ -106,24 +123,30 @@ class Client:
         no message can hold; what the router refuses is raised by the iteration.
         """
         request = generate_request(prompt, messages, token_ids, options)
+
+        def start(index: int, left_s: float | None) -> Any:
+            return self._stubs[index].Generate(request, timeout=left_s)
+
         sent_at_s = time.perf_counter()
-        return Generation(self._stub.Generate(request, timeout=timeout_s), self.address, sent_at_s, timeout_s)
+        return Generation(Attempts(self._routers, start, sent_at_s=sent_at_s, timeout_s=timeout_s))
 
     def abort(self, request_id: str, *, timeout_s: float | None = 10.0) -> None:
         """End a live request by the client's or the server's id. Raises RequestNotFound when none is live under it."""
-        self._unary(self._stub.Abort, router_pb2.AbortRequest(request_id=request_id), timeout_s)
+        request = router_pb2.AbortRequest(request_id=request_id)
+        self._unary("Abort", request, timeout_s, elsewhere=(RequestNotFound, Unavailable))
 
     def model_info(self, *, timeout_s: float | None = 10.0) -> ServedModel:
         """The model served."""
-        return served_model(self._unary(self._stub.GetModelInfo, router_pb2.GetModelInfoRequest(), timeout_s))
+        return served_model(self._unary("GetModelInfo", router_pb2.GetModelInfoRequest(), timeout_s))
 
     def server_info(self, *, timeout_s: float | None = 10.0) -> ServerInfo:
         """The router, its instances and its counters."""
-        return server_info(self._unary(self._stub.GetServerInfo, router_pb2.GetServerInfoRequest(), timeout_s))
+        return server_info(self._unary("GetServerInfo", router_pb2.GetServerInfoRequest(), timeout_s))
 
     def close(self) -> None:
         """Close the connection; requests still running on it are cancelled."""
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -133,8 +156,29 @@ class Client:
     ) -> None:
         self.close()
 
-    def _unary(self, method: Any, request: Any, timeout_s: float | None) -> Any:
-        try:
-            return method(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise failure(error, self.address, timeout_s=timeout_s) from None
+    def _unary(
+        self,
+        method: str,
+        request: Any,
+        timeout_s: float | None,
+        *,
+        elsewhere: tuple[type[BiphaseError], ...] = (Unavailable,),
+    ) -> Any:
+        """Ask one router after the other until one answers; an error of ``elsewhere`` is not the last word."""
+        said: BiphaseError | None = None
+        for index in self._routers.order(time.perf_counter()):
+            try:
+                reply = getattr(self._stubs[index], method)(request, timeout=timeout_s)
+            except grpc.RpcError as error:
+                told = failure(error, self._routers.addresses[index], timeout_s=timeout_s)
+                if not isinstance(told, elsewhere):
+                    raise told from None
+                if isinstance(told, Unavailable):
+                    self._routers.failed(index, time.perf_counter())
+                if said is None or isinstance(said, Unavailable):
+                    said = told
+            else:
+                self._routers.worked(index)
+                return reply
+        assert said is not None
+        raise said

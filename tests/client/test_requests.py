@@ -2,7 +2,7 @@
 
 import pytest
 
-from biphase.client.requests import generate_request, resolve_address
+from biphase.client.requests import generate_request, resolve_addresses
 from biphase.protos.errors import InvalidRequest
 
 
@@ -81,15 +81,23 @@ def test_what_no_message_can_hold_is_refused_in_one_line(arguments: dict[str, ob
 
 def test_address_comes_from_the_argument_then_the_environment_then_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BIPHASE_ADDRESS", raising=False)
-    assert resolve_address(None) == "127.0.0.1:8700"
+    assert resolve_addresses(None) == ("127.0.0.1:8700",)
     monkeypatch.setenv("BIPHASE_ADDRESS", "somewhere:9")
-    assert resolve_address(None) == "somewhere:9"
-    assert resolve_address("[::1]:10") == "[::1]:10"
+    assert resolve_addresses(None) == ("somewhere:9",)
+    assert resolve_addresses("[::1]:10") == ("[::1]:10",)
+
+
+def test_several_addresses_come_with_commas_or_as_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIPHASE_ADDRESS", "a:1, b:2")
+    assert resolve_addresses(None) == ("a:1", "b:2")
+    assert resolve_addresses(["b:2", "a:1", "b:2"]) == ("b:2", "a:1")
+    with pytest.raises(InvalidRequest, match="address '' is not HOST:PORT"):
+        resolve_addresses("a:1,")
 
 
 def test_an_address_with_a_scheme_is_told_to_go_without() -> None:
     with pytest.raises(InvalidRequest, match="give it without http://, as in 'localhost:8700'"):
-        resolve_address("http://localhost:8700")
+        resolve_addresses("http://localhost:8700")
 
 
 @pytest.mark.parametrize(
@@ -97,4 +105,4 @@ def test_an_address_with_a_scheme_is_told_to_go_without() -> None:
 )
 def test_an_address_without_a_port_is_refused(address: str) -> None:
     with pytest.raises(InvalidRequest, match="is not HOST:PORT"):
-        resolve_address(address)
+        resolve_addresses(address)
