@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from support.scripted_controller import ScriptedController
 from support.scripted_worker import WITHIN_S, ScriptedWorker
 
 from biphase.protos import router_pb2, router_pb2_grpc
@@ -280,3 +281,11 @@ def stage(toy_tokenizer: ToyTokenizer) -> Callable[..., contextlib.AbstractAsync
             yield Stage(door, ps, ds)
 
     return make
+
+
+@pytest.fixture
+async def controller() -> AsyncIterator[ScriptedController]:
+    one = ScriptedController()
+    await one.listen()
+    yield one
+    await one.die()
