@@ -1,7 +1,8 @@
 """Which numbers of prefill and decode instances to have: one choice for both under one budget. Pure.
 
 The fewest GPUs whose forecast meets the targets; where none does, what is forecast best. The present ratio stays where it
-does as well, and a role shrinks only if the rest would also carry ``DOWN_MARGIN`` more, so that noise moves nothing.
+does as well; a role keeps its number if that would carry ``KEEP_MARGIN`` less, and shrinks only if the rest would carry
+``DOWN_MARGIN`` more, so that noise moves nothing.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from biphase.protos.step_time import StepTime
 from biphase.protos.values import Role
 
 DOWN_MARGIN = 0.2
+KEEP_MARGIN = 0.05
 SAME = 0.01
 """Forecasts that differ by a smaller part are taken as equal."""
 
@@ -72,6 +74,15 @@ class Outlook:
         """The same with ``DOWN_MARGIN`` more load."""
         return Outlook(self.load.times(1 + DOWN_MARGIN), self._steps, self.setup, self.targets)
 
+    @cached_property
+    def looser(self) -> "Outlook":
+        """The same with ``KEEP_MARGIN`` less load."""
+        return Outlook(self.load.times(1 - KEEP_MARGIN), self._steps, self.setup, self.targets)
+
+    def for_change(self, change: int) -> "Outlook":
+        """The load under which a role that changes by so many instances is judged."""
+        return self if change > 0 else self.tighter if change < 0 else self.looser
+
     @property
     def unreachable(self) -> list[str]:
         """Goals that no number of instances meets, in words."""
@@ -128,13 +139,12 @@ def _candidates(policy: Policy, setup: Setup, most_gpus: float) -> list[Ratio]:
 
 
 def _forecast(outlook: Outlook, ratio: Ratio, current: Ratio) -> tuple[float, float]:
-    """(attainment of both goals, of the lesser one); a role that would shrink is judged under more load."""
+    """(attainment of both goals, of the lesser one); each role under the load for its change."""
     if ratio.prefill == 0:
-        view = outlook.tighter if ratio < current else outlook
-        both = view.attainment(ratio)
+        both = outlook.for_change(-1 if ratio < current else ratio > current).attainment(ratio)
         return both, both
     parts = [
-        (outlook.tighter if ratio.of(role) < current.of(role) else outlook).forecast(role, ratio.of(role)).attainment
+        outlook.for_change(ratio.of(role) - current.of(role)).forecast(role, ratio.of(role)).attainment
         for role in ROLES
     ]
     return parts[0] * parts[1], min(parts)

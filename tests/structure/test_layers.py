@@ -38,8 +38,14 @@ PURE = {
     "biphase.router.lifecycle",
     "biphase.cluster.reconcile",
     "biphase.engine.step_fit",
+    "biphase.planner.autoscaler",
+    "biphase.planner.capacity",
+    "biphase.planner.history",
     "biphase.planner.policy",
+    "biphase.planner.replay",
     "biphase.planner.schedules",
+    "biphase.planner.signals",
+    "biphase.planner.stragglers",
 }
 """These must call themselves pure; every module that does is held to it, and so is all that it imports of ours."""
 

@@ -12,11 +12,12 @@ import random
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from biphase.planner.autoscaler import decide
 from biphase.planner.autoscaler_state import AutoscalerState, Decision, FlipInstance, StartInstance, StopInstance
 from biphase.planner.capacity import RoleShape, Setup
+from biphase.planner.history import Moment, moment_line, setup_line
 from biphase.planner.policy import Policy
 from biphase.planner.ratio import Ratio
 from biphase.planner.reports import (
@@ -34,7 +35,7 @@ from biphase.protos.values import Role
 
 TTFT_MS = tuple(10 * 1.2**i for i in range(40))
 TPOT_MS = tuple(2 * 1.15**i for i in range(40))
-LENGTHS = tuple(float(round(1.3**i)) for i in range(6, 40))
+LENGTHS = tuple(float(round(1.5**i)) for i in range(4, 24))
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,7 @@ class QueueingModel:
                 prefill_tokens=instance.tokens["prefill"],
                 decode_tokens=instance.tokens["decode"],
                 num_steps=instance.steps,
-                busy_s=instance.busy_s,
+                busy_s=round(instance.busy_s, 3),
                 running=len(instance.running),
                 running_tokens=instance.context,
                 prefill_step=self.steps["prefill"],
@@ -398,3 +399,19 @@ class QueueingModel:
         found = [request for request in self.requests if begin_s <= request.arrived_s < end_s]
         met = sum(request.ttft_ms <= ttft_ms and request.tpot_ms <= tpot_ms for request in found)
         return met / len(found) if found else 1.0
+
+    def history(self, until_s: float, *, unix_s: float, every_s: float = 10.0) -> list[str]:
+        """The model's own history under a fixed ratio, as a controller records it; without latencies, to keep it short."""
+        lines = [setup_line(self.setup)]
+        while self.now_s < until_s - 1e-9:
+            self.run(self.now_s + every_s)
+            router = replace(self.router_report(), latency=JointHistogram())
+            idle = max(0, 8 - len(self.instances))
+            moment = Moment(
+                unix_s=unix_s + self.now_s,
+                members=tuple(self.members()),
+                room=Room(prefill=idle, decode=idle),
+                reports=(router, *self.instance_reports()),
+            )
+            lines.append(moment_line(moment))
+        return lines
