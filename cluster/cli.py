@@ -35,7 +35,6 @@ def make_parser() -> argparse.ArgumentParser:
     _add_stop(commands)
     _add_generate(commands)
     _add_autoscale(commands)
-    _add_autoscale(commands)
     _add_bench(commands)
     admin_parsers.add_commands(commands)
     return parser
@@ -186,29 +185,6 @@ def _add_autoscale(commands: "argparse._SubParsersAction[_Parser]") -> None:
     replay.set_defaults(run="autoscale replay", parser=replay)
 
 
-def _add_autoscale(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    autoscale = commands.add_parser("autoscale", help="try an autoscaling policy")
-    autoscale.set_defaults(run=None, parser=autoscale)
-    parts = autoscale.add_subparsers(dest="part", metavar="PART")
-    replay = parts.add_parser(
-        "replay",
-        help="run a policy over a recorded history, offline",
-        description="Run a policy over a recorded history of signals and print what it would have done, and why.",
-        epilog="example: biphase autoscale replay --policy examples/policy.yaml --signals examples/history.jsonl",
-    )
-    replay.add_argument("--policy", required=True, metavar="FILE", help="a policy file, as examples/policy.yaml")
-    replay.add_argument("--signals", required=True, metavar="FILE", help="a recorded history, as examples/history.jsonl")
-    replay.add_argument("--start-s", type=float, default=30.0, metavar="S", help="how long a start takes (default 30)")
-    replay.add_argument(
-        "--as-recorded",
-        action="store_true",
-        help="decide over the instances that really ran, not those that the decisions would have led to",
-    )
-    replay.add_argument("--all", action="store_true", help="a line for every decision, not for news alone")
-    replay.add_argument("--json", action="store_true", help="one JSON object per decision")
-    replay.set_defaults(run="autoscale replay", parser=replay)
-
-
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; what cannot be taken ends here, with the usage of the subcommand that was meant."""
     parser = make_parser()
@@ -245,10 +221,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from biphase.cluster.bench_command import run_bench
 
                 return run_bench(arguments)
-            case "autoscale replay":
-                from biphase.cluster.autoscale_command import replay
-
-                return replay(arguments)
             case "autoscale replay":
                 from biphase.cluster.autoscale_command import replay
 
