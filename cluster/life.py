@@ -89,6 +89,7 @@ class Life:
             free_blocks=load.free_blocks,
             room_blocks=load.room_blocks,
             draining=load.draining,
+            legs=load.legs,
         )
         self._controller.core.worked(self.handle.name, incarnation, work)
         if load.draining and work.is_idle:

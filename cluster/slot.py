@@ -45,10 +45,12 @@ class Work:
     free_blocks: int = 0
     room_blocks: int = 0
     draining: bool = False
+    legs: int = 0
+    """Requests aboard; prompts that wait to be pulled neither queue nor run."""
 
     @property
     def is_idle(self) -> bool:
-        return self.queued == 0 and self.running == 0
+        return self.legs == 0 and self.queued == 0 and self.running == 0
 
     @property
     def left(self) -> int:

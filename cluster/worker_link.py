@@ -100,6 +100,9 @@ class WorkerLink:
                             self._sink.loaded(message.incarnation, message.load)
                         case "signals":
                             self._sink.signalled(message.incarnation, message.signals)
+                        case "command_refused":
+                            refused = message.command_refused
+                            logger.warning("%s refuses to %s: %s", self.name, refused.command, refused.detail)
                 return welcomed, f"it ended the link: {one_line(Exception(await call.details()))}"
             except TimeoutError:
                 return welcomed, f"no answer within {welcome_s:g} s"

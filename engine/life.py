@@ -95,6 +95,7 @@ class Life:
                 self.drained_s = time.monotonic()
                 return turn
         if ends.stop.is_set() and self._config.drain_s > 0 and not _any(*at_once):
+            orders.stopping = True
             worker.drain(self._config.drain_s)
             await _first(*at_once, worker.no_legs)
         return None

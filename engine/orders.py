@@ -44,6 +44,8 @@ class Orders:
     def __init__(self, worker: Drainable, identity: Identity, roles: Collection[Role] = ()) -> None:
         self.turn: Turn | None = None
         self.retired = ""
+        self.stopping = False
+        """The process was asked to stop: what it does about that is not the controller's."""
         self.turning = asyncio.Event()
         self.retiring = asyncio.Event()
         self._worker = worker
@@ -66,7 +68,7 @@ class Orders:
     def flip(self, role: Role | None, incarnation: int, grace_s: float) -> str | None:
         """Drain, then live on as another. ``role`` None: one that is not known here."""
         us = self._identity
-        if role is not None and self.turn == Turn(role=role, incarnation=incarnation):
+        if role is not None and not self.stopping and self.turn == Turn(role=role, incarnation=incarnation):
             return None  # asked again, by a controller that does not know that it did
         refusal = self._reason_against_grace(grace_s) or self._reason_as_it_ends()
         if refusal is not None:
@@ -97,6 +99,8 @@ class Orders:
     def _reason_as_it_ends(self) -> str | None:
         if self.retired:
             return f"{self._identity.name} retires: {self.retired}"
+        if self.stopping:
+            return f"{self._identity.name} drains to stop"
         if self.turn is not None:
             return f"{self._identity.name} turns into a {self.turn.role} instance already"
         return None

@@ -91,3 +91,10 @@ def test_what_turns_takes_no_other_order_but_to_retire(orders: Orders, worker: F
     assert worker.drains == [1.0] and orders.turn == Turn(role="prefill", incarnation=6)
     assert orders.retire("it was replaced") is None
     assert orders.retiring.is_set() and orders.drain(0.0) == "decode-1 retires: it was replaced"
+
+
+def test_a_process_that_was_asked_to_stop_is_not_resumed_nor_turned(orders: Orders, worker: FakeWorker) -> None:
+    orders.stopping = True
+    told = "decode-1 drains to stop"
+    assert [orders.drain(0.0), orders.resume(), orders.flip("prefill", 6, 1.0)] == [told] * 3
+    assert orders.turn is None and not worker.drains
