@@ -9,7 +9,7 @@ steady load is averaged over the whole window.
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from biphase.planner.capacity import OfferedLoad, Setup
 from biphase.planner.reports import (
@@ -181,7 +181,7 @@ class SignalWindow:
             instances=tuple(sorted(instances, key=lambda report: report.name)),
             members=members,
             room=room or Room(),
-            setup=setup or Setup(),
+            setup=_with_kv(setup or Setup(), instances),
         )
 
     def _forget(self, now_s: float, after_s: float) -> None:
@@ -325,6 +325,14 @@ def _shares(histogram: Histogram, mean: float) -> tuple[tuple[float, float], ...
     middle = sum(value * count for value, count in spread) / total
     scale = mean / middle if middle > 0 else 1.0
     return tuple((max(1.0, value * scale), count / total) for value, count in spread)
+
+
+def _with_kv(setup: Setup, instances: Sequence[InstanceReport]) -> Setup:
+    """How many tokens a decode instance's blocks hold, as the middle one says, where the deployment does not."""
+    told = sorted(report.num_blocks * report.block_size for report in instances if report.role == "decode")
+    if setup.decode.kv_tokens or not told:
+        return setup
+    return replace(setup, decode=replace(setup.decode, kv_tokens=told[(len(told) - 1) // 2]))
 
 
 def _joined(parts: Sequence[JointHistogram]) -> JointHistogram:

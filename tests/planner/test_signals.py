@@ -142,6 +142,13 @@ def test_who_is_heard_of_those_that_are_known() -> None:
     assert found is not None and found.prefill_step == PREFILL_STEP != DECODE_STEP
 
 
+def test_kv_blocks_are_those_that_decode_instances_report() -> None:
+    window = SignalWindow()
+    for index, blocks in enumerate((10, 100, 1_000_000)):
+        window.add(InstanceReport(name=f"decode-{index}", role="decode", num_blocks=blocks, block_size=16), 1.0)
+    assert window.over(30.0, 1.0).setup.decode.kv_tokens == 1600
+
+
 def test_shares_of_the_joint_histogram() -> None:
     joint = JointHistogram(ttft_ms=(100.0, 500.0), tpot_ms=(50.0,), counts=(6, 1, 2, 0, 1, 0), missed=10)
     assert joint.shares(500.0, 50.0) == (pytest.approx(9 / 20), pytest.approx(9 / 20), pytest.approx(8 / 20), 20)
