@@ -34,10 +34,11 @@ def resolve_addresses(address: str | Sequence[str] | None) -> tuple[str, ...]:
     """
     chosen = address or os.environ.get("BIPHASE_ADDRESS") or DEFAULT_ADDRESS
     named = chosen.split(",") if isinstance(chosen, str) else list(chosen)
-    return tuple(dict.fromkeys(_checked(one.strip()) for one in named))
+    return tuple(dict.fromkeys(resolve_address(one.strip()) for one in named))
 
 
-def _checked(address: str) -> str:
+def resolve_address(address: str) -> str:
+    """The one address, as it is. Raises InvalidRequest when it names no port."""
     scheme, separator, rest = address.partition("://")
     if separator:
         raise InvalidRequest(f"address {address!r} is not HOST:PORT: give it without {scheme}://, as in {rest!r}")
