@@ -6,7 +6,7 @@ from biphase.cluster.deployment import Deployment
 from biphase.planner.capacity import RoleShape, Setup
 from biphase.planner.policy import ROLES
 from biphase.planner.reports import Histogram, InstanceReport, JointHistogram, RouterReport
-from biphase.protos import convert, controller_pb2, worker_pb2
+from biphase.protos import controller_pb2, convert, worker_pb2
 from biphase.protos.values import Role
 
 

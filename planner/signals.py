@@ -113,9 +113,9 @@ class _Flow:
 
 
 class SignalWindow:
-    """The owner of all reports of the last ``keep_s`` seconds."""
+    """The owner of all reports of the last ``keep_s`` seconds, more where a longer window is asked for."""
 
-    def __init__(self, keep_s: float = 3600.0) -> None:
+    def __init__(self, keep_s: float = 120.0) -> None:
         self.keep_s = keep_s
         self.num_refused = 0
         self._sources: dict[tuple[str, str, int], _Source] = {}
@@ -159,7 +159,8 @@ class SignalWindow:
     ) -> ClusterSignals:
         """The signals of the last ``window_s`` seconds, less after a sudden change. Stale: silent for 3 intervals."""
         stale_s = 3 * interval_s
-        self._forget(now_s, max(self.keep_s, window_s, stale_s))
+        self.keep_s = max(self.keep_s, window_s + 2 * interval_s, stale_s)
+        self._forget(now_s, self.keep_s)
         fresh = [source for source in self._sources.values() if source.newest[0] >= now_s - stale_s - 1e-9]
         instances = tuple(source.newest[1] for source in fresh if isinstance(source.newest[1], InstanceReport))
         routers = [source for source in fresh if isinstance(source.newest[1], RouterReport)]
