@@ -3,14 +3,16 @@
     python bench/transfer_faults.py [--transport grpc,tcp,shm,dist] [--transfers 10000] [--seed 7] [--json FILE] [--check]
 
 Two processes. The source serves tickets of up to 256 KiB over one wire at a time, its frames struck by drops, delays,
-corruption, duplicates, cuts, reordering, stalls and disconnects (kvtransfer/faults.py). The reader pulls 16 at a time,
-each within half a second; whatever a pull's outcome, its blocks are at once somebody else's, so a byte written after the
+corruption, duplicates, cuts, reordering, stalls and disconnects (kvtransfer/faults.py). Only pieces and trailers
+are struck, and only those count: a beat that is lost or late is no fault. The reader pulls 16 at a time, each within half a
+second, every other one with a second wire to go on by when the first breaks; whatever a pull's outcome, its blocks are at once somebody else's, so a byte written after the
 end would be found. Every fourth ticket is still being computed when it is pulled. dist has a fifth of the transfers: a
 group of two processes that was lost has to be built again.
 
     wrong bytes    of completed transfers, digest and token 0 beside the source's; of all blocks at rest, poison
     late           transfers that ended more than --grace-ms after their deadline, not counting what this process was
                    itself held up meanwhile (a task that only sleeps tells)
+    least of a kind  strikes of the kind that struck least, on pieces and trailers; pieces are to be the bulk of every kind
     leaked         after everything is closed: blocks, tickets, pulls, sends, slots, tasks, file descriptors of either end,
                    over what there was before the first fault
 """
@@ -35,6 +37,7 @@ import xxhash
 from transfer_faults_source import LAYOUT, MOST_TOKENS, held_by_process, make_plane, make_signature
 
 from biphase.kernels.kv_pack import CpuKvMemory
+from biphase.kvtransfer import peers
 from biphase.kvtransfer.faults import KINDS
 from biphase.kvtransfer.grpc_transport import GrpcTransport
 from biphase.kvtransfer.puller import KvPuller
@@ -47,20 +50,14 @@ from biphase.protos.values import KvTicket
 
 AT_A_TIME = 16
 TRANSPORTS = ("grpc", "tcp", "shm", "dist")
-RATES = {
-    "drop": 0.012,
-    "delay": 0.012,
-    "corrupt": 0.012,
-    "duplicate": 0.012,
-    "truncate": 0.018,
-    "reorder": 0.02,
-    "stall": 0.012,
-    "disconnect": 0.02,
-}
-"""Per frame."""
+SECOND = {"grpc": "tcp", "tcp": "grpc", "shm": "tcp", "dist": "tcp"}
+"""Where every other pull goes on when its wire breaks."""
 
-MORE = {"shm": 1.8, "dist": 1.2}
-"""Times so much where a transfer has fewer frames: these wires take larger pieces."""
+RATES = dict.fromkeys(KINDS, 0.017) | {"stall": 0.016, "reorder": 0.022}
+"""Per piece or trailer. Reordering strikes none that follows one that is held back."""
+
+MORE = {"tcp": 0.5}
+"""Times so much: what is sent from the pool's own memory goes by single blocks, and has three times the frames."""
 
 SETTLE_S = {"grpc": 1.0, "tcp": 1.0, "shm": 1.0, "dist": 15.0}
 """After everything was closed. A pair group that was being built ends in a thread of its own, within its 10 s."""
@@ -164,19 +161,26 @@ class Reader:
         self._memory = CpuKvMemory(self._pool, LAYOUT)
         self._free = [BlockId(block) for block in range(num_blocks)]
         self._plane: DataPlane | None = make_plane(transport)
+        self._pullers = [self._make_puller([transport]), self._make_puller([transport, SECOND[transport]])]
+        self.tally = Tally()
+
+    def _make_puller(self, routes: list[str]) -> KvPuller:
         transports: list[Transport] = [GrpcTransport(), TcpTransport()]
         if self._plane is not None:
             transports.append(TcpTransport(self._plane))
-        self._puller = KvPuller(
+        return KvPuller(
             memory=self._memory,
             signature=make_signature("reader", (RankEndpoint(transports=TRANSPORTS),)),
             transports=transports,
-            choose=lambda _ours, _theirs: [Chosen(name=transport)],
+            choose=lambda _ours, _theirs: [Chosen(name=route) for route in routes],
         )
-        self.tally = Tally()
 
-    async def transfer(self, source: Source, num_tokens: int, late_s: float) -> None:
-        """Open one ticket and pull it; count what came of it."""
+    @property
+    def fallbacks(self) -> int:
+        return sum(puller.counters()["fallbacks"] for puller in self._pullers)
+
+    async def transfer(self, source: Source, num_tokens: int, late_s: float, *, second: bool) -> None:
+        """Open one ticket and pull it, with a second wire to fall back on or without; count what came of it."""
         tally = self.tally
         opened = await source.ask("open", tokens=num_tokens, late_s=late_s)
         ticket = KvTicket(
@@ -191,7 +195,7 @@ class Reader:
         began_s, held_up_s = time.monotonic(), self._held_up.seconds
         try:
             async with asyncio.timeout(self._deadline_s):
-                pulled = await self._puller.pull(ticket, 1, blocks, timeout_s=self._deadline_s)
+                pulled = await self._pullers[second].pull(ticket, 1, blocks, timeout_s=self._deadline_s)
             outcome = "done"
         except HandoffFailed as error:
             outcome = "failed"
@@ -223,12 +227,19 @@ class Reader:
     async def close(self) -> dict[str, int]:
         """What it still holds."""
         await self._held_up.stop()
-        open_pulls = self._puller.counters()["open_pulls"]
-        await self._puller.close()
+        open_pulls = 0
+        for puller in self._pullers:
+            open_pulls += puller.counters()["open_pulls"]
+            await puller.close()
         if self._plane is not None:
             await self._plane.close()
         self._expect_poison(self._free)
         return {"open_pulls": open_pulls, "blocks": len(self._pool[0]) - len(self._free)}
+
+
+def _length(rng: random.Random) -> int:
+    """Three of four in the upper half: they have several pieces."""
+    return rng.randint(MOST_TOKENS // 2 if rng.random() < 0.75 else 1, MOST_TOKENS)
 
 
 async def run_transfers(reader: Reader, source: Source, count: int, rng: random.Random) -> None:
@@ -237,7 +248,7 @@ async def run_transfers(reader: Reader, source: Source, count: int, rng: random.
 
     async def worker() -> None:
         for number in left:
-            await reader.transfer(source, rng.randint(1, MOST_TOKENS), 0.02 if number % 4 == 3 else 0.0)
+            await reader.transfer(source, _length(rng), 0.02 if number % 4 == 3 else 0.0, second=number % 2 == 0)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(AT_A_TIME):
@@ -269,6 +280,7 @@ async def campaign(
         reader = Reader(transport, num_blocks, deadline_s, grace_s)
         await run_transfers(reader, source, count, random.Random(seed + 1))
         held, tally = {"reader": await reader.close()}, reader.tally
+        fallbacks = reader.fallbacks
         del reader  # a closed plane goes with its last reference
         until_s = time.monotonic() + SETTLE_S[transport]
         while True:
@@ -283,7 +295,7 @@ async def campaign(
                 break
             await asyncio.sleep(0.2)
     leaked = sum(sum(each.values()) for each in held.values())
-    faults = state["faults"]
+    faults, by_frame = state["faults"], state["by_frame"]
     result.row(
         transport,
         count,
@@ -291,9 +303,10 @@ async def campaign(
         tally.wrong,
         tally.late,
         leaked,
+        fallbacks,
         round(tally.longest_s * 1e3),
         round(tally.seconds, 1),
-        *(faults[kind] for kind in KINDS),
+        *(f"{by_frame['piece'][kind]}+{by_frame['trailer'][kind]}" for kind in KINDS),
     )
     print(*result.rows[-1], flush=True)
     name = transport
@@ -302,8 +315,12 @@ async def campaign(
     result.goal(f"{name}_leaked", leaked, 0)
     result.goal(f"{name}_done_share", tally.outcomes["done"] / count, 0.5, at_least=True)
     result.goal(f"{name}_least_of_a_kind", min(faults.values()), count / 20, at_least=True)
+    shares = [by_frame["piece"][kind] / max(1, faults[kind]) for kind in KINDS]
+    result.goal(f"{name}_least_share_of_pieces", min(shares), 0.5, at_least=True)
+    result.goal(f"{name}_fallbacks", fallbacks, count / 100, at_least=True)
     result.extra.setdefault("wires", {})[transport] = {
         "faults": faults,
+        "by_frame": by_frame,
         "frames": state["frames"],
         "held": held,
         "before": before,
@@ -332,7 +349,9 @@ def main() -> int:
     if arguments.transfers < 1:
         parser.error(f"--transfers is {arguments.transfers}, it must be at least 1")
     logging.basicConfig(level=logging.CRITICAL)
-    columns = ["wire", "transfers", "done", "failed", "deadline", "wrong", "late", "leaked", "longest ms", "s", *KINDS]
+    peers.AVOID_S = (0.0, 0.0)  # every pull begins with the wire that is measured, however often that has failed
+    columns = ["wire", "transfers", "done", "failed", "deadline", "wrong", "late", "leaked"]
+    columns += ["fell back", "longest ms", "s", *(f"{kind}, pieces + trailers" for kind in KINDS)]
     result = report.Report("transfer_faults", columns)
     began_s = time.monotonic()
     for transport in transports:

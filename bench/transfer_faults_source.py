@@ -87,6 +87,17 @@ class References:
         self.counts = +self.counts
 
 
+class SmallPieces:
+    """A sink that has larger pieces than messages gets such as fit into one: several to a transfer on every wire."""
+
+    def __init__(self, sink: FrameSink) -> None:
+        self.gathers = sink.gathers
+        self.room, self.send, self.abort, self.close = sink.room, sink.send, sink.abort, sink.close
+
+    def piece_bytes(self, message_bytes: int) -> int:
+        return message_bytes
+
+
 class Source:
     """The export table, its blocks and what is served of them."""
 
@@ -144,7 +155,8 @@ class Source:
         return self._state()
 
     def _wrap(self, sink: FrameSink) -> FrameSink:
-        return self._injector.wrap(sink) if self._faulty else sink
+        """Over the second route of a pull, too."""
+        return self._injector.wrap(SmallPieces(sink)) if self._faulty else sink
 
     def _open(self, num_tokens: int, late_s: float) -> dict[str, Any]:
         """A ticket over content that never was before; computed, ``late_s``: half of it then and the rest so much later."""
@@ -182,6 +194,7 @@ class Source:
         counters = self._service.counters()
         return {
             "faults": dict(self._injector.counts),
+            "by_frame": {kind.name.lower(): dict(counts) for kind, counts in self._injector.by_frame.items()},
             "frames": self._injector.num_frames,
             "pulls": self._injector.num_pulls,
             "expired": counters["leases_expired"],

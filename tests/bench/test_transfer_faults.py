@@ -35,9 +35,11 @@ def test_no_wrong_byte_none_late_nothing_leaks(transport: str, tmp_path: Path) -
     goals = {goal["name"].removeprefix(f"{transport}_"): goal for goal in figures["goals"]}
     missed = [name for name in ("wrong", "late", "leaked") if not goals[name]["met"]]
     assert not missed, figures["wires"][transport]
-    faults = figures["wires"][transport]["faults"]
+    faults, by_frame = figures["wires"][transport]["faults"], figures["wires"][transport]["by_frame"]
     assert len(faults) == NUM_KINDS and min(faults.values()) >= 1
-    assert figures["rows"][0][2] >= 24, figures["rows"]
+    assert min(by_frame["piece"].values()) >= 1 and set(by_frame) == {"piece", "trailer"}
+    row = dict(zip(figures["columns"], figures["rows"][0], strict=True))
+    assert row["done"] >= 24 and row["fell back"] >= 1, row
 
 
 def test_an_unknown_wire_is_refused_in_a_line() -> None:
