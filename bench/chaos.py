@@ -4,8 +4,8 @@
 
 1 prefill and 2 decode instances and 2 routers on hosts of their own (``netns_cluster.py``). The load is half of what the
 deployment does without a fault, measured first. Faults are drawn by the seed: kill -9, SIGSTOP, partition, and a partition of
-one pair, of whatever lives at that moment, healed after --heal seconds. Requests are sent to the routers in turn; one whose
-router is away is sent once more, to another, as a client with several addresses does while it has no token.
+one pair, of whatever lives at that moment, healed after --heal seconds. One client knows both routers: what has no token yet
+when its router goes is sent to the other.
 
 Goals: at least 80 % of the offered requests done and token-exact, the rest refused with a clear status; full strength within
 30 s of the last fault; every counter back to zero.
@@ -28,6 +28,7 @@ from idle_counters import wait_idle
 from netns_cluster import CONTROLLER, NetnsCluster, netns_cluster
 from recovery import INSTANCES, baseline, deploy_of, recording_of
 
+from biphase.client import AsyncClient
 from biphase.client.bench.arrivals import Phase, arrivals
 from biphase.client.bench.lengths import fixed, parse_lengths
 from biphase.client.bench.phases_file import read_lengths
@@ -101,11 +102,12 @@ async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
                     input_tokens=fixed(96),
                     output_tokens=parse_lengths(OUTPUT_LEN, "output", read_lengths),
                 )
-                runner = load.runner(timeout_s=arguments.deadline)
-                running = asyncio.create_task(runner.run(arrivals([phase], random.Random(arguments.seed))))
-                healed_at = await fault_loop(load, arguments, time.monotonic() + seconds, found)
-                strong_s = await strong_after(load, healed_at)
-                measured = await running
+                async with AsyncClient(cluster.addresses) as client:
+                    runner = load.runner(timeout_s=arguments.deadline, through=client)
+                    running = asyncio.create_task(runner.run(arrivals([phase], random.Random(arguments.seed))))
+                    healed_at = await fault_loop(load, arguments, time.monotonic() + seconds, found)
+                    strong_s = await strong_after(load, healed_at)
+                    measured = await running
                 left = await wait_idle(cluster, within_s=10.0)
                 if math.isinf(strong_s) or left:
                     print(f"left: {left}\n{cluster.logs()}", file=sys.stderr)

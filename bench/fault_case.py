@@ -119,8 +119,9 @@ class Load:
     def __init__(self, cluster: NetnsCluster, clients: Sequence[AsyncClient], prompts: Prompts) -> None:
         self.cluster, self.clients, self._prompts = cluster, list(clients), prompts
 
-    def runner(self, timeout_s: float = TIMEOUT_S) -> Runner:
-        return Runner(self.clients, self._prompts, timeout_s=timeout_s)
+    def runner(self, timeout_s: float = TIMEOUT_S, through: AsyncClient | None = None) -> Runner:
+        """To each router in turn by a client of its own; or ``through`` one that knows all of them."""
+        return Runner([through] if through else self.clients, self._prompts, timeout_s=timeout_s)
 
     async def states(self, client: AsyncClient) -> dict[str, tuple[int, str, int]] | None:
         """(incarnation, state, running) of every instance as a router sees it; None when it does not answer."""

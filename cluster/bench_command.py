@@ -5,7 +5,7 @@ import os
 
 from biphase.client.bench.command import bench
 from biphase.client.bench.settings import settings_of
-from biphase.client.requests import DEFAULT_ADDRESS, resolve_address
+from biphase.client.requests import DEFAULT_ADDRESS, resolve_addresses
 from biphase.cluster.run_dir import served
 from biphase.cluster.status_command import chosen
 from biphase.protos.errors import SetupError
@@ -18,13 +18,12 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 def _addresses(arguments: argparse.Namespace) -> tuple[str, ...]:
     """The routers meant: given, else of the environment, else of the deployment that runs here."""
-    given = arguments.address or ()
+    given = ",".join(arguments.address or ())
     if not given and arguments.name is None:
-        given = (os.environ.get("BIPHASE_ADDRESS") or (DEFAULT_ADDRESS if not served() else ""),)
-    addresses = [word.strip() for text in given for word in text.split(",") if word.strip()]
-    if not addresses:
+        given = os.environ.get("BIPHASE_ADDRESS") or (DEFAULT_ADDRESS if not served() else "")
+    if not given:
         _, record = chosen(arguments.name)
         if not record.router_address:
             raise SetupError(f"deployment {record.name} is not ready yet ({record.state})")
-        addresses = [record.router_address]
-    return tuple(resolve_address(address) for address in addresses)
+        given = record.router_address
+    return resolve_addresses(given)

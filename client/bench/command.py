@@ -43,11 +43,10 @@ def bench(settings: Settings) -> int:
 
 
 async def _run(settings: Settings, recording: Recording | None) -> tuple[ServedModel, Runner]:
-    async with contextlib.AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(AsyncClient(address)) for address in settings.addresses]
-        served = await clients[0].model_info()
+    async with AsyncClient(settings.addresses) as client:
+        served = await client.model_info()
         runner = Runner(
-            clients,
+            [client],
             _prompts(settings, served, recording),
             timeout_s=settings.timeout_s,
             max_in_flight=settings.max_in_flight,

@@ -14,7 +14,10 @@ EPILOG = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where")
     where.add_argument(
-        "--address", action="append", metavar="HOST:PORT", help="a router; may be repeated, and is then taken in turn"
+        "--address",
+        action="append",
+        metavar="HOST:PORT",
+        help="a router; several, repeated or with commas, are taken in turn",
     )
     where.add_argument("--name", help="which deployment, where several run here")
 
