@@ -53,11 +53,11 @@ def _preference(way: Placement, view: ClusterView) -> tuple[int, float, str]:
 
 def _place_within(request: PlaceRequest, view: ClusterView, rules: Rules) -> Placement:
     """Where it goes among instances of one generation."""
-    if rules.colocated:
+    prefills = [instance for instance in view.of_role("prefill") if instance.takes_work]
+    if rules.colocated and not prefills:
         return _place_local(request, view, rules, reason="colocated")
     if rules.mode == "auto" and request.prompt_tokens <= rules.local_prefill_max_tokens:
         return _place_local(request, view, rules, reason="short_prompt")
-    prefills = [instance for instance in view.of_role("prefill") if instance.takes_work]
     if not prefills:
         return _without_prefill(request, view, rules)
     if request.max_tokens > 1 and not _fitting(request, view):

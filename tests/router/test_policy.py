@@ -144,6 +144,12 @@ def test_colocated_by_design_is_local_in_every_mode(mode: Any) -> None:
     )
 
 
+def test_colocated_by_design_takes_a_prefill_instance_that_came_later() -> None:
+    rules = Rules(mode="strict", colocated=True)
+    assert isinstance(place(request(), view(p(), d()), rules), Disaggregated)
+    assert isinstance(place(request(), view(p(draining=True), d()), rules), Local)
+
+
 def test_short_prompts_stay_local_in_auto_alone() -> None:
     rules = Rules(mode="auto", local_prefill_max_tokens=8)
     assert place(request(prompt_tokens=8), view(p(), d()), rules) == Local(
