@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biphase.engine.step import SeqStep, StepPlan
@@ -81,6 +81,7 @@ def test_what_can_be_no_measurement_is_left_out() -> None:
     assert repr(fit) == "<StepFit [0 steps in 0 buckets]>"
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 100_000), st.integers(0, 10**10), st.floats(1e-6, 1e4)), min_size=1, max_size=40)
 )

@@ -4,7 +4,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.queueing import QueueingModel, Traffic
 from support.scaling import DECODE_STEP, POLICY, PREFILL_STEP, make_load
@@ -26,6 +26,7 @@ def test_no_load_meets_every_goal_and_no_instance_meets_none() -> None:
         assert DecodeModel(load, DECODE_STEP, RoleShape(), TARGETS).at(count).attainment == wanted
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.floats(0.1, 50.0), st.floats(10.0, 2000.0), st.floats(2.0, 400.0))
 def test_more_instances_never_do_worse(rate: float, prompt: float, output: float) -> None:
     load = make_load(rate, prompt=prompt, output=output)

@@ -59,7 +59,7 @@ def policies(draw: st.DrawFn) -> Policy:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(policies(), st.data())
 def test_bounds_budget_steps_and_cooldowns_hold_whatever_the_load(policy: Policy, data: st.DataObject) -> None:
     ratio = Ratio(prefill=policy.prefill.min_replicas, decode=policy.decode.min_replicas)
