@@ -207,7 +207,8 @@ async def test_all_decode_instances_die_and_the_output_goes_on_when_one_is_back(
         again = (await s.p.next("open_prefill")).leg_id
         s.p.start(again)
         decode = (await s.d.next("open_decode")).leg_id
-        s.d.hand_off(decode, first_token=ord("B"))
+        s.p.tokens(again, 1, b"B")
+        s.d.hand_off(decode)
         s.p.end(again)
         s.d.tokens(decode, 2, b"C", LENGTH)
         s.d.end(decode)

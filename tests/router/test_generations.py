@@ -92,7 +92,8 @@ async def test_a_request_goes_on_on_another_instance_of_its_generation(stage: St
         again = (await s.old_p.next("open_prefill")).leg_id
         s.old_p.start(again)
         decode = (await second.next("open_decode")).leg_id
-        second.hand_off(decode, first_token=ord("B"))
+        s.old_p.tokens(again, 1, b"B")
+        second.hand_off(decode)
         s.old_p.end(again)
         second.tokens(decode, 2, b"C", LENGTH)
         second.end(decode)
