@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from biphase.cluster import wanted_set
 from biphase.cluster.controller_state import Pin
+from biphase.cluster.rescue import rescue
 from biphase.cluster.slot import Slot
 from biphase.cluster.wanted import spec_of
 from biphase.cluster.wanted_set import ScalePlan
@@ -19,6 +20,8 @@ from biphase.protos.values import Mode, Role
 if TYPE_CHECKING:
     from biphase.cluster.controller import Controller
 
+RESCUE_GRACE_S = 1.0
+"""Nobody can take over what waits, so little is waited for."""
 MAX_GRACE_S = 86_400.0
 MAX_FOR_S = 365 * 86_400.0
 
@@ -42,7 +45,6 @@ class Admin:
 
     async def scale(self, wanted: Mapping[Role, int], *, for_s: float) -> str:
         """Pin these counts."""
-        controller = self._controller
         self._check_open()
         until_s = self._until_s(for_s)
         if not wanted:
@@ -50,9 +52,9 @@ class Admin:
         plan = self._plan(wanted)
         await self._check_fits(plan)
         counts = ", ".join(f"{role} {count}" for role, count in wanted.items())
-        controller.pin = Pin(text=f"scaled by hand to {counts}", until_s=until_s)
         self._apply(plan)
-        await self._done("scale", "", f"{controller.pin.text}{_for(for_s)}: {plan}")
+        pin = self._pin(f"scaled by hand to {counts}", until_s)
+        await self._done("scale", "", f"{pin.text}{_for(for_s)}: {plan}")
         return f"{plan}; pinned{_for(for_s) or ' until `biphase scale auto`'}"
 
     async def unpin(self, why: str) -> str:
@@ -72,17 +74,22 @@ class Admin:
 
     async def flip(self, name: str, *, grace_s: float, for_s: float) -> str:
         """Turn an instance to the other role, and pin that."""
-        controller = self._controller
         self._check_open()
         until_s = self._until_s(for_s)
         slot = self._check_flip(name)
         role: Role = "decode" if slot.kind == "prefill" else "prefill"
         self._turn(slot, role, grace_s)
-        controller.pin = Pin(text=f"{name} turned to {role} by hand", until_s=until_s)
+        self._pin(f"{name} turned to {role} by hand", until_s)
         how = "in place" if self.can_flip else "by starting anew, the roles are cut differently"
         text = f"{name} turns from {slot.kind} to {role} {how}, what runs there has {self._grace_s(grace_s):g} s to end"
         await self._done("flip", name, f"by hand: {text}")
         return f"{text}; pinned{_for(for_s) or ' until `biphase scale auto`'}"
+
+    def _pin(self, text: str, until_s: float | None) -> Pin:
+        counts = self._controller.core.counts()
+        pin = Pin(text=text, prefill=counts["prefill"], decode=counts["decode"], until_s=until_s)
+        self._controller.pin = pin
+        return pin
 
     def _check_flip(self, name: str) -> Slot:
         controller = self._controller
@@ -190,6 +197,19 @@ class Admin:
         plan = ScalePlan(adds=(role,))
         await self._check_fits(plan)
         return self._apply(plan)[0]
+
+    def rescue(self) -> None:
+        """Turn an instance for a role that has lost all of its own and finds no room for them."""
+        controller = self._controller
+        found = rescue(controller.core, self._mode, controller.now_s()) if self.can_flip else None
+        if found is not None:
+            slot, lost = controller.core.slots[found.turns], controller.core.slots[found.waits]
+            was: Role = "prefill" if slot.kind == "prefill" else "decode"
+            self._turn(slot, found.role, RESCUE_GRACE_S)
+            lost.next_kind = was
+            text = f"{slot.name} turns to {found.role}: none is left, and {lost.name} finds no room; it comes back as {was}"
+            controller.events.add("flip", slot.name, text)
+            controller.changed()
 
     def stop_instance(self, name: str) -> None:
         slot = wanted_set.instance(self._controller.core, name)

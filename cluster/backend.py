@@ -129,6 +129,23 @@ class Backend(Protocol):
         """End it now with all its ranks, stopped (SIGSTOP) or not."""
         ...
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether somebody brings hosts that are asked for."""
+        ...
+
+    async def idle(self, spec: ProcessSpec) -> int:
+        """How many more instances like this one would find room now."""
+        ...
+
+    async def ask_node(self, spec: ProcessSpec) -> str:
+        """Ask for a host that ``spec`` fits on; returns why nobody can bring one, empty where somebody may."""
+        ...
+
+    async def withdraw_node(self, name: str) -> None:
+        """Ask no more for the host of the instance called ``name``; for any where it is empty."""
+        ...
+
     async def save_state(self, text: str, key: str = STATE) -> None:
         """Keep a part of the controller's memory outside the controller, whole or not at all."""
         ...

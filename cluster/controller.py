@@ -14,6 +14,7 @@ from typing import Any
 
 from biphase.cluster.actions import Abandon, AskToStop, GiveUp, Kill, Start, TellDrain, TellFlip, TellResume
 from biphase.cluster.admin import Admin
+from biphase.cluster.autoscaling import Autoscaling
 from biphase.cluster.backend import Backend, Handle, ProcessSpec
 from biphase.cluster.broadcast import Broadcast
 from biphase.cluster.controller_messages import membership_of, status_of
@@ -26,6 +27,7 @@ from biphase.cluster.reconcile import STOP_S, Reconciler
 from biphase.cluster.router_reports import RouterReports
 from biphase.cluster.routers_confirmed import RoutersConfirmed
 from biphase.cluster.slot import Slot
+from biphase.cluster.straggler_watch import StragglerWatch
 from biphase.cluster.updating import Updating
 from biphase.cluster.wanted import spec_of, wanted_of
 from biphase.cluster.worker_link import retire
@@ -61,6 +63,8 @@ class Controller:
         """The policy and what it said last, for people."""
         self.warnings: list[str] = []
         self.admin = Admin(self)
+        self.autoscaling = Autoscaling(self)
+        self._stragglers = StragglerWatch(self)
         self.updating = Updating(self)
         self.membership = Broadcast(lambda: membership_of(self))
         self.status = Broadcast(lambda: status_of(self))
@@ -80,7 +84,7 @@ class Controller:
 
     @property
     def has_policy(self) -> bool:
-        return bool(self.policy_text)
+        return self.autoscaling.policy is not None
 
     @property
     def state(self) -> str:
@@ -103,6 +107,8 @@ class Controller:
         self.spawn(self._routers.run())
         self.spawn(self.updating.drive())
         self.spawn(self._keep_pin())
+        self.spawn(self.autoscaling.run())
+        self.spawn(self._stragglers.run())
         ended = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(self._ended.wait())]
         try:
             while not stop.is_set() and not self._ended.is_set():
@@ -160,6 +166,7 @@ class Controller:
             slot.generation = slot.generation or self.generation
         self.pin, self.policy_text = state.pin, state.policy
         self.autoscaler_state, self.update_state = dict(state.autoscaler), dict(state.update)
+        self.autoscaling.restore()
         newest: dict[str, Handle] = {}
         for handle in sorted(await self.backend.adopt(), key=lambda handle: handle.incarnation):
             if handle.kind == "controller":
@@ -254,7 +261,7 @@ class Controller:
         except SetupError as error:
             if not self.core.was_ready:
                 raise
-            self.core.gone(slot.name, slot.life, f"cannot be started: {one_line(error)}", self.now_s())
+            self.core.no_room(slot.name, slot.life, f"cannot be started: {one_line(error)}", self.now_s())
 
     def _tell(self, name: str, command: worker_pb2.LinkDown) -> None:
         link = self.lives[name].link

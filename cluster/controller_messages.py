@@ -185,8 +185,10 @@ def _health(controller: "Controller", slot: Slot) -> str:
         return "stopping" if slot.ending == "remove" else "to start anew"
     if slot.held:
         return "drained by hand"
-    if slot.slow:
-        return "slow"
+    if slot.slow or slot.health:
+        return slot.health or "slow"
+    if slot.no_room:
+        return "no room"
     if slot.phase == "waiting" and slot.failures > 1:
         return f"crash loop, {slot.failures} failed starts"
     if slot.node and slot.node in controller.core.node_failures.cordoned:

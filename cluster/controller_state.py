@@ -38,6 +38,8 @@ class Pin:
     """Counts that people have set: the policy decides nothing until then (None: until they say auto)."""
 
     text: str
+    prefill: int
+    decode: int
     until_s: float | None = None
 
 
@@ -104,9 +106,8 @@ def restore(core: Reconciler, state: ControllerState) -> None:
     core.was_ready = state.was_ready
 
 
-def first_state(specs: Sequence[ProcessSpec]) -> str:
-    """The state before the first controller: the supervisor has started these."""
-    slots = {
-        spec.name: SlotState(kind=spec.kind, incarnation=spec.incarnation, life=spec.incarnation) for spec in specs
-    }
+def first_state(specs: Sequence[ProcessSpec], *, started: bool = True) -> str:
+    """The state before the first controller: the supervisor has started these, or leaves that to it."""
+    lives = [(spec, spec.incarnation if started else 0) for spec in specs]
+    slots = {spec.name: SlotState(kind=spec.kind, incarnation=life, life=life) for spec, life in lives}
     return ControllerState(slots=slots).to_json()

@@ -167,6 +167,8 @@ def load_deployment(path: Path, overrides: Mapping[str, Any] | None = None) -> D
         raise SetupError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or one_line(error)}") from error
     if not isinstance(values, dict):
         raise SetupError(f"{path}: a deploy file is a mapping of keys such as model, prefill and decode")
+    if isinstance(policy := values.get("autoscale"), str) and policy:  # beside the file, wherever that is read from
+        values["autoscale"] = str((path.parent / policy).absolute())
     deployment = deployment_from(values, source=str(path), lines=lines)  # the file's own mistakes first
     if overrides:
         merged = merge(with_long_names(values), with_long_names(overrides))

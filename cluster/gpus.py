@@ -99,8 +99,8 @@ def part_of(
         return GpuPart()
     left = [WHOLE] * num_gpus
     for other, part in held.items():
-        for gpu in part.gpus if other != name else ():
-            left[gpu] -= in_parts(part.share)
+        for index in part.gpus if other != name else ():
+            left[index] -= in_parts(part.share)
     first = divide(deployment, num_gpus, where=where).get(name, GpuPart()).gpus
     taken: list[int] = []
     for rank in range(deployment.plan(role).parallel.num_ranks):

@@ -62,6 +62,15 @@ class Life:
                 controller.core.lost(name, slot.incarnation, f"link lost: {reason}", controller.now_s())
                 controller.changed()
 
+    @property
+    def is_silent_as_idle(self) -> bool:
+        """It has nothing to do by its last words, and then it says nothing."""
+        slot = self._controller.core.slots.get(self.handle.name)
+        if slot is None or not slot.linked or self.signals is None or self.signals[0] != slot.incarnation:
+            return False
+        said = self.signals[2]
+        return not (said.queued or said.running) and (slot.work is None or slot.work.is_idle)
+
     # -- what comes up the link (LinkSink) ----------------------------------------------------------------------------
 
     def expected(self) -> tuple[int, ...]:
@@ -97,3 +106,10 @@ class Life:
 
     def signalled(self, incarnation: int, signals: worker_pb2.WorkerSignals) -> None:
         self.signals = incarnation, self._controller.now_s(), signals
+        self._controller.autoscaling.heard_instance(self.handle.name, self.welcome, signals)
+
+    def refused(self, incarnation: int, command: str, detail: str) -> None:
+        logger.warning("%s#%d refuses %s: %s", self.handle.name, incarnation, command, detail)
+        if command == "flip":
+            self._controller.core.flip_refused(self.handle.name, incarnation, detail, self._controller.now_s())
+            self._controller.changed()

@@ -22,6 +22,8 @@ from biphase.protos.errors import SetupError
 from biphase.protos.process import Announcement
 
 LOADING_POLL_S = 0.05
+MAX_IDLE = 64
+"""Instances that would find room are counted no further."""
 READY_POLL_S = 0.5
 
 
@@ -29,6 +31,7 @@ class ProcessBackend:
     """Processes of one deployment on this host. ``owner`` ends what still runs when it closes (the supervisor does)."""
 
     kill_patience_s: float | None = None
+    can_grow = False
 
     def __init__(self, run_dir: RunDir, *, owner: bool = False) -> None:
         self._run_dir = run_dir
@@ -96,6 +99,23 @@ class ProcessBackend:
             env = (*spec.env, ("CUDA_VISIBLE_DEVICES", self._gpus[part.gpus[rank]])) if part.gpus else spec.env
             specs.append(replace(spec, rank=rank, rank_key=key, leader=leader, gpus=part.share, env=env))
         return specs
+
+    async def idle(self, spec: ProcessSpec) -> int:
+        """By GPUs; instances on the CPU are bounded by the policy alone."""
+        held, found = self._held(), 0
+        while found < MAX_IDLE:
+            try:
+                held[f"{spec.name}-{found}"] = self._part(spec, held)
+            except SetupError:
+                break
+            found += 1
+        return found
+
+    async def ask_node(self, spec: ProcessSpec) -> str:
+        return "backend process has this host alone"
+
+    async def withdraw_node(self, name: str) -> None:
+        pass
 
     def _part(self, spec: ProcessSpec, held: Mapping[str, GpuPart]) -> GpuPart:
         """Of the GPUs of this host, beside what others hold."""

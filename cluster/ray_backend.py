@@ -40,6 +40,8 @@ from biphase.protos.process import Announcement
 
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing of ours goes through it; this is near the least that Ray takes."""
+MAX_IDLE = 64
+"""Instances that would find room are counted no further."""
 KILL_WAIT_S = 5.0
 PROBE_S = 5.0
 RELEASE_S, RELEASE_POLL_S = 5.0, 0.1
@@ -190,6 +192,26 @@ class RayBackend:
             lifetime="detached",
         )
         return lambda stage: PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=stage)
+
+    @property
+    def can_grow(self) -> bool:
+        return False
+
+    async def idle(self, spec: ProcessSpec) -> int:
+        """By what Ray says is free now, host by host."""
+        share = await self._call(partial(self._share, spec))
+        asked = rooms_asked([spec], {spec.name: GpuPart(share=share)})
+        free = await self._call(_all_free)
+        found = 0
+        while asked and found < MAX_IDLE and fits(sorted(asked * (found + 1), reverse=True), free):
+            found += 1
+        return found if asked else MAX_IDLE
+
+    async def ask_node(self, spec: ProcessSpec) -> str:
+        return "this cluster has no autoscaler that could add a node"
+
+    async def withdraw_node(self, name: str) -> None:
+        pass
 
     async def adopt(self) -> list[Handle]:
         """The lives that have actors, and whatever ranks they still have. Groups of those that have none are given back."""

@@ -63,6 +63,8 @@ class Reconciler:
             self._turned(slot, now_s)
         if announcement.incarnation != slot.incarnation:
             return
+        if not slot.is_placed and announcement.pid:
+            slot.since_s = now_s
         slot.announcement, slot.node, slot.adopted = announcement, announcement.node or slot.node, False
         self.node_failures.seen(slot.node)
         phase: Phase | None = None
@@ -76,7 +78,7 @@ class Reconciler:
         if phase is not None and phase != slot.phase:
             slot.phase, slot.since_s = phase, now_s
             if phase == "ready" and slot.ready_since_s is None:
-                slot.ready_since_s = now_s
+                slot.ready_since_s, slot.down_since_s = now_s, None
                 self.node_failures.started(slot.node)
                 self.notes.append(("ready", slot.name, f"{slot.name}#{slot.incarnation} is ready as {slot.kind}"))
         self._refresh(now_s)
@@ -121,6 +123,21 @@ class Reconciler:
         if not (slot.reason and (slot.killed or failed_setup)):
             slot.reason = reason
         self._ended(slot, now_s, failed_setup=failed_setup)
+
+    def no_room(self, name: str, life: int, reason: str, now_s: float) -> None:
+        """The backend has no place for it: tried again, later and later."""
+        slot = self.slots.get(name)
+        self.gone(name, life, reason, now_s)
+        if slot is not None:
+            slot.no_room = slot.phase == "waiting"
+
+    def flip_refused(self, name: str, incarnation: int, reason: str, now_s: float) -> None:
+        """The instance does not turn: it stays what it is."""
+        slot = self._current(name, incarnation)
+        if slot is not None and slot.flip is not None:
+            self.notes.append(("flip", name, f"{name} does not turn to {slot.flip.kind}: {reason}"))
+            slot.flip, slot.asked_s, slot.told, slot.resumes = None, None, False, slot.phase == "draining"
+            self._refresh(now_s)
 
     def _ended(self, slot: Slot, now_s: float, *, failed_setup: bool = False) -> None:
         by_wish, ready_since_s = bool(slot.ending), slot.ready_since_s
@@ -201,7 +218,7 @@ class Reconciler:
         if slot.phase in ("starting", "loading"):
             if slot.ending and not slot.adopted:
                 self._lose(slot, "wanted no more" if slot.ending == "remove" else "to be started anew", now_s)
-            elif now_s - slot.since_s >= self.start_timeout_s:
+            elif slot.is_placed and now_s - slot.since_s >= self.start_timeout_s:
                 doing = slot.announcement.detail if slot.announcement is not None else ""
                 said = f", its last word: {doing}" if doing else ""
                 self._lose(slot, f"not ready within {self.start_timeout_s:g} s{said}", now_s)
@@ -254,7 +271,8 @@ class Reconciler:
             elif slot.killed:
                 due.append(self._unreachable_at_s(slot))
             elif slot.phase in ("starting", "loading"):
-                due.append(slot.since_s + self.start_timeout_s)
+                if slot.is_placed:
+                    due.append(slot.since_s + self.start_timeout_s)
             elif slot.stop_asked_s is not None:
                 due.append(slot.stop_asked_s + STOP_S)
             elif slot.asked_s is not None and slot.ending:

@@ -17,6 +17,7 @@ from typing import Any
 
 from biphase.cluster.deploy_schema import deployment_from, load_deployment
 from biphase.cluster.deployment import Deployment
+from biphase.cluster.policy_source import check_policy
 from biphase.cluster.progress import Progress
 from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord
 from biphase.engine.checkpoint import gguf_config, hf_config
@@ -120,6 +121,7 @@ def checked(deployment: Deployment) -> Deployment:
     source = model_source.resolve(deployment.model, weights=False)
     config = gguf_config.config_of(GgufFile(source.path)) if source.kind == "gguf" else hf_config.config_of(source.path)
     _check_plans(deployment, config)
+    check_policy(deployment)
     deployment = replace(deployment, served_model_name=deployment.served_model_name or source.name)
     with contextlib.suppress(OSError):
         if Path(deployment.model).exists():

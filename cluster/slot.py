@@ -84,6 +84,12 @@ class Slot:
     since_s: float = 0.0
     """When the phase began."""
     ready_since_s: float | None = None
+    down_since_s: float | None = None
+    """Since when it is wanted and does not serve, over all tries; None: it serves."""
+    no_room: bool = False
+    """The last try found no place to start."""
+    health: str = ""
+    """Of an instance that is up, by its steps: slow, probing, stopped."""
     not_before_s: float = 0.0
     failures: int = 0
     restarts: int = 0
@@ -145,17 +151,28 @@ class Slot:
         return self.is_up and self.phase == "ready" and not self.is_leaving and not self.slow
 
     @property
+    def is_placed(self) -> bool:
+        """False while it waits for a host with room: it has no process yet, and the time of its start does not run."""
+        return self.announcement is None or self.announcement.pid != 0
+
+    @property
     def killed(self) -> bool:
         return self.killed_s is not None
 
     def begin_life(self, incarnation: int, now_s: float) -> None:
+        if self.next_kind is not None:
+            self.kind, self.next_kind = self.next_kind, None
         self.restarts += 1 if self.incarnation else 0
         self.incarnation = self.life = incarnation
-        self.phase, self.since_s, self.node = "starting", now_s, ""
+        self.phase, self.since_s, self.node, self.no_room = "starting", now_s, "", False
+        if self.down_since_s is None:
+            self.down_since_s = now_s
 
     def end_life(self, now_s: float) -> None:
         """Nothing of the life that is over is left, but for why it ended."""
-        self.phase, self.since_s = "waiting", now_s
+        self.phase, self.since_s, self.health = "waiting", now_s, ""
+        if self.ready_since_s is not None or self.down_since_s is None:
+            self.down_since_s = now_s
         self.linked, self.killed_s, self.ready_since_s, self.announcement = False, None, None, None
         self.work, self.asked_s, self.told, self.stop_asked_s, self.slow = None, None, False, None, False
         if self.next_kind is not None:

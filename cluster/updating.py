@@ -83,6 +83,11 @@ class Updating:
         values = self._controller.update_state
         return rolling.RollingUpdate(**values) if values else None
 
+    @property
+    def is_under_way(self) -> bool:
+        update = self.state
+        return update is not None and not update.paused
+
     async def drive(self) -> None:
         """Go on with the update that is under way, to its end or pause."""
         controller = self._controller

@@ -42,6 +42,10 @@ class LinkSink(Protocol):
 
     def signalled(self, incarnation: int, signals: worker_pb2.WorkerSignals) -> None: ...
 
+    def refused(self, incarnation: int, command: str, detail: str) -> None:
+        """What it was told is not done."""
+        ...
+
 
 class WorkerLink:
     """One instance's link over all its connections. ``hold`` keeps it; ``send`` is heard by the present connection."""
@@ -100,6 +104,9 @@ class WorkerLink:
                             self._sink.loaded(message.incarnation, message.load)
                         case "signals":
                             self._sink.signalled(message.incarnation, message.signals)
+                        case "command_refused":
+                            refusal = message.command_refused
+                            self._sink.refused(message.incarnation, refusal.command, refusal.detail)
                         case "command_refused":
                             refused = message.command_refused
                             logger.warning("%s refuses to %s: %s", self.name, refused.command, refused.detail)

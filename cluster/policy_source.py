@@ -1,0 +1,60 @@
+"""Where a deployment's policy comes from: a file that may change while it runs, or deploy.yaml itself."""
+
+import json
+from pathlib import Path
+
+from biphase.cluster.deployment import Deployment
+from biphase.cluster.signal_reports import setup_of
+from biphase.planner.policy import Policy, contradiction
+from biphase.planner.policy_file import policy_from, policy_from_text
+from biphase.protos.errors import SetupError, one_line
+from biphase.protos.values import Role
+
+
+def check_policy(deployment: Deployment) -> Policy | None:
+    """The policy that ``deployment`` names, None where it names none. Raises SetupError, one line."""
+    return parse_policy(deployment, read_policy(deployment)) if deployment.autoscale else None
+
+
+def read_policy(deployment: Deployment) -> str:
+    """Its text. Raises SetupError for a file that cannot be read."""
+    if is_inline(deployment):
+        return deployment.autoscale
+    try:
+        return Path(deployment.autoscale).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise SetupError(f"cannot read policy file {deployment.autoscale}: {reason}") from error
+
+
+def parse_policy(deployment: Deployment, text: str) -> Policy:
+    """Raises SetupError for a bad key or value, and for what contradicts itself or the deployment."""
+    source = name_of(deployment)
+    policy = (
+        policy_from(json.loads(text), source=source) if text.startswith("{") else policy_from_text(text, source=source)
+    )
+    setup = setup_of(deployment)
+    gpus: dict[Role, float] = {"prefill": setup.prefill.gpus, "decode": setup.decode.gpus}
+    problem = contradiction(policy, gpus=gpus, strict=setup.strict, colocated=setup.colocated)
+    if problem is not None:
+        raise SetupError(f"{source}: {problem}")
+    return policy
+
+
+def is_inline(deployment: Deployment) -> bool:
+    return deployment.autoscale.startswith("{")
+
+
+def name_of(deployment: Deployment) -> str:
+    return "autoscale of the deploy file" if is_inline(deployment) else deployment.autoscale
+
+
+def changed_since(deployment: Deployment) -> tuple[int, int] | None:
+    """Something that differs when the file was written anew; None where there is none."""
+    if is_inline(deployment):
+        return (0, 0)
+    try:
+        stat = Path(deployment.autoscale).stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size

@@ -1,0 +1,124 @@
+"""Updates instance by instance, and who turns when a role is gone: under a clock that the test turns."""
+
+import pytest
+from support.wanted import made, up
+
+from biphase.cluster import rolling, wanted_set
+from biphase.cluster.actions import Start
+from biphase.cluster.reconcile import Reconciler
+from biphase.cluster.rescue import PATIENCE_S, Rescue, rescue
+from biphase.protos.values import Mode
+
+NEW = rolling.RollingUpdate(generation="new", previous="old", grace_s=5.0)
+
+
+def old(prefill: int, decode: int) -> Reconciler:
+    core = made(prefill, decode)
+    for slot in core.slots.values():
+        slot.generation = "old"
+    return core
+
+
+def carry_out(core: Reconciler, mode: Mode, update: rolling.RollingUpdate = NEW) -> list[str]:
+    """All steps of an update under which everything works, in words; checks at each that somebody serves."""
+    words, now_s = [], 100.0
+    for _ in range(50):
+        step = rolling.next_step(core, update, mode, can_flip=True)
+        now_s += 1.0
+        match step:
+            case rolling.Finished():
+                return words
+            case rolling.Renew(name=name, role=role):
+                words.append(f"{name} as {role}" if role else name)
+                update = rolling.RollingUpdate(generation="new", previous="old", grace_s=5.0, current=name)
+                wanted_set.renew(core, name, 5.0, now_s, generation="new", role=role)
+                core.decide(now_s)
+                core.decide(now_s + 0.1)
+                core.gone(name, core.slots[name].life, "ended", now_s + 0.2)
+                serving = [
+                    (slot.kind, slot.generation) for slot in core.slots.values() if slot.is_instance and slot.serves
+                ]
+                assert any(kind == "decode" for kind, _ in serving), "somebody serves at every moment"
+                assert Start(name=name, incarnation=core.slots[name].incarnation + 1) in core.decide(now_s + 0.3)
+                assert rolling.next_step(core, update, mode, can_flip=True) == rolling.Wait(
+                    reason=f"{name} is starting"
+                )
+                up(core, name, now_s + 0.4)
+            case rolling.TurnFirst(name=name):
+                words.append(f"{name} turns")
+                wanted_set.flip(core, name, "decode", 5.0, now_s)
+                core.decide(now_s)
+                core.linked(name, core.slots[name].incarnation + 1, now_s + 0.1)
+                up(core, name, now_s + 0.2)
+            case rolling.Renewed():
+                update = NEW
+            case rolling.Wait(reason=reason):
+                raise AssertionError(reason)
+    raise AssertionError(words)
+
+
+def test_prefill_and_decode_are_renewed_in_turns() -> None:
+    core = old(2, 2)
+    assert rolling.plan_of(core, "new") == ["prefill-0", "decode-0", "prefill-1", "decode-1"]
+    assert carry_out(core, "strict") == ["prefill-0", "decode-0", "prefill-1", "decode-1"]
+    assert {slot.generation for slot in core.slots.values() if slot.is_instance} == {"new"}
+
+
+def test_with_one_of_each_the_other_serves_meanwhile() -> None:
+    core = old(1, 1)
+    assert rolling.reason_against_update(core, "auto", can_flip=True) is None
+    assert carry_out(core, "auto") == ["prefill-0", "prefill-0 turns", "decode-0 as prefill"]
+    assert core.counts() == {"prefill": 1, "decode": 1}
+    assert (core.slots["prefill-0"].kind, core.slots["decode-0"].kind) == ("decode", "prefill")
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "mode", "reason"),
+    [
+        (1, 1, "strict", "mode is strict with 1 prefill instance"),
+        (2, 1, "strict", "mode is strict with 1 decode instance"),
+        (0, 1, "auto", "1 decode instance and no prefill instance"),
+    ],
+)
+def test_where_nobody_would_serve_it_is_refused(prefill: int, decode: int, mode: Mode, reason: str) -> None:
+    found = rolling.reason_against_update(old(prefill, decode), mode, can_flip=True)
+    assert found is not None and reason in found
+
+
+def test_the_first_new_one_that_fails_pauses_it() -> None:
+    core = old(2, 2)
+    wanted_set.renew(core, "prefill-0", 5.0, 100.0, generation="new", role=None)
+    core.decide(100.0)
+    core.gone("prefill-0", 1, "ended", 101.0)
+    assert core.slots["prefill-0"].generation == "new"
+    core.decide(101.0)
+    core.gone("prefill-0", 2, "no such model", 102.0)
+    update = rolling.RollingUpdate(generation="new", previous="old", grace_s=5.0, current="prefill-0")
+    assert rolling.next_step(core, update, "auto", can_flip=True) == rolling.Failed(
+        name="prefill-0", reason="no such model"
+    )
+
+
+def test_who_turns_when_the_last_decode_instance_finds_no_room() -> None:
+    core = made(2, 1)
+    assert rescue(core, "auto", 10.0) is None
+    core.gone("decode-0", 1, "gone", 20.0)
+    core.decide(20.0)
+    assert rescue(core, "auto", 20.0 + PATIENCE_S - 1) is None, "it may be loading"
+    assert rescue(core, "auto", 20.0 + PATIENCE_S) == Rescue(turns="prefill-0", waits="decode-0", role="decode")
+    core.no_room("decode-0", 2, "cannot be started: no room", 20.5)
+    assert rescue(core, "strict", 21.0) == Rescue(turns="prefill-0", waits="decode-0", role="decode")
+    wanted_set.flip(core, "prefill-0", "decode", 1.0, 21.0)
+    core.slots["decode-0"].next_kind = "prefill"
+    assert core.counts() == {"prefill": 2, "decode": 1}, "the ratio is what it was"
+    assert rescue(core, "auto", 22.0) is None
+
+
+def test_the_last_prefill_instance_turns_in_auto_alone() -> None:
+    core = made(1, 1)
+    core.gone("decode-0", 1, "gone", 20.0)
+    core.decide(20.0)
+    core.no_room("decode-0", 2, "cannot be started: no room", 20.5)
+    assert rescue(core, "strict", 21.0) is None
+    found = rescue(core, "auto", 21.0)
+    assert found is not None and found.turns == "prefill-0"
