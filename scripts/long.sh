@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-parts="tokens plans kernels aot mutations engine handoff overlap pipeline codecs drills start faults recovery chaos shift"
+parts="tokens plans kernels aot mutations engine handoff overlap pipeline codecs drills start faults recovery chaos shift flip"
 
 # The oldest triton that is supported, beside the installed one.
 old_triton=3.6.0
@@ -27,6 +27,7 @@ usage: scripts/long.sh [PART...]     (no part: all, one after the other)
   drills     bench/transfer_faults.py: ten thousand transfers per transport under injected faults
   start      bench/start.py: from `biphase serve` to the first token, first and later starts; idle processor use
   faults     bench/faults.py: workers killed and stopped, idle and busy; what the client sees and how soon
+  flip       bench/flip.py: instances turn into the other role and back, idle and with requests aboard
   recovery   bench/recovery.py: kill, SIGSTOP and partition of every kind of process under load; lost requests, wrong tokens, gaps
   chaos      bench/chaos.py: fifteen minutes of faults at random under load
   shift      bench/live_shift.py: the P:D ratio following a load that turns, beside both fixed ratios
@@ -73,6 +74,7 @@ run() {
     drills) "$bin/python" bench/transfer_faults.py --check ;;
     start) "$bin/python" bench/start.py --check ;;
     faults) "$bin/python" bench/faults.py --check ;;
+    flip) "$bin/python" bench/flip.py --check ;;
     recovery) "$bin/python" bench/recovery.py --check ;;
     chaos) "$bin/python" bench/chaos.py --minutes 15 --check ;;
     shift) "$bin/python" bench/live_shift.py --plot docs/live_shift.svg --check ;;

@@ -71,6 +71,29 @@ async def test_messages_of_a_kind_come_in_order_even_before_anybody_listens() ->
         assert seen == list(range(1000))
 
 
+@pytest.mark.parametrize("keep", [False, True])
+async def test_a_kind_can_be_listened_to_anew_and_what_came_meanwhile_is_dropped_or_kept(keep: bool) -> None:
+    heard: list[tuple[str, int]] = []
+    async with pair() as (leader, follower):
+        leader.subscribe("kv", lambda rank, message: heard.append(("first", message["n"])))
+        passed = [asyncio.Event() for _ in range(3)]
+        leader.subscribe("mark", lambda rank, message: passed[message["n"]].set())
+
+        async def send(number: int) -> None:
+            follower.send({"kind": "kv", "n": number})
+            follower.send({"kind": "mark", "n": number})
+            await asyncio.wait_for(passed[number].wait(), 5)
+
+        await send(0)
+        leader.unsubscribe("kv", keep=keep)
+        await send(1)
+        leader.subscribe("kv", lambda rank, message: heard.append(("second", message["n"])))
+        await send(2)
+        with pytest.raises(ValueError, match="'kv' have a handler already"):
+            leader.subscribe("kv", lambda rank, message: None)
+    assert heard == [("first", 0), *([("second", 1)] if keep else []), ("second", 2)]
+
+
 async def test_answers_say_which_rank_they_are_from_and_direct_ones_skip_the_loop() -> None:
     async with pair() as (leader, follower):
         heard: asyncio.Future[tuple[int, dict[str, object]]] = asyncio.get_running_loop().create_future()
