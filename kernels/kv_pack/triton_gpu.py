@@ -32,6 +32,7 @@ _BLOCK_SIZES = (16, 32, 64, 128)
 _MOST_DIM = 256
 _PROGRAMS_PER_SM = 32
 _MOST_PLANES = 16
+_MOST_AT_ONCE = 16384
 
 
 def pack(
@@ -110,7 +111,10 @@ def _launch(
     total.zero_()
     if num_bytes == 0:
         return
-    key = key_of(codec, packed.block_size, layout.head_dim)
+    dim, parts = _power_of_two(layout.head_dim), 1
+    if is_pack and codec != "raw" and CODECS[codec].residual and packed.block_size * dim > _MOST_AT_ONCE:
+        parts = 2  # it keeps two values of each dim beside the group's own
+    key = key_of(codec, packed.block_size, dim // parts)
     settings = dict(tuned(OP, target, key) or default_settings(target, key))
     words = buffer.view(torch.int32)
     planes = box.num_layers * 2 * box.num_heads
@@ -140,7 +144,7 @@ def _launch(
     each = _planes_per_program(target, spanned, planes)
     launch(
         quantized_kernel,
-        (spanned, -(-planes // each)),
+        (spanned, -(-planes // each), parts),
         pool,
         block_table,
         words,
@@ -157,7 +161,8 @@ def _launch(
         LIMIT=CODECS[codec].limit,
         MOST_SCALE=CODECS[codec].most_scale,
         HEAD_DIM=layout.head_dim,
-        DIM=_power_of_two(layout.head_dim),
+        DIM=dim // parts,
+        PARTS=parts,
         **settings,
     )
 

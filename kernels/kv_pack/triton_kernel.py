@@ -130,9 +130,11 @@ def quantized_kernel(
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,  # tokens of a group: the block size of the pool that is, or was, packed
     HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,  # HEAD_DIM up to a power of two
+    DIM: tl.constexpr,  # that part of HEAD_DIM, up to a power of two, which a program has
+    PARTS: tl.constexpr,  # as many of them are there
 ):
-    """Quantise from pool to buffer, or back. A program has one group, of one plane and those after it."""
+    """Quantise from pool to buffer, or back. A program has one group, of one plane and those after it; or a part of its
+    dims, where all of them are too many for its registers."""
     PER_WORD: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = HEAD_DIM // PER_WORD
     CODE: tl.constexpr = (1 << BITS) - 1
@@ -142,7 +144,8 @@ def quantized_kernel(
     token = nth * GROUP + slots - token_start  # of the box
     in_box = (token >= 0) & (token < num_tokens)
     is_token = in_box[:, None]
-    dims = tl.arange(0, DIM)[None, :]
+    part = tl.program_id(2)
+    dims = part * DIM + tl.arange(0, DIM)[None, :]
     if GROUP == BLOCK_SIZE:
         block = tl.load(block_table_ptr + nth).to(tl.int64)
         in_block = block * (2 * POOL_HEADS * BLOCK_SIZE * HEAD_DIM) + (slots * HEAD_DIM)[:, None] + dims
@@ -152,15 +155,16 @@ def quantized_kernel(
         rows = blocks * (2 * POOL_HEADS * BLOCK_SIZE * HEAD_DIM) + place % BLOCK_SIZE * HEAD_DIM
         in_block = rows[:, None] + dims
     is_value = is_token & (dims < HEAD_DIM)
-    columns = tl.arange(0, DIM // PER_WORD)[None, :]
+    columns = part * (DIM // PER_WORD) + tl.arange(0, DIM // PER_WORD)[None, :]
     is_word = is_token & (columns < WORDS)
     shifts = (tl.arange(0, PER_WORD) * BITS)[None, None, :]
-    quads = tl.arange(0, DIM // 4)
+    quads = part * (DIM // 4) + tl.arange(0, DIM // 4)
     is_quad = quads < HEAD_DIM // 4
     # one sum per word, or per token where a large group leaves no registers for that
     PER_TOKEN: tl.constexpr = GROUP * DIM > 16384
     sums = tl.zeros((GROUP, 1 if PER_TOKEN else DIM // PER_WORD), tl.uint64)
     scale_sum = tl.zeros((1,), tl.uint64)
+    is_first = tl.full((1,), 0, tl.int32) == part
     dim_sum = tl.zeros((DIM // 4,), tl.uint64)
     codes_end = num_planes * num_tokens * WORDS
     scales_start = codes_end + num_planes * num_spanned * (HEAD_DIM // 2) if RESIDUAL else codes_end
@@ -175,6 +179,11 @@ def quantized_kernel(
         if PACK:
             values = tl.load(pool, mask=is_value, other=0.0).to(tl.float32)
             amax = tl.maximum(tl.max(tl.max(tl.abs(values), axis=1), axis=0), LEAST_AMAX)
+            for ahead in tl.static_range(1, PARTS):
+                further = ((part + ahead) % PARTS - part) * DIM
+                is_further = is_token & (dims + further < HEAD_DIM)
+                others = tl.load(pool + further, mask=is_further, other=0.0).to(tl.float32)
+                amax = tl.maximum(amax, tl.max(tl.max(tl.abs(others), axis=1), axis=0))
             limit = tl.full((1,), LIMIT, tl.float32)
             if RESIDUAL:
                 units = tl.full((1,), UNITS, tl.float32)
@@ -207,7 +216,7 @@ def quantized_kernel(
             words = tl.where(is_word, words, 0).to(tl.uint32)
             scale_word = scale.to(tl.uint32, bitcast=True)
             tl.store(buffer_ptr + position, words.to(tl.int32, bitcast=True), mask=is_word)
-            tl.store(buffer_ptr + scale_position, scale_word.to(tl.int32, bitcast=True))
+            tl.store(buffer_ptr + scale_position, scale_word.to(tl.int32, bitcast=True), mask=is_first)
         else:
             words = tl.load(buffer_ptr + position, mask=is_word, other=0).to(tl.uint32, bitcast=True)
             scale_word = tl.load(buffer_ptr + scale_position).to(tl.uint32, bitcast=True)
@@ -232,7 +241,7 @@ def quantized_kernel(
             tl.store(pool, values.to(pool_ptr.dtype.element_ty), mask=is_value)
         products = weighted(position, words)
         sums += tl.sum(products, axis=1, keep_dims=True) if PER_TOKEN else products
-        scale_sum += weighted(scale_position, scale_word)
+        scale_sum += tl.where(is_first, weighted(scale_position, scale_word), 0)
         if RESIDUAL:
             dim_sum += weighted(coarse_position, coarse_words) + weighted(step_position, step_words)
     total = tl.sum(tl.sum(sums, axis=1), axis=0) + tl.sum(scale_sum, axis=0)

@@ -222,6 +222,13 @@ def test_many_planes_to_a_program(device: torch.device, monkeypatch: pytest.Monk
     check(Case(dtype="bf16", codec="int8", tokens=(3, 20)), device)
 
 
+def test_a_large_group_goes_in_two_halves(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest value of all may lie in the other half, which has fewer dims here; the scale is written once."""
+    monkeypatch.setattr(triton_gpu, "_MOST_AT_ONCE", 256)
+    for codec in ("int4", "int8"):
+        check(Case(codec=codec, dtype="bf16", head_dim=48, tokens=(3, 33), heads=(1, 3)), device)
+
+
 @pytest.mark.parametrize("codec", ["raw", *CODECS])
 def test_ties_go_to_even_and_zeros_stay(codec: str, device: torch.device) -> None:
     case = Case(codec=codec, tokens=(0, 16), layers=(0, 1), heads=(0, 1))

@@ -31,7 +31,7 @@ MUTATIONS = [
     (_KERNEL, "tl.div_rn(units, amax)", "tl.div_rn(units - 1, amax)", _TEST),
     (_KERNEL, "(codes ^ SIGN).to(tl.int32) - SIGN", "codes.to(tl.int32)", _TEST),
     (_KERNEL, "values *= scale_word", "values /= scale_word", _TEST),
-    (_KERNEL, "scale_sum += weighted(scale_position, scale_word)", "scale_sum += weighted(plane + 0 * scale_position, scale_word)", _TEST),
+    (_KERNEL, "tl.where(is_first, weighted(scale_position,", "tl.where(is_first, weighted(plane + 0 * scale_position,", _TEST),
     # int4's coarse values and steps
     (_KERNEL, "tl.where(is_token, scaled, -UNITS)", "scaled", _TEST),
     (_KERNEL, "tl.where(is_token, scaled, UNITS)", "tl.where(is_token, scaled, 0.0)", _TEST),
@@ -47,6 +47,12 @@ MUTATIONS = [
     # the ends of the range
     (_KERNEL, "values = tl.clamp(values, -UNITS, UNITS)", "values = values", _TEST),
     (_KERNEL, "(scale > MOST_SCALE) & (scale < float", "(scale < 0) & (scale < float", _TEST),
+    # halves of a group
+    (_KERNEL, "((part + ahead) % PARTS - part) * DIM", "0 * ahead", _TEST),
+    (_KERNEL, "dims + further < HEAD_DIM", "dims < HEAD_DIM", _TEST),
+    (_KERNEL, "tl.where(is_first, weighted(scale_position, scale_word), 0)", "weighted(scale_position, scale_word)", _TEST),
+    (_KERNEL, "columns = part * (DIM // PER_WORD) +", "columns =", _TEST),
+    (_KERNEL, "quads = part * (DIM // 4) +", "quads =", _TEST),
     # groups of another block size
     (_KERNEL, "place // BLOCK_SIZE, mask", "nth + 0 * place, mask", _TEST),
     (_KERNEL, "place % BLOCK_SIZE * HEAD_DIM", "slots * HEAD_DIM", _TEST),
