@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-parts="tokens plans kernels aot mutations engine handoff overlap pipeline codecs drills start faults recovery chaos shift flip"
+parts="tokens plans kernels aot mutations engine handoff overlap pipeline codecs drills start faults flip recovery chaos shift"
 
 # The oldest triton that is supported, beside the installed one.
 old_triton=3.6.0
