@@ -149,6 +149,7 @@ def _router_config(spec: ProcessSpec) -> "RouterConfig":
         mode=deployment.mode,
         controller=spec.controller_address,
         colocated=deployment.prefill.replicas == 0,
+        max_replays=deployment.max_replays,
         limits=deployment.limits,
         waits=Waits(drain_s=max(deployment.drain_s, 0.001)),
         log_file=str(spec.log_file),
