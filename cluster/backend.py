@@ -16,6 +16,8 @@ from biphase.protos.process import Announcement
 
 Kind = Literal["prefill", "decode", "router", "controller"]
 CONTROLLER: Literal["controller"] = "controller"
+WAIT_VARIABLE = "BIPHASE_WAIT_FOR_NODES"
+"""Set by `biphase serve --wait`: hosts join later, so what does not fit those that are there is no reason to refuse."""
 STATE = "state"
 """The key of what the controller wants and knows; its events have others."""
 
@@ -70,6 +72,16 @@ class ProcessSpec:
         return ProcessSpec(**values)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeView:
+    """A host as people and the controller see it."""
+
+    name: str
+    refused: str = ""
+    """Why it gets no instance; empty: it may."""
+    what: str = ""
+
+
 class Handle(Protocol):
     """A process, or an instance with all its ranks, that was started or found again."""
 
@@ -101,8 +113,38 @@ class Backend(Protocol):
     """A process that was killed and is not seen gone after this is on a host that cannot be reached, and the next life
     starts elsewhere. None: every host can be reached."""
 
+    @property
+    def hosts_may_join(self) -> bool:
+        """Hosts come and go: the controller starts everything, once there is a place for it."""
+        ...
+
     async def open(self) -> None:
         """Connect to what places processes. Raises SetupError."""
+        ...
+
+    async def own_address(self) -> str:
+        """Where others of the cluster reach what runs on this host."""
+        ...
+
+    async def nodes(self) -> list[NodeView]:
+        """The hosts as last seen, read every few seconds; none where there is one for good."""
+        ...
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether somebody brings hosts that are asked for."""
+        ...
+
+    async def idle(self, spec: ProcessSpec) -> int:
+        """How many more instances like this one would find room now."""
+        ...
+
+    async def ask_node(self, spec: ProcessSpec) -> str:
+        """Ask for a host that ``spec`` fits on; returns why nobody can bring one, empty where somebody may."""
+        ...
+
+    async def withdraw_node(self, name: str) -> None:
+        """Ask no more for the host that was asked for with a spec of that name."""
         ...
 
     async def check(self, specs: Sequence[ProcessSpec]) -> None:
@@ -127,23 +169,6 @@ class Backend(Protocol):
 
     async def kill(self, handle: Handle) -> None:
         """End it now with all its ranks, stopped (SIGSTOP) or not."""
-        ...
-
-    @property
-    def can_grow(self) -> bool:
-        """Whether somebody brings hosts that are asked for."""
-        ...
-
-    async def idle(self, spec: ProcessSpec) -> int:
-        """How many more instances like this one would find room now."""
-        ...
-
-    async def ask_node(self, spec: ProcessSpec) -> str:
-        """Ask for a host that ``spec`` fits on; returns why nobody can bring one, empty where somebody may."""
-        ...
-
-    async def withdraw_node(self, name: str) -> None:
-        """Ask no more for the host of the instance called ``name``; for any where it is empty."""
         ...
 
     async def save_state(self, text: str, key: str = STATE) -> None:

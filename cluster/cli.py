@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_status(commands)
     _add_stop(commands)
+    _add_down(commands)
     _add_generate(commands)
     _add_autoscale(commands)
     _add_bench(commands)
@@ -99,6 +100,13 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
     serve.add_argument("--weights-cache", metavar="DIR", help="where converted weights are kept")
     serve.add_argument("--drain-s", type=float, metavar="S", help="how long a stop waits for running requests")
     serve.add_argument("--detach", action="store_true", help="return when ready; `biphase stop` ends it")
+    serve.add_argument(
+        "--wait",
+        type=float,
+        metavar="S",
+        help="with --detach: return once the controller is up, within so many seconds; on a Ray cluster the rest waits for "
+        "nodes that join later. Where the same runs already, nothing changes",
+    )
     serve.set_defaults(run="serve", parser=serve)
 
 
@@ -115,6 +123,21 @@ def _add_stop(commands: "argparse._SubParsersAction[_Parser]") -> None:
     stop.add_argument("--name", help="which deployment (default: the one that runs)")
     stop.add_argument("--now", action="store_true", help="do not wait for running requests")
     stop.set_defaults(run="stop", parser=stop)
+
+
+def _add_down(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    down = commands.add_parser(
+        "down",
+        help="end a cluster that `ray up` has started, with what it serves",
+        description="Drain and stop the deployment, `ray down`, and end Ray on the workers of a cluster of your own machines. "
+        "Runs where `ray up` was run.",
+        epilog="example: biphase down cluster.yaml",
+    )
+    down.add_argument("cluster_file", metavar="CLUSTER.yaml", help="the file that `ray up` was given")
+    down.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    down.add_argument("--now", action="store_true", help="do not wait for running requests")
+    down.add_argument("--name", help="which deployment, where several run there")
+    down.set_defaults(run="down", parser=down)
 
 
 def _add_generate(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -173,7 +196,9 @@ def _add_autoscale(commands: "argparse._SubParsersAction[_Parser]") -> None:
         epilog="example: biphase autoscale replay --policy examples/policy.yaml --signals examples/history.jsonl",
     )
     replay.add_argument("--policy", required=True, metavar="FILE", help="a policy file, as examples/policy.yaml")
-    replay.add_argument("--signals", required=True, metavar="FILE", help="a recorded history, as examples/history.jsonl")
+    replay.add_argument(
+        "--signals", required=True, metavar="FILE", help="a recorded history, as examples/history.jsonl"
+    )
     replay.add_argument("--start-s", type=float, default=30.0, metavar="S", help="how long a start takes (default 30)")
     replay.add_argument(
         "--as-recorded",
@@ -217,6 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return stop(arguments)
             case admin if admin in admin_parsers.COMMANDS:
                 return admin_parsers.run_command(admin, arguments)
+            case "down":
+                from biphase.cluster.down_command import down
+
+                return down(arguments)
             case "bench":
                 from biphase.cluster.bench_command import run_bench
 

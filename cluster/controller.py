@@ -23,6 +23,7 @@ from biphase.cluster.deployment import Deployment
 from biphase.cluster.events import EventLog
 from biphase.cluster.generation import generation_of
 from biphase.cluster.life import Life
+from biphase.cluster.node_watch import NodeWatch
 from biphase.cluster.reconcile import STOP_S, Reconciler
 from biphase.cluster.router_reports import RouterReports
 from biphase.cluster.routers_confirmed import RoutersConfirmed
@@ -107,6 +108,7 @@ class Controller:
         self.spawn(self._routers.run())
         self.spawn(self.updating.drive())
         self.spawn(self._keep_pin())
+        self.spawn(NodeWatch(self).run())
         self.spawn(self.autoscaling.run())
         self.spawn(self._stragglers.run())
         ended = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(self._ended.wait())]

@@ -131,6 +131,7 @@ class _DeploymentSchema(_Strict):
     flip_grace_s: float = Field(_DEPLOYMENT.flip_grace_s, gt=0, le=86_400)
     replace_after_s: float = Field(_DEPLOYMENT.replace_after_s, gt=0, le=86_400)
     max_replays: int = Field(_DEPLOYMENT.max_replays, ge=0, le=1000)
+    controller_port: int = Field(_DEPLOYMENT.controller_port, ge=0, le=65535)
     routers: list[_RouterSchema] | None = Field(None, min_length=1, max_length=64)
     placement: Placement = _DEPLOYMENT.placement
     autoscale: str | dict[str, Any] = _DEPLOYMENT.autoscale

@@ -103,6 +103,8 @@ class Deployment:
     """An instance that is out for being slow for so long is killed and replaced."""
     max_replays: int = 3
     """A request that went down with more instances than this ends INTERNAL, and is logged as suspect."""
+    controller_port: int = 0
+    """Where the controller listens for `biphase` from other hosts; 0: any free one. On loopback but for clusters."""
     routers: tuple[RouterPlace, ...] = ()
     """As the file names them; empty: one on the head at ``host`` and ``port``."""
     placement: Placement = "pack"

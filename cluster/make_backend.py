@@ -32,4 +32,4 @@ def make_backend(deployment: Deployment, run_dir: str, *, owner: bool) -> Backen
         set_ray_environment()  # Ray reads it when it is imported
     from biphase.cluster.ray_backend import RayBackend
 
-    return RayBackend(deployment.name, owner=owner)
+    return RayBackend(deployment, owner=owner)

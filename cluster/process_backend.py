@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from biphase.cluster.backend import CONTROLLER, STATE, Handle, ProcessSpec
+from biphase.cluster.backend import CONTROLLER, STATE, Handle, NodeView, ProcessSpec
 from biphase.cluster.gpus import GpuPart, divide, host_gpus, part_of
 from biphase.cluster.process_rank import ProcessRank
 from biphase.cluster.rank_group import MissingRank, RankGroup
@@ -32,6 +32,7 @@ class ProcessBackend:
 
     kill_patience_s: float | None = None
     can_grow = False
+    hosts_may_join = False
 
     def __init__(self, run_dir: RunDir, *, owner: bool = False) -> None:
         self._run_dir = run_dir
@@ -42,6 +43,18 @@ class ProcessBackend:
 
     async def open(self) -> None:
         self._run_dir.processes.mkdir(parents=True, exist_ok=True)
+
+    async def own_address(self) -> str:
+        return "127.0.0.1"
+
+    async def nodes(self) -> list[NodeView]:
+        return []
+
+    async def ask_node(self, spec: ProcessSpec) -> str:
+        return "backend process has this host alone"
+
+    async def withdraw_node(self, name: str) -> None:
+        pass
 
     async def check(self, specs: Sequence[ProcessSpec]) -> None:
         """One host takes what it is given (threads and memory are the ranks' own defaults to bound), GPUs apart."""
@@ -110,12 +123,6 @@ class ProcessBackend:
                 break
             found += 1
         return found
-
-    async def ask_node(self, spec: ProcessSpec) -> str:
-        return "backend process has this host alone"
-
-    async def withdraw_node(self, name: str) -> None:
-        pass
 
     def _part(self, spec: ProcessSpec, held: Mapping[str, GpuPart]) -> GpuPart:
         """Of the GPUs of this host, beside what others hold."""

@@ -11,15 +11,14 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import ray
-from ray._private import node as ray_node
 from ray._private import state as ray_state
 from ray._raylet import PlacementGroupID
 from ray.experimental import internal_kv
@@ -27,36 +26,59 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from biphase.cluster.backend import STATE, Handle, ProcessSpec
+from biphase.cluster.backend import STATE, WAIT_VARIABLE, Handle, Kind, NodeView, ProcessSpec
 from biphase.cluster.deployment import Deployment
-from biphase.cluster.gpus import WHOLE, GpuPart, divide, host_gpus, share_of
+from biphase.cluster.gpus import WHOLE, GpuPart, divide, in_parts, share_of
 from biphase.cluster.rank_group import MissingRank, RankGroup
 from biphase.cluster.ray_actor import ProcessActor
-from biphase.cluster.ray_names import ActorName, group_name, namespace_of
+from biphase.cluster.ray_connect import connect, is_joined
+from biphase.cluster.ray_names import ActorName, group_name, namespace_of, request_name
+from biphase.cluster.ray_nodes import NodeBook
+from biphase.cluster.ray_place import choose
 from biphase.cluster.ray_rank import RayRank
-from biphase.cluster.ray_room import NOTHING, Room, bundles_of, fits, refusal, room_of, rooms_asked
+from biphase.cluster.ray_room import NOTHING, Room, bundles_of, fits, how_many, refusal, room_of, rooms_asked
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.process import Announcement
 
-OBJECT_STORE_BYTES = 80 * 2**20
-"""Nothing of ours goes through it; this is near the least that Ray takes."""
-MAX_IDLE = 64
-"""Instances that would find room are counted no further."""
 KILL_WAIT_S = 5.0
-PROBE_S = 5.0
 RELEASE_S, RELEASE_POLL_S = 5.0, 0.1
 ACTOR_CONCURRENCY = 8
 """Long polls of the supervisor, of the controller and of a controller's former life, a stop, and other ranks' looks for
 rank 0, at once."""
+MAX_IDLE = 64
+"""Instances that would find room are counted no further."""
+NODE_ID_LABEL = "ray.io/node-id"
 T = TypeVar("T")
 
 
 class RayGroup(RankGroup):
-    """A group whose ranks tell when there is news."""
+    """A group whose ranks tell when there is news, and that says what it waits for before it has a process."""
 
     def __init__(self, changed: asyncio.Event, **group: Any) -> None:
         super().__init__(**group)
         self.changed = changed
+        self._waits_for = ""
+
+    @property
+    def is_ending(self) -> bool:
+        return any(rank.end is not None for rank in self.ranks)
+
+    @property
+    def is_silent(self) -> bool:
+        return super().word() is None
+
+    def say_waiting(self, what: str) -> None:
+        if what != self._waits_for:
+            self._waits_for = what
+            self.changed.set()
+
+    def word(self) -> Announcement | None:
+        said = super().word()
+        if said is None and self._waits_for:
+            return Announcement(
+                name=self.name, kind=self.kind, incarnation=self.incarnation, pid=0, detail=self._waits_for
+            )
+        return said
 
 
 class RayBackend:
@@ -64,37 +86,36 @@ class RayBackend:
 
     kill_patience_s: float | None = 2.0
 
-    def __init__(self, deployment_name: str, *, owner: bool) -> None:
-        self._namespace = namespace_of(deployment_name)
+    def __init__(self, deployment: Deployment, *, owner: bool) -> None:
+        self._namespace = namespace_of(deployment.name)
         self._owner = owner
-        self._joined = bool(os.environ.get("RAY_ADDRESS"))
+        self._joined = is_joined()
         self._groups: dict[tuple[str, int], RayGroup] = {}
+        self._targets: dict[tuple[str, int], str] = {}
+        """Where Ray was asked to place an instance."""
+        self._placing: set[asyncio.Task[None]] = set()
         # One thread for all blocking Ray calls. It lives as long as the backend: Ray's own processes are told by the
         # kernel when the thread that started them ends.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="biphase-ray")
+        self._book = NodeBook(self._call, deployment, self._namespace)
+        self._book.on_look = self._tell_waiting
 
     async def open(self) -> None:
         if self._owner:
-            await self._call(self._connect)
+            await self._call(partial(connect, self._namespace))
+        if self._joined:
+            await self._book.open(follow=not self._owner)
 
-    def _connect(self) -> None:
-        options: dict[str, Any] = {"namespace": self._namespace, "log_to_driver": False, "configure_logging": False}
-        try:
-            if self._joined:
-                _probe(os.environ["RAY_ADDRESS"])
-                ray.init(address=os.environ["RAY_ADDRESS"], **options)
-                return
-            with _lean_head():
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    num_gpus=len(host_gpus()),
-                    **options,
-                )
-        except Exception as error:
-            where = os.environ["RAY_ADDRESS"] if self._joined else "a local cluster"
-            raise SetupError(f"Ray ({where}) cannot be used: {one_line(error)}") from error
+    @property
+    def hosts_may_join(self) -> bool:
+        return self._joined
+
+    async def own_address(self) -> str:
+        """Bound explicitly by what others of the cluster talk to; loopback where there is one host for good."""
+        return str(await self._call(ray.util.get_node_ip_address)) if self._joined else "127.0.0.1"
+
+    async def nodes(self) -> list[NodeView]:
+        return self._book.views()
 
     async def check(self, specs: Sequence[ProcessSpec]) -> None:
         """First fit of the GPUs and CPUs that each stage asks for on those that are free, host by host.
@@ -102,22 +123,98 @@ class RayBackend:
         A share must lie in one GPU: ``divide`` has seen to that, over all GPUs of the cluster. What is free Ray tells by
         host and not by GPU, so where others hold fractions, what passes here may still have to wait for them.
 
-        What was just killed gives back its own a little later: where the hosts are large enough, wait for it.
+        What was just killed gives back its own a little later: where the hosts are large enough, wait for it. Hosts that
+        an autoscaler may still bring count as well.
         """
         everything = await self._call(_all_there)
-        await self._call(partial(self._keep_num_gpus, sum(room.gpus // WHOLE for room in everything)))
-        parts = await self._call(partial(self._parts, specs[0].deployment))
+        growth = self._book.growth
+        if self._owner:
+            num_gpus = sum(room.gpus // WHOLE for room in everything)
+            num_gpus = growth.num_gpus(num_gpus) if growth is not None else num_gpus
+            await self._call(partial(self._keep_num_gpus, num_gpus))
+            for spec in specs:
+                self._check_node(spec)
+        if self._owner and self._joined and growth is None and os.environ.get(WAIT_VARIABLE):
+            return  # nobody knows how many hosts will come
+        if not self._joined:
+            await self._call(partial(self._parts, specs[0].deployment))
+        parts = {spec.name: GpuPart(share=await self._call(partial(self._share, spec))) for spec in specs}
         asked = rooms_asked(specs, parts)
-        patient = fits(asked, everything)
+        workers = sum(not host.is_head for host in self._book.hosts)
+        to_come = growth.rooms()[: max(0, growth.most_workers - workers)] if growth is not None else []
+        patient = fits(asked, [*everything, *to_come])
         deadline_s = time.monotonic() + (RELEASE_S if patient else 0.0)
-        while not fits(asked, free := await self._call(_all_free)):
+        while not fits(asked, [*(free := await self._call(_all_free)), *to_come]):
             if time.monotonic() >= deadline_s:
-                raise SetupError(refusal(specs, asked, free))
+                raise SetupError(refusal(specs, asked, [*free, *to_come]) + self._of_refused())
             await asyncio.sleep(RELEASE_POLL_S)
 
+    def _of_refused(self) -> str:
+        return "".join(f"; {reason}" for reason in self._book.refused.values())
+
+    def _check_node(self, spec: ProcessSpec) -> None:
+        """Raises SetupError for a router whose node cannot be told."""
+        if spec.kind == "router" and self._joined:
+            self._address_of(spec.deployment.router_place(spec.name).node)
+
+    def _address_of(self, node: str) -> str:
+        """Of the host that a deployment calls ``node``; empty for the one we are on."""
+        found = self._book.find(node)
+        if not node or found is not None:
+            return found.address if found is not None else ""
+        try:
+            return socket.gethostbyname(node)
+        except OSError as error:
+            there = ", ".join(host.address for host in self._book.hosts)
+            raise SetupError(f"routers: node {node!r} is no address and no known host; there are {there}") from error
+
     async def start(self, spec: ProcessSpec) -> RayGroup:
-        actors = await self._call(partial(self._create, spec))
-        return self._hold(ActorName(name=spec.name, kind=spec.kind, incarnation=spec.incarnation), actors)
+        life = ActorName(name=spec.name, kind=spec.kind, incarnation=spec.incarnation)
+        if not self._joined or (spec.kind != "prefill" and spec.kind != "decode"):
+            return self._hold(life, await self._call(partial(self._create, spec)))
+        coming: list[asyncio.Future[Any]] = [
+            asyncio.get_running_loop().create_future() for _ in range(spec.plan.num_ranks)
+        ]
+        group = self._hold(life, coming)
+        task = asyncio.create_task(self._place(spec, group, coming))
+        self._placing.add(task)
+        task.add_done_callback(self._placing.discard)
+        return group
+
+    async def _place(self, spec: ProcessSpec, group: RayGroup, coming: Sequence["asyncio.Future[Any]"]) -> None:
+        """Create an instance's actors once it is time to; Ray starts them when their bundles are there."""
+        try:
+            while (reason := self._book.reason_to_hold()) and not group.is_ending:
+                group.say_waiting(reason)
+                async with self._book.changed:
+                    await self._book.changed.wait()
+            if group.is_ending:
+                return
+            await self._book.settle()
+            await self.withdraw_node(spec.name)  # what was asked for with it is for this one
+            await self._book.look(check=True)
+            actors = await self._call(partial(self._create, spec))
+        except Exception as error:  # noqa: BLE001 -- whatever it was, the life ends by it and another one begins
+            for rank in coming:
+                rank.set_exception(SetupError(one_line(error)))
+            return
+        for rank, actor in zip(coming, actors, strict=True):
+            rank.set_result(actor)
+        if group.is_ending:
+            await group.kill()
+            await self._call(partial(_remove_groups, {group_name(self._namespace, spec.name, spec.incarnation)}))
+
+    async def _tell_waiting(self) -> None:
+        """What those that have no process yet wait for. One question for all of them."""
+        silent = [group for group in self._groups.values() if group.end is None and group.is_silent]
+        if not silent:
+            return
+        there = await self._call(placement_group_table)
+        states = {group["name"]: group["state"] for group in there.values()}
+        rooms = ", ".join(str(host) for host in self._book.hosts if host.node_id not in self._book.shunned) or "none"
+        for group in silent:
+            if states.get(group_name(self._namespace, group.name, group.incarnation)) in ("PENDING", "RESCHEDULING"):
+                group.say_waiting(f"waits for room on a node; there are {rooms}{self._of_refused()}")
 
     def _hold(self, life: ActorName, actors: Sequence[Any | None]) -> RayGroup:
         """The handle of a life's actors, in the order of their ranks; None for one that is gone."""
@@ -145,6 +242,9 @@ class RayBackend:
     def _share(self, spec: ProcessSpec) -> float:
         if spec.kind != "prefill" and spec.kind != "decode":
             return 0.0
+        asked = spec.deployment.plan(spec.kind).gpus
+        if self._joined and asked is not None:  # whatever the cluster has now
+            return 0.0 if spec.deployment.device == "cpu" else in_parts(asked) / WHOLE
         num_gpus = int(internal_kv._internal_kv_get(self._num_gpus_key()) or 0)
         return share_of(spec.deployment, spec.name, spec.kind, num_gpus, where="the Ray cluster")
 
@@ -158,7 +258,7 @@ class RayBackend:
     def _create(self, spec: ProcessSpec) -> list[Any]:
         """All actors of a life, in the order of their ranks. Ray starts them when their bundles are there."""
         share = self._share(spec)
-        spec = replace(spec, gpus=share, host=spec.host if len(_all_there()) == 1 else "")
+        spec = replace(spec, gpus=share, host="" if self._joined else spec.host)
         key = secrets.token_hex(16) if spec.plan.num_ranks > 1 else ""
         try:
             place = self._placement(spec, share)
@@ -172,46 +272,93 @@ class RayBackend:
                     num_gpus=share,
                     max_restarts=0,
                     max_concurrency=ACTOR_CONCURRENCY,
-                    scheduling_strategy=place(spec.plan.stage_of(rank)),
+                    **place(spec.plan.stage_of(rank)),
                 )
                 .remote(replace(spec, rank=rank, rank_key=key).to_json())
                 for rank in range(spec.plan.num_ranks)
             ]
+        except SetupError:
+            raise
         except Exception as error:
             raise SetupError(f"Ray does not start {spec.name}: {one_line(error)}") from error
 
-    def _placement(self, spec: ProcessSpec, share: float) -> Callable[[int], Any]:
+    def _placement(self, spec: ProcessSpec, share: float) -> Callable[[int], dict[str, Any]]:
         """Where the ranks of a stage go."""
-        if spec.kind in ("router", "controller"):  # where the user is: they listen on this host's addresses
+        if spec.kind == "router" or spec.kind == "controller":
+            address = self._address_of(spec.deployment.router_place(spec.name).node) if spec.kind == "router" else ""
+            if address:  # Ray gives each host a resource of that name: one that is not there yet is waited for
+                return lambda stage: {"resources": {f"node:{address}": 0.001}}
+            # where the user is: they listen on this host's addresses
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            return lambda stage: here
+            return lambda stage: {"scheduling_strategy": here}
+        bundles = bundles_of(spec, share)
+        shunned = self._shunned(spec)
+        wish = self._wish(spec, share, shunned) if self._joined and len(bundles) == 1 else None
+        options: dict[str, Any] = {"strategy": "PACK"}
+        if wish is not None:
+            options = {"strategy": "STRICT_PACK", "_soft_target_node_id": wish}
+            self._targets[spec.name, spec.incarnation] = wish
+        if shunned:
+            options["bundle_label_selector"] = [{NODE_ID_LABEL: f"!in({','.join(sorted(shunned))})"} for _ in bundles]
         group = placement_group(
-            bundles_of(spec, share),
-            strategy="PACK",
-            name=group_name(self._namespace, spec.name, spec.incarnation),
-            lifetime="detached",
+            bundles, name=group_name(self._namespace, spec.name, spec.incarnation), lifetime="detached", **options
         )
-        return lambda stage: PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=stage)
+        return lambda stage: {
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=stage)
+        }
+
+    def _wish(self, spec: ProcessSpec, share: float, shunned: set[str]) -> str | None:
+        """The host that the deployment's placement wants for an instance of one stage."""
+        assert spec.kind == "prefill" or spec.kind == "decode"
+        tenants: dict[str, list[Kind]] = {}
+        for key, group in self._groups.items():
+            node = self._targets.get(key)
+            word = group.ranks[0].word()
+            if word is not None and (host := self._book.find(word.node)) is not None:
+                node = host.node_id
+            if node is not None and group.end is None and key[0] != spec.name:
+                tenants.setdefault(node, []).append(group.kind)
+        stages = rooms_asked([spec], {spec.name: GpuPart(share=share)}) or [NOTHING]
+        found = choose(spec.deployment.placement, spec.kind, stages[0], self._book.hosts, tenants, shunned)
+        return found.node_id if found is not None else None
+
+    # -- nodes that an autoscaler may bring -------------------------------------------------------------------------
+
+    async def ask_node(self, spec: ProcessSpec) -> str:
+        """Ask for a node that ``spec`` fits on, by a placement group that waits; returns why that is no use, or nothing."""
+        if not self._joined or self._book.growth is None:
+            return "this cluster has no autoscaler that could add a node"
+        share = await self._call(partial(self._share, spec))
+        name = request_name(self._namespace, spec.name)
+        if name not in (await self._call(_groups_there)).values():
+            await self._call(
+                lambda: placement_group(bundles_of(spec, share), strategy="PACK", name=name, lifetime="detached")
+            )
+        return ""
+
+    async def withdraw_node(self, name: str) -> None:
+        """What the new node has is free again, or the autoscaler stops bringing one."""
+        await self._call(partial(_remove_groups, {request_name(self._namespace, name)}))
+
+    async def idle(self, spec: ProcessSpec) -> int:
+        share = await self._call(partial(self._share, spec))
+        each = rooms_asked([spec], {spec.name: GpuPart(share=share)})
+        if not self._joined:
+            return how_many(each, await self._call(_all_free), MAX_IDLE)
+        await self._book.look(check=not self._owner)
+        hosts = [host for host in self._book.hosts if host.node_id not in self._shunned(spec)]
+        return how_many(each, [host.free for host in hosts], MAX_IDLE)
 
     @property
     def can_grow(self) -> bool:
-        return False
+        growth = self._book.growth
+        workers = sum(not host.is_head for host in self._book.hosts)
+        return growth is not None and workers < growth.most_workers
 
-    async def idle(self, spec: ProcessSpec) -> int:
-        """By what Ray says is free now, host by host."""
-        share = await self._call(partial(self._share, spec))
-        asked = rooms_asked([spec], {spec.name: GpuPart(share=share)})
-        free = await self._call(_all_free)
-        found = 0
-        while asked and found < MAX_IDLE and fits(sorted(asked * (found + 1), reverse=True), free):
-            found += 1
-        return found if asked else MAX_IDLE
-
-    async def ask_node(self, spec: ProcessSpec) -> str:
-        return "this cluster has no autoscaler that could add a node"
-
-    async def withdraw_node(self, name: str) -> None:
-        pass
+    def _shunned(self, spec: ProcessSpec) -> set[str]:
+        """Ids of hosts where it may not go."""
+        avoided = {host.node_id for host in self._book.hosts if any(host.is_called(name) for name in spec.avoid_nodes)}
+        return self._book.shunned | avoided
 
     async def adopt(self) -> list[Handle]:
         """The lives that have actors, and whatever ranks they still have. Groups of those that have none are given back."""
@@ -287,6 +434,9 @@ class RayBackend:
         return f"{self._namespace}:{key}".encode()
 
     async def close(self) -> None:
+        for task in self._placing:
+            task.cancel()
+        await self._book.close()
         if self._owner and ray.is_initialized():
             handles = await self.adopt()
             for handle in handles:
@@ -305,31 +455,6 @@ class RayBackend:
     async def _call(self, function: Callable[[], T]) -> T:
         """A blocking Ray call, outside the loop."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
-
-
-def _probe(address: str) -> None:
-    """Raise OSError within seconds when nobody listens at ``address`` (host:port); Ray would try for many minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
-
-
-@contextmanager
-def _lean_head() -> Iterator[None]:
-    """A local cluster without the processes that biphase has no use for; halves the start (docs/decisions).
-
-    Ray has no options for the autoscaler's monitor, the log monitor (log_to_driver is off) and the dashboard's server
-    (which ``include_dashboard=False`` only makes smaller). A Ray that starts them otherwise just starts them.
-    """
-    unused = ("start_monitor", "start_log_monitor", "start_api_server")
-    before = {name: getattr(ray_node.Node, name) for name in unused if hasattr(ray_node.Node, name)}
-    try:
-        for name in before:
-            setattr(ray_node.Node, name, lambda self, **options: None)
-        yield
-    finally:
-        for name, method in before.items():
-            setattr(ray_node.Node, name, method)
 
 
 def _all_there() -> list[Room]:

@@ -49,3 +49,8 @@ def namespace_of(deployment_name: str) -> str:
 def group_name(namespace: str, name: str, incarnation: int) -> str:
     """Of an instance's placement group; groups have one list for all namespaces."""
     return f"{namespace}/{name}#{incarnation}"
+
+
+def request_name(namespace: str, name: str) -> str:
+    """Of the placement group that asks for a node for instances like the one called ``name``: one for each role."""
+    return f"{namespace}/node-for-{name.partition('-')[0]}"

@@ -12,7 +12,7 @@ import ray
 
 from biphase.cluster.ray_actor import host_id
 from biphase.cluster.ray_names import ActorName
-from biphase.protos.errors import one_line
+from biphase.protos.errors import SetupError, one_line
 from biphase.protos.process import Announcement
 
 LONG_POLL_S = 60.0
@@ -24,12 +24,17 @@ CallRay = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 class RayRank:
-    """On this host its end is seen at once, elsewhere by Ray after about 2 s. ``changed`` is set at every news."""
+    """On this host its end is seen at once, elsewhere by Ray after about 2 s. ``changed`` is set at every news.
+
+    The actor may be a future: of one that waits for its place. SetupError in it ends the rank.
+    """
 
     def __init__(self, actor: Any, changed: asyncio.Event, call: CallRay) -> None:
         self.pid = 0
         self.end: str | None = None
-        self._actor, self._changed, self._call = actor, changed, call
+        self._coming: asyncio.Future[Any] | None = actor if isinstance(actor, asyncio.Future) else None
+        self._actor: Any | None = None if self._coming is not None else actor
+        self._changed, self._call = changed, call
         self._word: Announcement | None = None
         self._gone = asyncio.Event()
         self._pidfd = -1
@@ -45,11 +50,17 @@ class RayRank:
         return self.end
 
     async def ask_to_stop(self) -> None:
+        if self._actor is None:
+            self._set_end("was never placed")
+            return
         with suppress(ray.exceptions.RayActorError):
             self._actor.stop.remote()
 
     async def kill(self) -> None:
         """By its pid where that is ours (a stopped process obeys nothing else), and by Ray."""
+        if self._actor is None:
+            self._set_end("was never placed")
+            return
         if self.end is not None:
             return
         if self._pidfd >= 0:
@@ -64,6 +75,17 @@ class RayRank:
 
     async def _follow_actor(self) -> None:
         """Until it is gone. An actor whose main has ended idles on: it is ended here."""
+        if self._coming is not None:
+            try:
+                self._actor = await self._coming
+            except SetupError as error:
+                self._set_end(one_line(error))
+                return
+            if self.end is not None:  # wanted no more meanwhile
+                with suppress(Exception):
+                    await self._call(partial(ray.kill, self._actor, no_restart=True))
+                return
+        assert self._actor is not None
         version = 0
         while True:
             try:

@@ -49,6 +49,14 @@ def fits(asked: Sequence[Room], hosts: Sequence[Room]) -> bool:
     return True
 
 
+def how_many(each: Sequence[Room], hosts: Sequence[Room], most: int) -> int:
+    """How many instances of those stages fit, at most ``most``."""
+    count = 0
+    while count < most and fits(sorted(list(each) * (count + 1), reverse=True), hosts):
+        count += 1
+    return count
+
+
 def refusal(specs: Sequence[ProcessSpec], asked: Sequence[Room], free: Sequence[Room]) -> str:
     """One line with both numbers of what is short."""
     instances = [spec for spec in specs if spec.kind in ("prefill", "decode")]

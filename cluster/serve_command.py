@@ -15,11 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from biphase.cluster.backend import WAIT_VARIABLE
 from biphase.cluster.deploy_schema import deployment_from, load_deployment
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.policy_source import check_policy
 from biphase.cluster.progress import Progress
 from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord
+from biphase.cluster.served_already import leave_or_take
 from biphase.engine.checkpoint import gguf_config, hf_config
 from biphase.engine.model_config import ModelConfig
 from biphase.protos import model_source
@@ -29,6 +31,7 @@ from biphase.protos.values import Role
 
 POLL_S = 0.05
 READY_POLL_S = 0.25
+MAX_WAIT_S = 86_400.0
 _PARALLEL_FLAGS = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
 """What follows the role in a flag's name, and the key it gives."""
 PATIENCE_S = 15.0
@@ -36,11 +39,20 @@ PATIENCE_S = 15.0
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Returns 0 after a clean stop (or, with --detach, once ready), 2 when the deployment could not start."""
+    """Returns 0 after a clean stop (with --detach once ready, with --wait too once the controller is up), 2 when the
+    deployment could not start."""
     began_s = time.monotonic()
+    wait_s = _wait_of(arguments)
     deployment = checked(deployment_of(arguments))
     run_dir = RunDir.of(deployment.name)
-    lock = run_dir.lock()  # before the port: who has the name mostly has the port as well
+    if wait_s is None:
+        lock = run_dir.lock()  # before the port: who has the name mostly has the port as well
+    else:
+        found = leave_or_take(run_dir, deployment, wait_s)
+        if isinstance(found, ServeRecord):
+            print(up_line(found, already=True), flush=True)
+            return 0
+        lock = found
     try:
         _check_ports(deployment)
         run_dir.prepare(deployment)
@@ -51,11 +63,24 @@ def serve(arguments: argparse.Namespace) -> int:
         supervisor = _spawn_supervisor(run_dir, lock, began_s, detach=arguments.detach)
         os.close(lock)
         try:
-            return _accompany(run_dir, supervisor, stops, detach=arguments.detach)
+            return _accompany(run_dir, supervisor, stops, detach=arguments.detach, wait_s=wait_s)
         except BaseException:  # an error of ours leaves nothing running
             supervisor.send_signal(signal.SIGINT)
             supervisor.wait()
             raise
+
+
+def _wait_of(arguments: argparse.Namespace) -> float | None:
+    """The seconds of --wait, which hosts that join later make use of too. Raises SetupError."""
+    wait_s: float | None = arguments.wait
+    if wait_s is None:
+        return None
+    if not arguments.detach:
+        raise SetupError("--wait goes with --detach: in the foreground `biphase serve` stays anyway")
+    if not 0 < wait_s <= MAX_WAIT_S:
+        raise SetupError(f"--wait is {wait_s:g}: above 0 and at most {MAX_WAIT_S:g} seconds")
+    os.environ[WAIT_VARIABLE] = "1"
+    return wait_s
 
 
 def deployment_of(arguments: argparse.Namespace) -> Deployment:
@@ -198,20 +223,29 @@ def _passing_signals_on() -> Iterator[_Stops]:
             signal.signal(number, handler)
 
 
-def _accompany(run_dir: RunDir, supervisor: "subprocess.Popen[bytes]", stops: _Stops, *, detach: bool) -> int:
-    """Show the supervisor's word until it ends, or, with ``detach``, until it is ready."""
+def _accompany(
+    run_dir: RunDir, supervisor: "subprocess.Popen[bytes]", stops: _Stops, *, detach: bool, wait_s: float | None
+) -> int:
+    """Show the supervisor's word until it ends, or, with ``detach``, until it is ready, with ``wait_s`` until it is up."""
     passed, ready, patience_s = 0, False, float("inf")
+    up_by_s = time.monotonic() + wait_s if wait_s is not None else float("inf")
     with Progress() as progress:
         while supervisor.poll() is None:
             record = run_dir.record()
             if record is not None:
                 progress.show(record)
+                if wait_s is not None and any(name == "controller" for name, _ in record.stages):
+                    progress.end_loading()
+                    print(up_line(record), flush=True)
+                    return 0
                 if not ready and record.state == "ready":
                     ready = True
                     progress.end_loading()
                     print(ready_line(run_dir.deployment(), record), flush=True)
                     if detach:
                         return 0
+            if time.monotonic() > up_by_s:
+                raise SetupError(f"the controller is not up within {wait_s:g} s; see {run_dir.supervisor_log}")
             if passed < stops.asked:
                 passed += 1
                 supervisor.send_signal(CUT_SIGNAL if passed > 1 else signal.SIGINT)
@@ -240,6 +274,15 @@ def _count(deployment: Deployment, role: Role) -> str:
     plan = deployment.plan(role)
     ranks = f" of {plan.parallel}" if plan.replicas and plan.parallel.num_ranks > 1 else ""
     return f"{plan.replicas} {role}{ranks}"
+
+
+def up_line(record: ServeRecord, *, already: bool = False) -> str:
+    """What --wait ends with: the rest comes up without anybody watching."""
+    waits = [f"{line.name} {line.detail}" for line in record.processes if line.state == "starting" and line.detail]
+    text = (
+        f"{'already ' if already else ''}up: {record.name}, {record.state}, controller at {record.controller_address}"
+    )
+    return "; ".join([text, *waits, "`biphase status` tells the rest"])
 
 
 def ready_line(deployment: Deployment, record: ServeRecord) -> str:

@@ -88,11 +88,11 @@ class Supervisor:
             pid=pid,
             started_ticks=started_ticks(pid) or 0,
             backend=self._deployment.backend,
-            controller_address=f"127.0.0.1:{_free_port()}",
+            controller_address=f"127.0.0.1:{self._deployment.controller_port or _free_port()}",
         )
-        env = {name: value for name, value in os.environ.items() if name.startswith("BIPHASE_")}
+        env = _biphase_variables()
         if self._deployment.backend == "process":
-            env[SUPERVISOR_VARIABLE] = str(pid)
+            env = (*env, (SUPERVISOR_VARIABLE, str(pid)))
         self._base = ProcessSpec(
             name=CONTROLLER,
             kind=CONTROLLER,
@@ -100,7 +100,7 @@ class Supervisor:
             deployment=self._deployment,
             run_dir=str(run_dir.path),
             controller_address=self._record.controller_address,
-            env=tuple(env.items()),
+            env=env,
         )
         self._failure = ""
 
@@ -147,6 +147,7 @@ class Supervisor:
         """Bring everything up and keep the controller alive; returns when it ends in a shutdown."""
         await self._backend.open()
         self._stops.listen()
+        self._reach(await self._backend.own_address())
         self._stage("ray up" if self._deployment.backend == "ray" else "backend up")
         for stale in await self._backend.adopt():
             logger.warning("killing %s#%d of an earlier life", stale.name, stale.incarnation)
@@ -154,9 +155,11 @@ class Supervisor:
             await stale.ended()
         specs = [spec_of(self._base, wanted.name, 1) for wanted in wanted_of(self._deployment)]
         await self._backend.check(specs)
-        await self._backend.save_state(first_state(specs))
         # the largest shares of GPUs first: Ray places each as it comes, and small ones would take the large ones' room
-        for spec in sorted(specs, key=lambda spec: -(spec.gpus or 0.0)):
+        specs.sort(key=lambda spec: -(spec.gpus or 0.0))
+        at_once = not self._backend.hosts_may_join
+        await self._backend.save_state(first_state(specs, started=at_once))
+        for spec in specs if at_once else ():
             await self._backend.start(spec)
         self._stage("processes started")
         incarnation, failures = 1, 0
@@ -181,6 +184,13 @@ class Supervisor:
             logger.warning("controller#%d %s, starting it again in %.1f s", incarnation, controller.end, delay_s)
             await asyncio.sleep(delay_s)
             incarnation += 1
+
+    def _reach(self, host: str) -> None:
+        """From here on the controller is where other hosts of the cluster reach it, if there are any."""
+        if self._backend.hosts_may_join:
+            address = f"{host}:{self._deployment.controller_port or _free_port(host)}"
+            self._base = replace(self._base, controller_address=address, env=_biphase_variables())
+            self._say(controller_address=address)
 
     async def _follow_status(self) -> None:
         """Copy the controller's view to the record, and note when each process became ready for the first time."""
@@ -259,10 +269,14 @@ def _line(process: controller_pb2.ProcessStatus) -> ProcessLine:
     )
 
 
-def _free_port() -> int:
+def _biphase_variables() -> tuple[tuple[str, str], ...]:
+    return tuple((name, value) for name, value in os.environ.items() if name.startswith("BIPHASE_"))
+
+
+def _free_port(host: str = "127.0.0.1") -> int:
     """A port for the controller, the same in all its lives, so that routers find it again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 

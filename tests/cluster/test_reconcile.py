@@ -165,6 +165,19 @@ def test_who_is_not_ready_in_time_is_ended_with_what_it_said_last() -> None:
     assert reasons["prefill-0"] == f"not ready within 10 s, its last word: {word}"
 
 
+def test_the_time_of_a_start_does_not_run_while_it_waits_for_a_host() -> None:
+    core = make(start_timeout_s=100.0)
+    core.decide(0.0)
+    for name in ("prefill-0", "decode-0", "router-0"):
+        kind = name.partition("-")[0]
+        core.announced(Announcement(name=name, kind=kind, incarnation=1, pid=0, detail="waits for room"), 1.0)
+    assert core.decide(1000.0) == []
+    assert core.next_due_s() is None
+    say(core, "decode-0", 1, "starting", 1000.0)
+    assert core.next_due_s() == 1100.0
+    assert core.decide(1100.0) == [Kill(name="decode-0", incarnation=1, reason="not ready within 100 s")]
+
+
 def test_the_next_controller_adopts() -> None:
     core = make()
     core.slots["decode-0"].incarnation = core.slots["decode-0"].life = 3

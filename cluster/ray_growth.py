@@ -1,0 +1,109 @@
+"""How far a Ray cluster may grow: its autoscaler's own configuration, read on the head, as values.
+
+`ray up` leaves the configuration on the head and hands it to the autoscaler's monitor, whose command line names it.
+Hosts of provider ``local`` do not say there what they have.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from biphase.cluster.ray_room import Room, fits, room_of
+
+_FLAG = "--autoscaling-config="
+UNKNOWN = Room(2**62, 2**62)
+"""Of a host that has not joined yet and does not say what it will have: never the reason for a refusal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeType:
+    """One kind of worker host: what each has (None: it is not said), and how many there are at least and at most."""
+
+    room: Room | None
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """Worker hosts that an autoscaler keeps and may add."""
+
+    most_workers: int
+    types: tuple[NodeType, ...]
+
+    @property
+    def least_workers(self) -> int:
+        """Those that come by themselves."""
+        return min(self.most_workers, sum(kind.least for kind in self.types))
+
+    def rooms(self) -> list[Room]:
+        """Of all workers that there can be, the largest where not all kinds can be there at once."""
+        rooms = [kind.room or UNKNOWN for kind in self.types for _ in range(min(kind.most, self.most_workers))]
+        return sorted(rooms, reverse=True)[: self.most_workers]
+
+    def takes(self, asked: Sequence[Room], head: Sequence[Room]) -> bool:
+        """Whether what is asked for fits the whole cluster, the head and all workers that may come."""
+        return fits(asked, [*head, *self.rooms()])
+
+    def num_gpus(self, there: int) -> int:
+        """GPUs of the cluster at its largest, at least those that are there; what is not said counts as none."""
+        rooms = [kind.room for kind in self.types for _ in range(kind.most) if kind.room is not None]
+        gpus = sorted((room.gpus // room_of({"GPU": 1}).gpus for room in rooms), reverse=True)
+        return max(there, sum(gpus[: self.most_workers]))
+
+
+def growth_of(config: Mapping[str, Any]) -> Growth:
+    """From a cluster file as Ray has completed it. Raises KeyError, TypeError or ValueError for anything else."""
+    head = config.get("head_node_type")
+    kinds = {name: kind for name, kind in config["available_node_types"].items()}
+    local = config.get("provider", {}).get("type") == "local"
+    most = int(config.get("max_workers", 0))
+    if local:
+        hosts = config["provider"].get("worker_ips") or []
+        most = min(most, len(hosts)) if hosts else most
+    types = []
+    for name, kind in kinds.items():
+        if name == head and not local:
+            continue
+        resources = kind.get("resources") or {}
+        types.append(
+            NodeType(
+                room=room_of(resources) if resources else None,
+                least=int(kind.get("min_workers") or config.get("min_workers") or 0),
+                most=int(kind.get("max_workers", most)),
+            )
+        )
+    return Growth(most_workers=most, types=tuple(types))
+
+
+def config_named_by(command_lines: Iterable[str], gcs_address: str) -> Path | None:
+    """The configuration of the monitor of the cluster at ``gcs_address``; the words of a command line end with NUL."""
+    for line in command_lines:
+        words = line.split("\0")
+        if not any(word.endswith(("monitor.py", "autoscaler/v2/monitor.py")) for word in words):
+            continue
+        said = [word.removeprefix(_FLAG) for word in words if word.startswith(_FLAG)]
+        ours = any(word.endswith(f"={gcs_address}") for word in words)
+        if said and ours:
+            return Path(said[0]).expanduser()
+    return None
+
+
+def find_growth(gcs_address: str) -> Growth | None:
+    """Of the cluster whose head this host is; None where it has no autoscaler, or another host is the head."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_text(errors="replace"))
+        except OSError:
+            continue
+    found = config_named_by(lines, gcs_address)
+    if found is None:
+        return None
+    try:
+        return growth_of(yaml.safe_load(found.read_text()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return None

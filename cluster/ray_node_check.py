@@ -1,0 +1,59 @@
+"""What a host must have before it gets an instance: the same biphase, Ray and Python as the head, and the weights.
+
+`installed` runs there, as a Ray task; a host where it cannot even be imported has no biphase.
+"""
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from biphase.cluster.version import version
+from biphase.protos import model_source
+from biphase.protos.errors import SetupError, one_line
+
+Installed = dict[str, str]
+"""``biphase``, ``ray``, ``python``: versions; ``weights``: why they are not there, empty where they are."""
+NAMES = {"biphase": "biphase", "ray": "Ray", "python": "Python"}
+
+
+def installed(model: str, dummy: bool) -> Installed:
+    """What this host has."""
+    import ray
+
+    return {
+        "biphase": version(),
+        "ray": ray.__version__,
+        "python": platform.python_version(),
+        "weights": _weights_lack(model, dummy),
+    }
+
+
+def _weights_lack(model: str, dummy: bool) -> str:
+    if dummy and Path(model).suffix == ".json":
+        return "" if Path(model).exists() else f"{model}: no such file"
+    try:
+        model_source.resolve(model, weights=False)  # of a hub's the weights come with the first instance
+    except SetupError as error:
+        return one_line(error)
+    return ""
+
+
+def reason_against(node: str, there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """Why ``node`` gets no instance, in one line that names both sides; empty: it may. Python's last number may differ."""
+    for key, name in NAMES.items():
+        its, ours = there[key], here[key]
+        if key == "python":
+            its, ours = its.rpartition(".")[0], ours.rpartition(".")[0]
+        if its != ours:
+            return f"{node} has {name} {its}, the head has {ours}: install the same on every node"
+    if there["weights"]:
+        return f"{node} has no weights: {there['weights']}; the head has them"
+    return ""
+
+
+def reason_of_failure(node: str, error: BaseException, here: Mapping[str, str]) -> str:
+    """Of a host that could not even say what it has."""
+    text = one_line(error)
+    if "No module named 'biphase" in str(error):
+        return f"{node} has no biphase, the head has {here['biphase']}: install the same on every node"
+    return f"{node} does not say what is installed there: {text[:160] or type(error).__name__}"

@@ -1,0 +1,73 @@
+"""What the controller says of hosts, and whom it refuses."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from biphase.cluster.backend import NodeView
+from biphase.cluster.node_watch import NodeWatch
+from biphase.cluster.ray_node_check import installed, reason_against, reason_of_failure
+from biphase.cluster.start_failures import StartFailures
+
+
+def made() -> tuple[NodeWatch, list[tuple[str, str]], Any]:
+    told: list[tuple[str, str]] = []
+    controller = SimpleNamespace(
+        core=SimpleNamespace(node_failures=StartFailures()),
+        events=SimpleNamespace(add=lambda kind, subject, text: told.append((subject, text))),
+        warnings=["another"],
+        changed=lambda: None,
+    )
+    return NodeWatch(cast("Any", controller)), told, controller
+
+
+def test_who_joins_is_gone_or_refused_is_told_once() -> None:
+    watch, told, controller = made()
+    watch.look([NodeView(name="a")])
+    assert told == [], "those of the start are no news"
+    bad = NodeView(name="b", refused="b has biphase 2, the head has 1", what="b (2 CPUs)")
+    watch.look([NodeView(name="a"), bad])
+    watch.look([NodeView(name="a"), bad])
+    assert told == [("b", "b (2 CPUs) has joined"), ("b", "refused: b has biphase 2, the head has 1")]
+    assert controller.warnings == ["another", "b has biphase 2, the head has 1"]
+    assert controller.core.node_failures.known == {"a", "b"}
+    watch.look([bad])
+    assert told[-1] == ("a", "a is gone")
+    watch.look([])
+    assert controller.warnings == ["another"]
+
+
+async def test_it_goes_on_when_the_list_cannot_be_read() -> None:
+    watch, _, controller = made()
+    asked = asyncio.Event()
+
+    async def nodes() -> list[NodeView]:
+        asked.set()
+        raise OSError("the head is away")
+
+    controller.backend = SimpleNamespace(nodes=nodes)
+    task = asyncio.create_task(watch.run())
+    await asyncio.wait_for(asked.wait(), 10.0)
+    assert not task.done()
+    task.cancel()
+
+
+def test_a_host_is_refused_in_one_line_that_names_both() -> None:
+    here = {"biphase": "0.1.0", "ray": "2.60.0", "python": "3.11.4", "weights": ""}
+    assert reason_against("b", here | {"python": "3.11.9"}, here) == ""
+    line = "b has biphase 0.2.0, the head has 0.1.0: install the same on every node"
+    assert reason_against("b", here | {"biphase": "0.2.0"}, here) == line
+    assert "Ray 2.59.0" in reason_against("b", here | {"ray": "2.59.0"}, here)
+    assert "Python 3.12, the head has 3.11" in reason_against("b", here | {"python": "3.12.1"}, here)
+    assert reason_against("b", here | {"weights": "/m: no such file"}, here).startswith("b has no weights: /m: no such")
+    gone = reason_of_failure("b", ModuleNotFoundError("No module named 'biphase'"), here)
+    assert gone == "b has no biphase, the head has 0.1.0: install the same on every node"
+
+
+@pytest.mark.ray
+@pytest.mark.model
+def test_what_this_host_has() -> None:
+    assert installed("smollm2", False)["weights"] == ""
+    assert "no such file" in installed("/nowhere/model.gguf", False)["weights"]

@@ -1,0 +1,110 @@
+"""Where instances go, how far a cluster may grow, and what has joined and gone: values only, no Ray."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from biphase.cluster.backend import Kind
+from biphase.cluster.deployment import Placement
+from biphase.cluster.gpus import WHOLE
+from biphase.cluster.ray_growth import Growth, NodeType, config_named_by, growth_of
+from biphase.cluster.ray_hosts import HostsSeen, RayHost, hosts_of
+from biphase.cluster.ray_place import choose
+from biphase.cluster.ray_room import Room
+
+ONE_CPU = Room(0, WHOLE)
+
+
+def host(number: int, *, cpus: float = 4.0, gpus: float = 0.0, is_head: bool = False) -> RayHost:
+    room = Room(int(gpus * WHOLE), int(cpus * WHOLE))
+    address = f"10.0.0.{number}"
+    return RayHost(node_id=f"n{number}", address=address, hostname="h", is_head=is_head, total=room, free=room)
+
+
+@pytest.mark.parametrize(
+    ("placement", "kind", "chosen"),
+    [
+        ("pack", "decode", "n2"),
+        ("spread", "decode", "n3"),
+        ("spread", "prefill", "n3"),
+        ("near", "decode", "n2"),
+        ("near", "prefill", "n2"),
+    ],
+)
+def test_the_placement_chooses_the_host(placement: Placement, kind: Kind, chosen: str) -> None:
+    tenants: dict[str, list[Kind]] = {"n2": ["prefill"]}
+    found = choose(placement, kind, ONE_CPU, [host(1, is_head=True), host(2), host(3)], tenants)
+    assert found is not None and found.node_id == chosen
+
+
+def test_prefill_and_decode_share_a_host_only_where_no_other_has_room() -> None:
+    tenants: dict[str, list[Kind]] = {"n2": ["prefill"], "n3": ["decode", "decode"]}
+    hosts = [host(2), host(3)]
+    apart = choose("spread", "decode", ONE_CPU, hosts, tenants)
+    assert apart is not None and apart.node_id == "n3"
+    together = choose("spread", "decode", ONE_CPU, [host(2), host(3, cpus=0.5)], tenants)
+    assert together is not None and together.node_id == "n2"
+
+
+def test_a_host_without_room_or_that_is_shunned_gets_nothing() -> None:
+    assert choose("pack", "decode", ONE_CPU, [host(1, cpus=0.5)], {}) is None
+    assert choose("pack", "decode", Room(WHOLE, 0), [host(1, gpus=0.5)], {}) is None
+    assert choose("pack", "decode", ONE_CPU, [host(1)], {}, shunned={"n1"}) is None
+
+
+def test_joined_and_gone() -> None:
+    seen = HostsSeen()
+    assert seen.look([host(1), host(2)]) == ([host(1), host(2)], [])
+    assert seen.look([host(2), host(3)]) == ([host(3)], [host(1)])
+
+
+def test_the_dead_are_no_hosts() -> None:
+    node = {"NodeManagerAddress": "a", "NodeManagerHostname": "h", "Resources": {"CPU": 2.0, "GPU": 1.0}}
+    found = hosts_of(
+        [{**node, "NodeID": "x", "Alive": True}, {**node, "NodeID": "y", "Alive": False}], {"x": {"CPU": 1.0}}
+    )
+    assert [(one.node_id, one.free, one.total) for one in found] == [("x", Room(0, WHOLE), Room(WHOLE, 2 * WHOLE))]
+
+
+LOCAL: dict[str, Any] = {
+    "provider": {"type": "local", "head_ip": "a", "worker_ips": ["b", "c"]},
+    "head_node_type": "local.cluster.node",
+    "max_workers": 5,
+    "min_workers": 2,
+    "available_node_types": {"local.cluster.node": {"min_workers": 2, "max_workers": 2, "resources": {}}},
+}
+CLOUD: dict[str, Any] = {
+    "provider": {"type": "aws"},
+    "head_node_type": "head",
+    "max_workers": 3,
+    "available_node_types": {
+        "head": {"resources": {"CPU": 8}},
+        "small": {"resources": {"CPU": 4, "GPU": 1}, "min_workers": 1, "max_workers": 2},
+        "large": {"resources": {"CPU": 4, "GPU": 4}, "min_workers": 0, "max_workers": 2},
+    },
+}
+
+
+def test_hosts_of_provider_local_do_not_say_what_they_have() -> None:
+    growth = growth_of(LOCAL)
+    assert (growth.most_workers, growth.least_workers, growth.num_gpus(3)) == (2, 2, 3)
+    assert growth.takes([Room(64 * WHOLE, 0)] * 2, [])
+
+
+def test_a_plan_fits_the_cluster_at_its_largest_or_not() -> None:
+    growth = growth_of(CLOUD)
+    assert (growth.most_workers, growth.least_workers, growth.num_gpus(0)) == (3, 1, 9)
+    four = Room(4 * WHOLE, 4 * WHOLE)
+    assert growth.takes([four, four, Room(WHOLE, WHOLE)], [])
+    assert not growth.takes([four, four, four], [])
+    assert growth.takes([Room(0, 8 * WHOLE)], [Room(0, 8 * WHOLE)])
+    assert Growth(most_workers=0, types=(NodeType(room=None, least=0, most=4),)).rooms() == []
+
+
+def test_the_monitors_command_line_names_the_file() -> None:
+    line = (
+        "python\0/x/ray/autoscaler/_private/monitor.py\0--autoscaling-config=/r/c.yaml\0--gcs-address=10.0.0.1:6379\0"
+    )
+    assert config_named_by(["other\0--autoscaling-config=/no\0", line], "10.0.0.1:6379") == Path("/r/c.yaml")
+    assert config_named_by([line], "10.0.0.1:6380") is None
