@@ -133,19 +133,28 @@ def _target(
             counts = {"prefill": max(0, current.prefill - 1), "decode": 1}  # which can prefill too
         wishes = {role: max(counts[role], wishes[role]) for role in ROLES}
     target = Ratio(prefill=counts["prefill"], decode=counts["decode"])
-    if _is_vetoed(policy, signals, outlook, current, target):
+    kept = _vetoed(policy, signals, outlook, current, target)
+    if kept:
         *_, both, requests = signals.latency.shares(policy.targets.ttft_ms, policy.targets.tpot_ms)
-        moves.say("veto", f"{current} stays: only {both:.0%} of {requests} requests met their goals, more was forecast")
-        target = current
+        names = " and ".join(kept)
+        moves.say("veto", f"{names} stays: only {both:.0%} of {requests} requests met their goals, more was forecast")
+        target = Ratio(**{role: current.of(role) if role in kept else target.of(role) for role in ROLES})
     return target, Ratio(prefill=wishes["prefill"], decode=wishes["decode"])
 
 
-def _is_vetoed(policy: Policy, signals: ClusterSignals, outlook: Outlook, current: Ratio, target: Ratio) -> bool:
-    """Nothing shrinks for want of load while requests miss their goals though the forecast says that all is well."""
+def _vetoed(policy: Policy, signals: ClusterSignals, outlook: Outlook, current: Ratio, target: Ratio) -> list[Role]:
+    """Roles that may not shrink for want of load: their own goal is missed though the forecast says that all is well."""
+    targets = policy.targets
     shrinks = target != current and all(target.of(role) <= current.of(role) for role in ROLES)
-    within = all(policy.bounds(role).max_replicas >= current.of(role) for role in ROLES)
-    if not shrinks or not within or current.gpus(signals.setup) > policy.gpu_budget.max:
-        return False
-    *_, both, requests = signals.latency.shares(policy.targets.ttft_ms, policy.targets.tpot_ms)
-    missed = requests >= MIN_REQUESTS and both < policy.targets.attainment
-    return missed and outlook.attainment(current) >= policy.targets.attainment
+    if not shrinks or current.gpus(signals.setup) > policy.gpu_budget.max:
+        return []
+    # what was refused has met neither goal, whosever fault it was
+    shares = replace(signals.latency, missed=0).shares(targets.ttft_ms, targets.tpot_ms)
+    if shares[3] < MIN_REQUESTS or outlook.attainment(current) < targets.attainment:
+        return []
+    return [
+        role
+        for role, share in zip(ROLES, shares, strict=False)
+        if target.of(role) < current.of(role) <= policy.bounds(role).max_replicas
+        and share < min(targets.attainment, targets.percentile / 100)
+    ]

@@ -22,6 +22,9 @@ LATE = 0.5
 
 KV_USE = 0.95
 
+AVERAGED = 0.6
+"""Deviation of the mean batch over an answer's life, as a part of the batch's own; agrees with the queueing model."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleShape:
@@ -202,21 +205,27 @@ class DecodeModel:
 
     def _within(self, instances: int, tokens_per_s: float) -> float:
         """The share of arrivals that find room for one more within the goal."""
-        weight, total, good = 1.0, 1.0, 1.0
         limit, last = instances * self.batch, int(instances * self.most)
+        weights, weight, total, first_moment = [1.0], 1.0, 1.0, 0.0
         for number in range(1, last + 1):
             weight *= tokens_per_s * self._step_s(number / instances) / number
+            weights.append(weight)
             total += weight
-            if number + 1 <= limit + 1e-9:
-                good += weight
+            first_moment += weight * number
             if total > 1e200:
-                weight, total, good = weight / total, 1.0, good / total
+                weights = [value / total for value in weights]
+                weight, first_moment, total = weight / total, first_moment / total, 1.0
             if weight < 1e-12 * total and number > limit:
-                return good / total
-        ratio = tokens_per_s * self._step_s(self.most) / (instances * self.most)
-        if ratio >= 1:
-            return 0.0
-        return good / (total + weight * ratio / (1 - ratio))
+                break
+        else:
+            ratio = tokens_per_s * self._step_s(self.most) / (instances * self.most)
+            if ratio >= 1:
+                return 0.0
+            total += weight * ratio / (1 - ratio)
+        mean = first_moment / total
+        if limit > mean:  # an answer's mean over its life strays less than the batch at any one moment
+            limit = min(mean + (limit - mean) / AVERAGED, instances * self.most)
+        return sum(weights[: max(0, int(limit + 1e-9))]) / total
 
 
 def _quantile(values: list[tuple[float, float]], share: float) -> float:

