@@ -147,6 +147,12 @@ async def calibrate(arguments: argparse.Namespace) -> Shape:
                 decode_rate = tokens / (max(one.ended_s for one in loaded) - began_s) / 2
                 usable = (1 - HEADROOM) * 2 / arguments.rate
                 input_tokens, output_tokens = int(usable * prefill_rate), int(usable * decode_rate)
+                longest = (await client.model_info()).model.max_model_len - DECODE_HEAVY_INPUT
+                if max(input_tokens, output_tokens) > longest:
+                    most = max(input_tokens, output_tokens)
+                    raise SystemExit(
+                        f"--rate {arguments.rate:g} asks for {most} tokens a request, the most is {longest}: raise it"
+                    )
                 alone = []
                 for shape in ((input_tokens, PREFILL_HEAVY_OUTPUT), (DECODE_HEAVY_INPUT, output_tokens)):
                     for _ in range(NUM_UNLOADED):
