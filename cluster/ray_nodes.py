@@ -25,7 +25,7 @@ from biphase.protos.errors import one_line
 LOOK_EVERY_S = 3.0
 CHECK_S = 120.0
 """A hub name's files may have to come first."""
-JOIN_S = 90.0
+JOIN_S = 300.0
 """How long instances wait for the hosts that the cluster begins with."""
 logger = logging.getLogger("biphase.cluster.nodes")
 CallRay = Callable[[Callable[[], Any]], Awaitable[Any]]
