@@ -212,8 +212,8 @@ config["setup_commands"] = []  # the hosts share this machine's environment; the
 config["file_mounts"] = {"~/biphase/deploy.yaml": str(base / "deploy.yaml"), "~/.ray/auth_token": str(base / "auth_token")}
 for key in ("head_start_ray_commands", "worker_start_ray_commands"):
     config[key] = [
-        line.replace(head, f"{net}.11")
-        .replace("ray start ", "ray start --num-cpus=1 --num-gpus=0 ")
+        line.replace(head, f"{net}.11").replace("--wait 120", "--wait 300")
+        .replace("ray start ", "RAY_raylet_start_wait_time_s=120 RAY_agent_register_timeout_ms=120000 ray start --num-cpus=1 --num-gpus=0 ")
         .replace("--include-dashboard=true", f"--include-dashboard={'true' if sys.argv[4] else 'false'}")
         for line in config[key]
     ]
@@ -225,14 +225,14 @@ for role in ("prefill", "decode"):
     deploy[role] |= roles
 (base / "deploy.yaml").write_text(yaml.safe_dump({**deploy, "device": "cpu"}))
 (base / "local.yaml").write_text(
-    yaml.safe_dump({**deploy, "device": "cpu", "host": "127.0.0.1", "port": 0, "backend": "process"})
+    yaml.safe_dump({**deploy, "device": "cpu", "host": "127.0.0.1", "port": 0, "controller_port": 0, "backend": "process"})
 )
 (base / "auth_token").write_text(secrets.token_hex(32))
 (base / "auth_token").chmod(0o600)
 C
 
 export BIPHASE_RUN_DIR=$base/run
-"$bin/biphase" serve "$base/local.yaml" --name "$local_name" --detach >/dev/null
+"$bin/biphase" serve "$base/local.yaml" --name "$local_name" --detach >"$base/local.log" 2>&1 || { tail "$base/local.log" >&2; exit 1; }
 local_address=$("$bin/biphase" status --name "$local_name" --json |
   "$python" -c 'import json, sys; print(json.load(sys.stdin)["router_addresses"][0])')
 ask record "$local_address" "$base/expected.json"
