@@ -117,7 +117,7 @@ class Fleet:
     async def check_pair(self, source: ParallelPlan, target: ParallelPlan, transport: str) -> None:
         """Until all of a round has gone by ``transport``: a pull does not wait for a pair group that is being built."""
         name = f"{source} -> {target}"
-        async with asyncio.timeout(60.0):
+        async with asyncio.timeout(300.0):
             while True:
                 before, stats = len(self._written("decode", target)), await self._stats(target)
                 tokens = await self.tokens_of(source, target)
