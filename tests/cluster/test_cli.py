@@ -140,9 +140,15 @@ def test_generate_without_any_deployment_says_how_to_start_one(environment: Envi
 
 def test_unquoted_words_are_told_to_be_quoted(environment: Environment) -> None:
     done = run_biphase(environment, "generate", "why", "is", "the", "sky", "blue")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("usage: biphase generate")
-    assert done.stderr.splitlines()[-1].endswith("unrecognized arguments: is the sky blue; quote the prompt")
+    told = "biphase generate: unrecognized arguments: is the sky blue; quote the prompt (see biphase generate --help)\n"
+    assert one_line_and_2(done) == told
+
+
+@pytest.mark.parametrize("flag, value", [("--kv-transport", "rdma"), ("--kv-codec", "int5"), ("--decode-tp", "1.5")])
+def test_a_flag_that_cannot_be_taken_is_one_line(environment: Environment, flag: str, value: str) -> None:
+    done = run_biphase(environment, "serve", "--model", "smollm2", flag, value)
+    assert flag in one_line_and_2(done)
+    assert value in done.stderr
 
 
 def test_without_a_command_the_help_is_shown(environment: Environment) -> None:
