@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "try_ray_up.sh"
 LACKING = 3
-pytestmark = [pytest.mark.ray, pytest.mark.model, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.model, pytest.mark.long]
 
 
 def run(*flags: str, within_s: float) -> str:
@@ -37,7 +37,6 @@ def test_three_hosts_serve_and_nothing_is_left() -> None:
     assert "no process, namespace, mount or file is left" in told
 
 
-@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_the_host_of_decode_loses_power_under_load() -> None:
     told = run(within_s=1150.0)
