@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 _BUILDS = ("nixl_cu12", "nixl_cu13", "nixl_rocm")
 _PROGRESS_WAIT_US = 100_000
 
@@ -96,6 +94,8 @@ def net_devices(host: str, infiniband: Path = _INFINIBAND) -> str:
         address = socket.getaddrinfo(host, None)[0][4][0]
     except OSError:
         return ""
+    import psutil  # not for those who only ask for RDMA ports: a GPU machine need not have it
+
     names = [
         name
         for name, addresses in psutil.net_if_addrs().items()
