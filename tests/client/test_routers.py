@@ -88,7 +88,7 @@ def test_where_all_are_away_the_last_ones_word_is_raised(serve: Serve) -> None:
     with Client([NOBODY, serve(Leaving(num_tokens=0))]) as client:
         with pytest.raises(Unavailable, match="shutting down"):
             client.generate("hello").text()
-        with pytest.raises(DeadlinePassed):
+        with pytest.raises((DeadlinePassed, Unavailable)):  # whichever is seen first: no time, or nobody there
             client.generate("hello", timeout_s=1e-6).text()
 
 
