@@ -1,6 +1,6 @@
 """Value types that several folders share. Plain frozen dataclasses: no protobuf, no gRPC, no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
@@ -113,6 +113,6 @@ class WorkerSignals:
     running: int = 0
     running_tokens: int = 0
     free_blocks: int = 0
-    prefill_step: StepTime = StepTime()
-    decode_step: StepTime = StepTime()
-    recent: RecentSteps = RecentSteps()
+    prefill_step: StepTime = field(default_factory=StepTime)
+    decode_step: StepTime = field(default_factory=StepTime)
+    recent: RecentSteps = field(default_factory=RecentSteps)
