@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Set up, then run the tests:  scripts/test.sh [PYTEST ARGUMENTS]
-# Without arguments: all of them. Paths are relative to the clone.
+# Without arguments: all of them, two files at a time, since much of a test of processes is waiting. Paths are relative to
+# the clone.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 set_up
 cd "$root"
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile
 exec "$bin/pytest" "$@"

@@ -64,6 +64,11 @@ class Probe:
             found[name] = dict(stats.counters)
         return found
 
+    async def until(self, worker: str, counter: str, at_least: int = 1) -> None:
+        stub = worker_pb2_grpc.WorkerStub(self.channels[worker])
+        while (await stub.GetStats(worker_pb2.StatsRequest())).counters[counter] < at_least:
+            await asyncio.sleep(0.005)
+
     async def close(self) -> None:
         for channel in self.channels.values():
             await channel.close()
@@ -157,7 +162,17 @@ def after_tokens(count: int, then_s: float = 0.0) -> When:
     return wait
 
 
-async def one_round(phase: str, load: Load, other: Load) -> None:
+def once(probe: Probe, worker: str, counter: str, then_s: float) -> When:
+    """When a worker says that it has such, of whichever request."""
+
+    async def wait(_: Seen) -> None:
+        await probe.until(worker, counter)
+        await asyncio.sleep(then_s)
+
+    return wait
+
+
+async def one_round(phase: str, probe: Probe, load: Load, other: Load) -> None:
     """Requests that are likely to be cut in ``phase``. Where the cut found them, the processes' counters tell."""
     pick = load.random.uniform
     if phase in ("queue", "prefill"):  # more prompts than the prefill instance takes at once
@@ -165,13 +180,23 @@ async def one_round(phase: str, load: Load, other: Load) -> None:
     elif phase == "between Started and FirstToken":
         await asyncio.gather(*(load.cut(250, 4, after(pick(0.1, 0.6))) for _ in range(4)))
     elif phase == "decode queue":  # half its sequences run; each router promises the other half at the same time
-        filling = [asyncio.create_task(other.cut(20, 400, after(4.0))) for _ in range(4)]
-        await asyncio.sleep(1.5)
+        tried = asyncio.Event()
+
+        async def until_tried(_: Seen) -> None:
+            await tried.wait()
+
+        filling = [asyncio.create_task(other.cut(20, 400, until_tried)) for _ in range(4)]
+        await probe.until("decode-0", "running", 4)
         both = [load, other] * 4
-        await asyncio.gather(*(router.cut(20, 60, after_tokens(1, pick(0.2, 0.6))) for router in both))
+        await asyncio.gather(
+            *(router.cut(20, 60, once(probe, "decode-0", "queued", pick(0.0, 0.05))) for router in both)
+        )
+        tried.set()
         await asyncio.gather(*filling)
     elif phase == "mid-pull":
-        await asyncio.gather(*(load.cut(600, 4, after(pick(0.4, 1.6))) for _ in range(3)))
+        await asyncio.gather(
+            *(load.cut(600, 4, once(probe, "decode-0", "open_pulls", pick(0.0, 0.3))) for _ in range(3))
+        )
     elif phase == "first step":
         await asyncio.gather(*(load.cut(30, 30, after_tokens(1, pick(0.005, 0.05))) for _ in range(4)))
     else:
@@ -216,7 +241,7 @@ async def test_nothing_leaks_when_a_third_is_cancelled_in_every_phase(
                     if not missing:
                         break
                     assert sum(load.ends.values()) + sum(other.ends.values()) < MOST_REQUESTS, missing
-                    await one_round(missing[0], load, other)
+                    await one_round(missing[0], probe, load, other)
                 await beside
                 ended_at = time.monotonic()
                 while True:

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support.paged_cache import assert_near, poison, poisoned_pool, write_tokens
+from support.paged_cache import FP8_LIMIT, assert_near, poison, poisoned_pool, write_tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
 def test_tokens_come_back_and_all_else_is_nan(dtype: torch.dtype) -> None:
     lengths = [5, 0, 16, 33]
-    keys, values = ([torch.randn(n, 2, 8) for n in lengths] for _ in range(2))
-    scale = torch.rand(2, 2) * 0.01 + 0.005 if dtype.itemsize == 1 else None
+    keys, values = ([torch.randn(n, 2, 8).clamp(-4, 4) for n in lengths] for _ in range(2))
+    scale = torch.rand(2, 2) * 0.01 + 4 / FP8_LIMIT if dtype.itemsize == 1 else None
     cache = poisoned_pool(keys, values, block_size=16, dtype=dtype, kv_scale=scale, reserved_tokens=1)
     assert cache.pool.shape == (1 + 1 + 2 + 3 + 3, 2, 2, 16, 8)
     assert cache.context_lens.tolist() == lengths

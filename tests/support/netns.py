@@ -9,12 +9,14 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MOST_HOSTS = 32
 _NAME = re.compile(r"bp(\d+)-(\w+)")
 _NETNS = Path("/run/netns")
+_UP_S = 5.0
 _NOWHERE = "02:00:00:00:00:01"
 """A hardware address that nobody on the bridge has."""
 
@@ -31,7 +33,7 @@ def lacking() -> str:
     if made.returncode:
         return f"`ip netns add` is refused: {made.stderr.strip()}"
     try:
-        link = [*("ip", "link", "add", "bpprobe", "type", "veth", "peer", "name", "eth0"), "netns", probe]
+        link = [*("ip", "link", "add", f"bpp{os.getpid()}", "type", "veth", "peer", "name", "eth0"), "netns", probe]
         paired = subprocess.run(link, check=False, capture_output=True, text=True)
     finally:
         subprocess.run(["ip", "netns", "del", probe], check=False, capture_output=True)
@@ -82,7 +84,7 @@ class Network:
             ip("-n", namespace, "link", "set", "lo", "up")
             ip("-n", namespace, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
             ip("-n", namespace, "link", "set", "eth0", "up")
-            _run("bridge", "link", "set", "dev", device, "state", "3")  # forwarding at once, with no time to learn
+            self._forward(host)  # at once, with no time to learn
 
     def remove(self) -> None:
         """Whatever of it is there. Processes in it lose their network; ending them is for whoever started them."""
@@ -108,7 +110,7 @@ class Network:
         _run("bridge", "link", "set", "dev", self._device(host), "state", "0")
 
     def heal(self, host: str) -> None:
-        _run("bridge", "link", "set", "dev", self._device(host), "state", "3")
+        self._forward(host)
         self._cut.discard(host)
 
     def cut_pair(self, one: str, other: str) -> None:
@@ -131,6 +133,18 @@ class Network:
 
     def is_cut(self, host: str) -> bool:
         return host in self._cut
+
+    def _forward(self, host: str) -> None:
+        """The kernel sees a little later that both ends of a pair are up, and refuses until then."""
+        deadline = time.monotonic() + _UP_S
+        while True:
+            try:
+                _run("bridge", "link", "set", "dev", self._device(host), "state", "3")
+                return
+            except RuntimeError as error:
+                if "Network is down" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def _device(self, host: str) -> str:
         return f"bpv{self._pid}.{self.hosts.index(host)}"
@@ -170,7 +184,8 @@ def names() -> list[str]:
 
 def _free_subnet() -> str:
     taken = ip("-4", "route", "show")
-    return next(subnet for k in range(100, 200) if f"{(subnet := f'10.213.{k}')}.0/24" not in taken)
+    turns = (100 + (os.getpid() + turn) % 100 for turn in range(100))  # two that look at once find different ones
+    return next(subnet for k in turns if f"{(subnet := f'10.213.{k}')}.0/24" not in taken)
 
 
 def _quietly(*command: str) -> None:

@@ -1,6 +1,7 @@
 """Steps over real channels, the ranks' engines played by hand: what a step gives, what ends it, who is blamed."""
 
 import asyncio
+import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -80,8 +81,8 @@ class Instance:
     followers: list[FollowerChannel]
     own: HandEngine
     engine: LeaderEngine
-    steps: list[Message] = field(default_factory=list)
-    """That rank 2 was sent."""
+    steps: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
+    """That reached rank 2."""
 
     async def wait(self, pending: PendingStep) -> StepResult:
         return await asyncio.wait_for(asyncio.to_thread(pending.wait), 10)
@@ -110,7 +111,7 @@ async def make() -> AsyncIterator[Callable[..., Any]]:
         own: Any = HandEngine()
         engine = LeaderEngine(own, leader, step_timeout_s=step_timeout_s, kv_bytes=1, threads=3)
         instance = Instance(leader, followers, own, engine)
-        followers[1].subscribe("step", instance.steps.append, direct=True)
+        followers[1].subscribe("step", instance.steps.put, direct=True)
         return instance
 
     yield made
@@ -153,7 +154,9 @@ async def test_what_cannot_be_computed_is_refused_before_it_is_sent(make: Any) -
     for follower in instance.followers:
         follower.send(done_message(0, (7,)))
     assert (await instance.wait(last)).tokens == (7,)
-    assert [plan_of(message).seqs[0].seq_id for message in instance.steps] == [5]
+    # a connection keeps the order: a refused step would have reached rank 2 first
+    arrived = await asyncio.to_thread(instance.steps.get, timeout=10)
+    assert plan_of(arrived).seqs[0].seq_id == 5
 
 
 async def test_a_plan_that_every_rank_refuses_costs_that_step_alone(make: Any) -> None:
