@@ -112,6 +112,8 @@ def warnings_of(controller: "Controller") -> list[str]:
     open_ports = _open_ports(controller.deployment, controller)
     if open_ports:
         warnings.append(f"not on loopback and without protection: {', '.join(open_ports)}")
+    if controller.deployment.inject_faults:
+        warnings.append(f"faults are injected into the KV transfer: {controller.deployment.inject_faults}")
     for pair in controller.reports.broken_pairs():
         warnings.append(f"{pair.decode} cannot pull from {pair.prefill}: {pair.detail}")
     return warnings

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from biphase.kernels.kv_layout import KvLayout
 from biphase.kernels.kv_pack.codec import packed_bytes
-from biphase.kvtransfer.codec_choice import CodecChooser
+from biphase.kvtransfer.codec_choice import RAW, CodecChoice, CodecChooser
 from biphase.kvtransfer.pull_job import PartsPulled, PullJob, PullPart, Route
 from biphase.kvtransfer.reshard import KvShape, moves
 from biphase.kvtransfer.signature import BYTES_DIGEST, KvSignatureValue, RankEndpoint, common_codecs, common_digest
@@ -46,6 +46,8 @@ class JobMaker:
         self._layout = layout
         self._choose = choose
         self._codecs = codecs or CodecChooser(wanted=signature.codecs[0])
+        self._codec_choices: dict[str, CodecChoice] = {}
+        """The last of each source, but for raw as configured."""
         self._lives: dict[InstanceName, Incarnation] = {}
         """The incarnation of each source that the chooser knows."""
 
@@ -94,6 +96,14 @@ class JobMaker:
             jobs.append(replace(job, parts=tuple(parts)))
         return jobs
 
+    def described(self) -> dict[str, str]:
+        """``chosen``, with the codec of the last pull and why where another than raw was asked for."""
+        found = {}
+        for pair, text in self.chosen.items():
+            codec = self._codec_choices.get(pair.rpartition(" of ")[2])
+            found[pair] = text if codec is None else f"{text}; KV as {codec.codec}: {codec.reason}"
+        return found
+
     def observe(self, ticket: KvTicket, jobs: Sequence[PullJob], pulled: Sequence[PartsPulled]) -> None:
         """Which wires a pull came by, and what it has shown of them where the KV waited for them and not they for it."""
         for rank, (job, of_rank) in enumerate(zip(jobs, pulled, strict=True)):
@@ -116,7 +126,10 @@ class JobMaker:
         packed_by = replace(self._layout, block_size=source.block_size)
         whole = self._layout.box(ticket.num_tokens)
         sizes = {codec: packed_bytes(packed_by, whole, codec) for codec in common_codecs(self._signature, source)}
-        return self._codecs.choose(ticket.instance, sizes).codec
+        choice = self._codecs.choose(ticket.instance, sizes)
+        if (choice.codec, self._codecs.wanted) != (RAW, RAW):
+            self._codec_choices[ticket.instance] = choice
+        return choice.codec
 
     def _routes(self, ticket: KvTicket, source: KvSignatureValue, rank: int, source_rank: int) -> tuple[Route, ...]:
         ours = self._signature.ranks[rank] if self._signature.ranks else RankEndpoint()

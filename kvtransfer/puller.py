@@ -156,8 +156,8 @@ class KvPuller:
 
     @property
     def transports(self) -> dict[str, str]:
-        """What pulls go by, by pair of ranks, and why."""
-        return self._maker.chosen
+        """What pulls go by, by pair of ranks, and why; the codec too where it is not raw as configured."""
+        return self._maker.described()
 
     def counters(self) -> dict[str, int]:
         """Totals are those of all ranks, as far as the others' pulls were complete."""

@@ -12,6 +12,7 @@ from support.kv import FIRST_TOKEN, LAYOUT, NUM_BLOCKS, make_signature, prefill_
 
 from biphase.kernels.kv_pack import CpuKvMemory
 from biphase.kernels.kv_pack.codec import CODECS, packed_bytes
+from biphase.kvtransfer.choice import Choice
 from biphase.kvtransfer.codec_choice import CodecChooser, CodecTimes
 from biphase.kvtransfer.codec_times import speakable
 from biphase.kvtransfer.puller import KvPuller
@@ -50,6 +51,31 @@ async def test_a_pull_brings_what_the_codec_keeps(codec: str, block_size: int) -
     assert not np.array_equal(wanted, prefill.content(TOKENS))
     assert pulled.bytes == LAYOUT.box(TOKENS).num_bytes(LAYOUT)
     assert sent < 0.3 * pulled.bytes
+
+
+@pytest.mark.parametrize(
+    ("wanted", "spoken", "said"),
+    [
+        ("int8", SPOKEN, "grpc: as asked; KV as int8: as configured"),
+        ("auto", SPOKEN, "grpc: as asked; KV as raw: nothing is known of this pair yet"),
+        ("int8", ("raw",), "grpc: as asked; KV as raw: the other end does not speak int8"),
+        ("raw", SPOKEN, "grpc: as asked"),
+    ],
+)
+async def test_what_kv_travels_as_is_said_where_it_is_not_simply_raw(
+    wanted: str, spoken: tuple[str, ...], said: str
+) -> None:
+    pool = np.zeros(LAYOUT.pool_shape(NUM_BLOCKS), dtype=np.float32)
+    puller = KvPuller(
+        memory=CpuKvMemory(pool, LAYOUT),
+        signature=replace(make_signature("decode-0"), codecs=SPOKEN),
+        choose=lambda ours, theirs: [Choice("grpc", "as asked")],
+        codecs=CodecChooser(wanted=wanted),
+    )
+    async with prefill_side(signature=replace(make_signature("prefill-0"), codecs=spoken)) as prefill:
+        await puller.pull(prefill.open(TOKENS), 1, [BlockId(block) for block in range(7)], timeout_s=10.0)
+        await puller.close()
+    assert puller.transports == {"rank 0 from rank 0 of prefill-0": said}
 
 
 async def test_a_source_that_speaks_raw_only_sends_raw() -> None:
