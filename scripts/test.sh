@@ -6,5 +6,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 set_up
 cd "$root"
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
 exec "$bin/pytest" "$@"
