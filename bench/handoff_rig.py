@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from handoff_ends import (
 )
 
 from biphase.kvtransfer.grpc_transport import GrpcTransport
+from biphase.kvtransfer.nixl.library import why_not
 from biphase.kvtransfer.puller import KvPuller
 from biphase.kvtransfer.signature import RankEndpoint
 from biphase.protos.grpc_setup import channel_options
@@ -212,16 +214,11 @@ class Rig:
 
 
 def available(transports: Sequence[str]) -> list[str]:
-    """Those that can be had here."""
-    found = []
-    for name in transports:
-        if name == "nixl":
-            try:
-                import nixl  # noqa: F401
-            except ImportError:
-                continue
-        found.append(name)
-    return found
+    """Those that can be had here; says why another cannot."""
+    reason = why_not()
+    if reason is not None and "nixl" in transports:
+        print(f"handoff: {reason}", file=sys.stderr)
+    return [name for name in transports if name != "nixl" or reason is None]
 
 
 def _free_port() -> int:
