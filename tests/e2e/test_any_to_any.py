@@ -19,6 +19,7 @@ from support.link_client import LinkClient, hand_over
 from support.random_llama import Case, write_random_llama
 from support.rank_processes import RankProcesses
 
+from biphase.kvtransfer.nixl.library import why_not
 from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.values import Role, Sampling
 
@@ -206,8 +207,8 @@ async def test_every_plan_to_every_other(tmp_path: Path, llama: Model, transport
 @pytest.mark.long
 @pytest.mark.parametrize("transport", ["shm", "tcp", "nixl"])
 async def test_some_plans_over_the_other_transports(tmp_path: Path, llama: Model, transport: str) -> None:
-    if transport == "nixl":
-        pytest.importorskip("nixl", reason="the package nixl is not installed: pip install 'biphase[nixl]'")
+    if transport == "nixl" and (reason := why_not()) is not None:
+        pytest.skip(reason)
     plans = [ParallelPlan(tp=4, pp=1), ParallelPlan(tp=2, pp=2), ParallelPlan(tp=1, pp=1)]
     await check_matrix(tmp_path, llama, plans, plans, transport)
 
