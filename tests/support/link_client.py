@@ -240,5 +240,7 @@ async def hand_over(
         await second.cancel()
     else:
         await second.end()
+        # else the prefill leg waits for another reader, which a router would see to
+        assert second.handed_off is not None, f"the handoff failed: {second.detail}"
     await first.end()
     return first, second
