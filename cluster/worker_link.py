@@ -107,9 +107,6 @@ class WorkerLink:
                         case "command_refused":
                             refusal = message.command_refused
                             self._sink.refused(message.incarnation, refusal.command, refusal.detail)
-                        case "command_refused":
-                            refused = message.command_refused
-                            logger.warning("%s refuses to %s: %s", self.name, refused.command, refused.detail)
                 return welcomed, f"it ended the link: {one_line(Exception(await call.details()))}"
             except TimeoutError:
                 return welcomed, f"no answer within {welcome_s:g} s"
