@@ -157,6 +157,7 @@ async def test_what_cannot_be_computed_is_refused_before_it_is_sent(make: Any) -
     # a connection keeps the order: a refused step would have reached rank 2 first
     arrived = await asyncio.to_thread(instance.steps.get, timeout=10)
     assert plan_of(arrived).seqs[0].seq_id == 5
+    assert instance.steps.empty()
 
 
 async def test_a_plan_that_every_rank_refuses_costs_that_step_alone(make: Any) -> None:
