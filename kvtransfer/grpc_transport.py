@@ -30,10 +30,6 @@ class GrpcTransport:
         pass
 
 
-_NOT_GREETED = "timed out before receiving SETTINGS"
-_GREET_AGAIN_S = 0.05
-
-
 class GrpcSource:
     """One rank's KV endpoint."""
 
@@ -53,19 +49,10 @@ class GrpcSource:
         self._pull = self._bulk.unary_stream(f"/{SERVICE}/Pull")
 
     async def handshake(self, signature: KvSignatureValue, timeout_s: float) -> KvSignatureValue:
-        """A source that is hard at work may take longer to greet a connection than gRPC gives it (channel_options: 0.1 s,
-        so that one that is back is found soon): it is connected to again for as long as the call may take."""
-        clock = asyncio.get_running_loop().time
-        until_s = clock() + timeout_s
-        while True:
-            try:
-                left_s = max(0.001, until_s - clock())
-                return KvSignatureValue.from_proto(await self._handshake(signature.to_proto(), timeout=left_s))
-            except grpc.aio.AioRpcError as error:
-                told = _told(error)
-                if _NOT_GREETED not in str(told) or clock() + _GREET_AGAIN_S >= until_s:
-                    raise told from None
-            await asyncio.sleep(_GREET_AGAIN_S)
+        try:
+            return KvSignatureValue.from_proto(await self._handshake(signature.to_proto(), timeout=timeout_s))
+        except grpc.aio.AioRpcError as error:
+            raise _told(error) from None
 
     def pull(self, order: PullOrder) -> "GrpcFrameStream":
         box = order.box

@@ -20,6 +20,10 @@ from biphase.protos.errors import SetupError
 MAX_CONTROL_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_BULK_MESSAGE_BYTES = 8 * 1024 * 1024
 
+CONNECT_MS = 1000
+"""What gRPC's name for it hides: so long an attempt to connect may take, until the far end has sent its SETTINGS. At 100 ms
+an instance hard at work was called unreachable."""
+
 _KEEPALIVE: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 1000),
@@ -48,7 +52,7 @@ def channel_options(*, bulk: bool = False, max_message_bytes: int = MAX_CONTROL_
         ("grpc.max_receive_message_length", MAX_BULK_MESSAGE_BYTES if bulk else max_message_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", CONNECT_MS),
         ("grpc.max_reconnect_backoff_ms", 1000),
         ("grpc.enable_http_proxy", 0),
         *_KEEPALIVE,

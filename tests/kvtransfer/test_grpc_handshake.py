@@ -30,7 +30,7 @@ async def test_a_source_that_is_slow_to_greet_is_waited_for() -> None:
             served.add(asyncio.current_task())
             if slow:
                 slow.clear()
-                await asyncio.sleep(SLOW_S)  # longer than gRPC waits for a connection's first word
+                await asyncio.sleep(SLOW_S)  # what an instance hard at work may take
             to_reader, to_writer = await asyncio.open_connection(host, int(port))
             await asyncio.gather(pump(reader, to_writer), pump(to_reader, writer))
             for each in (writer, to_writer):
