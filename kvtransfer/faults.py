@@ -53,10 +53,16 @@ class FaultPlan:
         rates: dict[str, float] = {}
         lasting = {"delay": 0.02, "stall": 5.0}
         seed, everything = 0, 0.0
+        said: set[str] = set()
         for part in filter(None, (part.strip() for part in spec.split(","))):
             name, equals, value = part.partition("=")
-            if not equals or name not in (*KINDS, "all", "seed"):
-                raise SetupError(f"fault {part!r} is none of {', '.join(KINDS)}, all or seed with =VALUE")
+            if name not in (*KINDS, "all", "seed"):
+                raise SetupError(f"fault {part!r} is none of {', '.join(KINDS)}, all and seed")
+            if not equals:
+                raise SetupError(f"fault {name!r} has no value: {name}=7" if name == "seed" else _chance_missing(name))
+            if name in said:
+                raise SetupError(f"fault {name} is given twice in {spec!r}")
+            said.add(name)
             if name == "seed":
                 seed = _whole(value)
                 continue
@@ -254,6 +260,10 @@ def _copy(payload: Room | Sequence[memoryview] | bytes) -> bytes:
 
 def _num_bytes(payload: Room | Sequence[memoryview] | bytes) -> int:
     return sum(part.nbytes for part in _parts(payload))
+
+
+def _chance_missing(name: str) -> str:
+    return f"fault {name!r} has no chance: {name}=0.01 strikes one frame in a hundred"
 
 
 def _rate(text: str, part: str) -> float:

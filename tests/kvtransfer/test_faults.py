@@ -260,7 +260,9 @@ def test_specs_are_read_and_written() -> None:
     ("spec", "message"),
     [
         ("flood=0.1", "fault 'flood=0.1' is none of drop, delay"),
-        ("drop", "fault 'drop' is none of"),
+        ("drop", "fault 'drop' has no chance: drop=0.01"),
+        ("seed", "fault 'seed' has no value: seed=7"),
+        ("drop=0.1,drop=0.2", "fault drop is given twice"),
         ("drop=2", "fault 'drop=2' has chance '2', it must be from 0 to 1"),
         ("drop=nan", "has chance 'nan'"),
         ("drop=", "has chance ''"),
