@@ -12,7 +12,7 @@ import grpc.aio
 from biphase.client.failures import failure
 from biphase.client.replies import ReplyFold, served_model, server_info
 from biphase.client.requests import Options, generate_request, resolve_addresses
-from biphase.client.routers import Attempts, Routers
+from biphase.client.routers import Attempts, Question, Routers
 from biphase.client.values import Accepted, Delta, Result, ServedModel, ServerInfo
 from biphase.protos import router_pb2
 from biphase.protos.errors import BiphaseError, Cancelled, RequestNotFound, Unavailable
@@ -173,21 +173,15 @@ class AsyncClient:
         *,
         elsewhere: tuple[type[BiphaseError], ...] = (Unavailable,),
     ) -> Any:
-        """Ask one router after the other until one answers; an error of ``elsewhere`` is not the last word."""
-        said: BiphaseError | None = None
+        """Ask one router after the other until one answers."""
+        question = Question(self._routers, elsewhere)
         for index in self._routers.order(time.perf_counter()):
             try:
                 reply = await getattr(self._stubs[index], method)(request, timeout=timeout_s)
             except grpc.RpcError as error:
                 told = failure(error, self._routers.addresses[index], timeout_s=timeout_s)
-                if not isinstance(told, elsewhere):
-                    raise told from None
-                if isinstance(told, Unavailable):
-                    self._routers.failed(index, time.perf_counter())
-                if said is None or isinstance(said, Unavailable):
-                    said = told
+                question.failed(index, told, time.perf_counter())
             else:
                 self._routers.worked(index)
                 return reply
-        assert said is not None
-        raise said
+        raise question.said

@@ -79,3 +79,27 @@ class Attempts(Generic[Call]):
         self._index = self._left.pop(0)
         self.call = self._start(self._index, left_s)
         return True
+
+
+class Question:
+    """One short question's way from router to router; an error of ``elsewhere`` is not the last word."""
+
+    def __init__(self, routers: Routers, elsewhere: tuple[type[BiphaseError], ...]) -> None:
+        self._routers = routers
+        self._elsewhere = elsewhere
+        self._said: BiphaseError | None = None
+
+    def failed(self, index: int, error: BiphaseError, now_s: float) -> None:
+        """Raises ``error`` where no other router is to be asked."""
+        if not isinstance(error, self._elsewhere):
+            raise error from None
+        if isinstance(error, Unavailable):
+            self._routers.failed(index, now_s)
+        if self._said is None or isinstance(self._said, Unavailable):
+            self._said = error
+
+    @property
+    def said(self) -> BiphaseError:
+        """What to tell when none has answered: of the first that could be reached, if any could."""
+        assert self._said is not None, "nobody was asked"
+        return self._said
