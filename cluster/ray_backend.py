@@ -1,15 +1,14 @@
 """The Ray backend: an instance is a placement group with one actor per rank, a router or controller one actor.
 
 Actors and groups are detached and named (``ray_names``), actors with ``max_restarts=0``: lives are the controller's
-business. Only ranks hold CPUs and GPUs. A group has one bundle per stage, which Ray never divides between hosts; stages
-are packed where they fit. With ``RAY_ADDRESS`` unset the supervisor starts a local cluster of its own and ends it with
-itself; somebody else's cluster is joined only by that variable. Ray is called in the ``ray_*`` modules and nowhere else.
+business. Only ranks hold CPUs and GPUs. With ``RAY_ADDRESS`` unset the supervisor starts a local cluster of its own and ends
+it with itself; somebody else's cluster is joined only by that variable. Ray is called in the ``ray_*`` modules and nowhere
+else.
 """
 
 import asyncio
 import os
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,21 +19,19 @@ from typing import Any, TypeVar
 
 import ray
 from ray._private import state as ray_state
-from ray._raylet import PlacementGroupID
 from ray.experimental import internal_kv
-from ray.util import placement_group, placement_group_table, remove_placement_group
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util import placement_group, placement_group_table
 
-from biphase.cluster.backend import STATE, WAIT_VARIABLE, Handle, Kind, NodeView, ProcessSpec
+from biphase.cluster.backend import STATE, WAIT_VARIABLE, Handle, NodeView, ProcessSpec
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.gpus import WHOLE, GpuPart, divide, in_parts, share_of
-from biphase.cluster.rank_group import MissingRank, RankGroup
+from biphase.cluster.rank_group import MissingRank
 from biphase.cluster.ray_actor import ProcessActor
 from biphase.cluster.ray_connect import connect, is_joined
+from biphase.cluster.ray_group import RayGroup
 from biphase.cluster.ray_names import ActorName, group_name, namespace_of, request_name
 from biphase.cluster.ray_nodes import NodeBook
-from biphase.cluster.ray_place import choose
+from biphase.cluster.ray_placement import RayPlacement, groups_there, remove_groups
 from biphase.cluster.ray_rank import RayRank
 from biphase.cluster.ray_room import NOTHING, Room, bundles_of, fits, how_many, refusal, room_of, rooms_asked
 from biphase.protos.errors import SetupError, one_line
@@ -47,38 +44,7 @@ ACTOR_CONCURRENCY = 8
 rank 0, at once."""
 MAX_IDLE = 64
 """Instances that would find room are counted no further."""
-NODE_ID_LABEL = "ray.io/node-id"
 T = TypeVar("T")
-
-
-class RayGroup(RankGroup):
-    """A group whose ranks tell when there is news, and that says what it waits for before it has a process."""
-
-    def __init__(self, changed: asyncio.Event, **group: Any) -> None:
-        super().__init__(**group)
-        self.changed = changed
-        self._waits_for = ""
-
-    @property
-    def is_ending(self) -> bool:
-        return any(rank.end is not None for rank in self.ranks)
-
-    @property
-    def is_silent(self) -> bool:
-        return super().word() is None
-
-    def say_waiting(self, what: str) -> None:
-        if what != self._waits_for:
-            self._waits_for = what
-            self.changed.set()
-
-    def word(self) -> Announcement | None:
-        said = super().word()
-        if said is None and self._waits_for:
-            return Announcement(
-                name=self.name, kind=self.kind, incarnation=self.incarnation, pid=0, detail=self._waits_for
-            )
-        return said
 
 
 class RayBackend:
@@ -91,14 +57,13 @@ class RayBackend:
         self._owner = owner
         self._joined = is_joined()
         self._groups: dict[tuple[str, int], RayGroup] = {}
-        self._targets: dict[tuple[str, int], str] = {}
-        """Where Ray was asked to place an instance."""
         self._placing: set[asyncio.Task[None]] = set()
         # One thread for all blocking Ray calls. It lives as long as the backend: Ray's own processes are told by the
         # kernel when the thread that started them ends.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="biphase-ray")
         self._book = NodeBook(self._call, deployment, self._namespace)
         self._book.on_look = self._tell_waiting
+        self._placement = RayPlacement(self._namespace, self._book, self._groups, joined=self._joined)
 
     async def open(self) -> None:
         if self._owner:
@@ -155,18 +120,7 @@ class RayBackend:
     def _check_node(self, spec: ProcessSpec) -> None:
         """Raises SetupError for a router whose node cannot be told."""
         if spec.kind == "router" and self._joined:
-            self._address_of(spec.deployment.router_place(spec.name).node)
-
-    def _address_of(self, node: str) -> str:
-        """Of the host that a deployment calls ``node``; empty for the one we are on."""
-        found = self._book.find(node)
-        if not node or found is not None:
-            return found.address if found is not None else ""
-        try:
-            return socket.gethostbyname(node)
-        except OSError as error:
-            there = ", ".join(host.address for host in self._book.hosts)
-            raise SetupError(f"routers: node {node!r} is no address and no known host; there are {there}") from error
+            self._placement.address_of(spec.deployment.router_place(spec.name).node)
 
     async def start(self, spec: ProcessSpec) -> RayGroup:
         life = ActorName(name=spec.name, kind=spec.kind, incarnation=spec.incarnation)
@@ -202,7 +156,7 @@ class RayBackend:
             rank.set_result(actor)
         if group.is_ending:
             await group.kill()
-            await self._call(partial(_remove_groups, {group_name(self._namespace, spec.name, spec.incarnation)}))
+            await self._call(partial(remove_groups, {group_name(self._namespace, spec.name, spec.incarnation)}))
 
     async def _tell_waiting(self) -> None:
         """What those that have no process yet wait for. One question for all of them."""
@@ -230,7 +184,7 @@ class RayBackend:
                 RayRank(actor, changed, self._call) if actor is not None else MissingRank("its actor is gone")
                 for actor in actors
             ],
-            on_gone=partial(self._call, partial(_remove_groups, {placement})) if in_group else None,
+            on_gone=partial(self._call, partial(remove_groups, {placement})) if in_group else None,
         )
         self._groups[life.name, life.incarnation] = group
         return group
@@ -261,7 +215,7 @@ class RayBackend:
         spec = replace(spec, gpus=share, host="" if self._joined else spec.host)
         key = secrets.token_hex(16) if spec.plan.num_ranks > 1 else ""
         try:
-            place = self._placement(spec, share)
+            options = self._placement.options(spec, share)
             return [
                 ray.remote(ProcessActor)
                 .options(
@@ -272,7 +226,7 @@ class RayBackend:
                     num_gpus=share,
                     max_restarts=0,
                     max_concurrency=ACTOR_CONCURRENCY,
-                    **place(spec.plan.stage_of(rank)),
+                    **options(spec.plan.stage_of(rank)),
                 )
                 .remote(replace(spec, rank=rank, rank_key=key).to_json())
                 for rank in range(spec.plan.num_ranks)
@@ -282,46 +236,6 @@ class RayBackend:
         except Exception as error:
             raise SetupError(f"Ray does not start {spec.name}: {one_line(error)}") from error
 
-    def _placement(self, spec: ProcessSpec, share: float) -> Callable[[int], dict[str, Any]]:
-        """Where the ranks of a stage go."""
-        if spec.kind == "router" or spec.kind == "controller":
-            address = self._address_of(spec.deployment.router_place(spec.name).node) if spec.kind == "router" else ""
-            if address:  # Ray gives each host a resource of that name: one that is not there yet is waited for
-                return lambda stage: {"resources": {f"node:{address}": 0.001}}
-            # where the user is: they listen on this host's addresses
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            return lambda stage: {"scheduling_strategy": here}
-        bundles = bundles_of(spec, share)
-        shunned = self._shunned(spec)
-        wish = self._wish(spec, share, shunned) if self._joined and len(bundles) == 1 else None
-        options: dict[str, Any] = {"strategy": "PACK"}
-        if wish is not None:
-            options = {"strategy": "STRICT_PACK", "_soft_target_node_id": wish}
-            self._targets[spec.name, spec.incarnation] = wish
-        if shunned:
-            options["bundle_label_selector"] = [{NODE_ID_LABEL: f"!in({','.join(sorted(shunned))})"} for _ in bundles]
-        group = placement_group(
-            bundles, name=group_name(self._namespace, spec.name, spec.incarnation), lifetime="detached", **options
-        )
-        return lambda stage: {
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=stage)
-        }
-
-    def _wish(self, spec: ProcessSpec, share: float, shunned: set[str]) -> str | None:
-        """The host that the deployment's placement wants for an instance of one stage."""
-        assert spec.kind == "prefill" or spec.kind == "decode"
-        tenants: dict[str, list[Kind]] = {}
-        for key, group in self._groups.items():
-            node = self._targets.get(key)
-            word = group.ranks[0].word()
-            if word is not None and (host := self._book.find(word.node)) is not None:
-                node = host.node_id
-            if node is not None and group.end is None and key[0] != spec.name:
-                tenants.setdefault(node, []).append(group.kind)
-        stages = rooms_asked([spec], {spec.name: GpuPart(share=share)}) or [NOTHING]
-        found = choose(spec.deployment.placement, spec.kind, stages[0], self._book.hosts, tenants, shunned)
-        return found.node_id if found is not None else None
-
     # -- nodes that an autoscaler may bring -------------------------------------------------------------------------
 
     async def ask_node(self, spec: ProcessSpec) -> str:
@@ -330,7 +244,7 @@ class RayBackend:
             return "this cluster has no autoscaler that could add a node"
         share = await self._call(partial(self._share, spec))
         name = request_name(self._namespace, spec.name)
-        if name not in (await self._call(_groups_there)).values():
+        if name not in (await self._call(groups_there)).values():
             await self._call(
                 lambda: placement_group(bundles_of(spec, share), strategy="PACK", name=name, lifetime="detached")
             )
@@ -338,7 +252,7 @@ class RayBackend:
 
     async def withdraw_node(self, name: str) -> None:
         """What the new node has is free again, or the autoscaler stops bringing one."""
-        await self._call(partial(_remove_groups, {request_name(self._namespace, name)}))
+        await self._call(partial(remove_groups, {request_name(self._namespace, name)}))
 
     async def idle(self, spec: ProcessSpec) -> int:
         share = await self._call(partial(self._share, spec))
@@ -346,7 +260,7 @@ class RayBackend:
         if not self._joined:
             return how_many(each, await self._call(_all_free), MAX_IDLE)
         await self._book.look(check=not self._owner)
-        hosts = [host for host in self._book.hosts if host.node_id not in self._shunned(spec)]
+        hosts = [host for host in self._book.hosts if host.node_id not in self._placement.shunned(spec)]
         return how_many(each, [host.free for host in hosts], MAX_IDLE)
 
     @property
@@ -354,11 +268,6 @@ class RayBackend:
         growth = self._book.growth
         workers = sum(not host.is_head for host in self._book.hosts)
         return growth is not None and workers < growth.most_workers
-
-    def _shunned(self, spec: ProcessSpec) -> set[str]:
-        """Ids of hosts where it may not go."""
-        avoided = {host.node_id for host in self._book.hosts if any(host.is_called(name) for name in spec.avoid_nodes)}
-        return self._book.shunned | avoided
 
     async def adopt(self) -> list[Handle]:
         """The lives that have actors, and whatever ranks they still have. Groups of those that have none are given back."""
@@ -391,8 +300,8 @@ class RayBackend:
 
     def _remove_forgotten(self, kept: set[str]) -> None:
         """Placement groups whose lives are over, or had not begun when their controller died."""
-        ours = {name for name in _groups_there().values() if name.startswith(f"{self._namespace}/")}
-        _remove_groups(ours - kept)
+        ours = {name for name in groups_there().values() if name.startswith(f"{self._namespace}/")}
+        remove_groups(ours - kept)
 
     async def watch(self, handle: Handle) -> AsyncIterator[Announcement]:
         assert isinstance(handle, RayGroup)
@@ -471,15 +380,3 @@ def _actor_of(spec: ProcessSpec, rank: int) -> ActorName:
     return ActorName(
         name=spec.name, kind=spec.kind, incarnation=spec.incarnation, rank=rank, num_ranks=spec.plan.num_ranks
     )
-
-
-def _groups_there() -> dict[str, str]:
-    """The names of all placement groups of the cluster, by id."""
-    return {key: group["name"] for key, group in placement_group_table().items() if group["state"] != "REMOVED"}
-
-
-def _remove_groups(names: set[str]) -> None:
-    """What runs in them ends with them. Those that are not there are done."""
-    for key, name in _groups_there().items() if names else ():
-        if name in names:
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
