@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from biphase.cluster import wanted_set
 from biphase.cluster.controller_state import Pin
+from biphase.cluster.deployment import Deployment
 from biphase.cluster.rescue import rescue
 from biphase.cluster.slot import Slot
 from biphase.cluster.wanted import spec_of
-from biphase.cluster.wanted_set import ScalePlan
+from biphase.cluster.wanted_set import ROLES, ScalePlan
 from biphase.protos.errors import InvalidRequest, SetupError, one_line
 from biphase.protos.values import Mode, Role
 
@@ -50,7 +51,7 @@ class Admin:
         if not wanted:
             raise InvalidRequest("give counts as in prefill=2 decode=1, or auto")
         plan = self._plan(wanted)
-        await self._check_fits(plan)
+        await self._check_fits(plan, self._controller.deployment)
         counts = ", ".join(f"{role} {count}" for role, count in wanted.items())
         self._apply(plan)
         pin = self._pin(f"scaled by hand to {counts}", until_s)
@@ -65,12 +66,23 @@ class Admin:
         text = "the policy decides"
         if not controller.has_policy:
             deployment = controller.deployment
-            plan = self._plan({"prefill": deployment.prefill.replicas, "decode": deployment.decode.replicas})
-            await self._check_fits(plan)
-            self._apply(plan)
+            plan = await self.take_counts({role: deployment.plan(role).replicas for role in ROLES})
             text = f"there is no policy, the deployment's own counts are wanted: {plan}"
         await self._done("scale", "", f"{why}: {text}")
         return text
+
+    async def check_counts(self, wanted: Mapping[Role, int], deployment: Deployment) -> ScalePlan:
+        """What ``take_counts`` would do for instances of ``deployment``; nothing changes."""
+        plan = self._plan(wanted)
+        await self._check_fits(plan, deployment)
+        return plan
+
+    async def take_counts(self, wanted: Mapping[Role, int]) -> ScalePlan:
+        """Have these counts, without a pin."""
+        plan = self._plan(wanted)
+        await self._check_fits(plan, self._controller.deployment)
+        self._apply(plan)
+        return plan
 
     async def flip(self, name: str, *, grace_s: float, for_s: float) -> str:
         """Turn an instance to the other role, and pin that."""
@@ -195,7 +207,7 @@ class Admin:
     async def start_instance(self, role: Role) -> str:
         """One more; returns its name. InvalidRequest where it does not fit."""
         plan = ScalePlan(adds=(role,))
-        await self._check_fits(plan)
+        await self._check_fits(plan, self._controller.deployment)
         return self._apply(plan)[0]
 
     def rescue(self) -> None:
@@ -259,7 +271,7 @@ class Admin:
             wanted_set.check_others_serve(core, self._mode, leaving, "this")
         return plan
 
-    async def _check_fits(self, plan: ScalePlan) -> None:
+    async def _check_fits(self, plan: ScalePlan, deployment: Deployment) -> None:
         """Raises InvalidRequest when what would start has no room."""
         controller = self._controller
         if not plan.adds:
@@ -268,9 +280,9 @@ class Admin:
         for role in plan.adds:
             counts[role] += 1
         deployment = replace(
-            controller.deployment,
-            prefill=replace(controller.deployment.prefill, replicas=counts["prefill"]),
-            decode=replace(controller.deployment.decode, replicas=counts["decode"]),
+            deployment,
+            prefill=replace(deployment.prefill, replicas=counts["prefill"]),
+            decode=replace(deployment.decode, replicas=counts["decode"]),
         )
         taken = set(controller.core.slots)
         specs = []

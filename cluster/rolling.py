@@ -6,7 +6,7 @@ renewed one then takes its place.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from biphase.cluster.reconcile import Reconciler
 from biphase.cluster.slot import Slot
@@ -16,7 +16,8 @@ from biphase.protos.values import Mode, Role
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RollingUpdate:
-    """One under way, or paused. ``current``: the instance that is being renewed."""
+    """One under way, or paused. ``current``: the instance that is being renewed; ``counts``: how many there shall be of a
+    role once all serve the new generation, where that changes."""
 
     generation: str
     previous: str
@@ -24,6 +25,7 @@ class RollingUpdate:
     allow_downtime: bool = False
     current: str = ""
     paused: str = ""
+    counts: dict[Role, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,19 +1,24 @@
 """Updates of a running deployment: the shell around ``rolling``. One at a time; it goes on in the controller's next life."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from biphase.cluster import rolling, wanted_set
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.generation import generation_of
+from biphase.cluster.wanted_set import ROLES
 from biphase.protos.errors import InvalidRequest, one_line
+from biphase.protos.values import Role
 
 if TYPE_CHECKING:
     from biphase.cluster.controller import Controller
 
-FIXED = ("name", "backend", "host", "port", "mode", "served_model_name", "limits")
-"""Keys that routers were started with: a change of them needs another `biphase serve`."""
+FIXED = (
+    *("name", "backend", "host", "port", "routers", "controller_port", "mode", "served_model_name", "limits"),
+    "max_replays",
+)
+"""Keys that routers and controller were started with: a change of them needs another `biphase serve`."""
 
 
 class Updating:
@@ -32,7 +37,12 @@ class Updating:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidRequest(f"the deployment cannot be read: {one_line(error)}") from error
         generation = generation_of(wanted)
-        lines = self._check(wanted, generation, allow_downtime=allow_downtime)
+        counts = self._counts(wanted)
+        lines = self._check(wanted, generation, counts, allow_downtime=allow_downtime)
+        if counts and self._who_counts is None:
+            lines.append(f"then {await controller.admin.check_counts(counts, wanted)}")
+        elif counts and any(wanted.plan(role).replicas != controller.deployment.plan(role).replicas for role in ROLES):
+            lines.append(f"{_words(counts)} is not taken over: {self._who_counts}")
         if dry_run or lines[-1].startswith("nothing"):
             for line in lines:
                 yield line, True
@@ -43,6 +53,7 @@ class Updating:
             previous=controller.generation,
             grace_s=grace_s or controller.deployment.drain_s,
             allow_downtime=allow_downtime,
+            counts=counts if self._who_counts is None else {},
         )
         controller.deployments[generation] = wanted
         controller.deployment, controller.generation = wanted, generation
@@ -57,7 +68,9 @@ class Updating:
                 if ended:
                     return
 
-    def _check(self, wanted: Deployment, generation: str, *, allow_downtime: bool) -> list[str]:
+    def _check(
+        self, wanted: Deployment, generation: str, counts: Mapping[Role, int], *, allow_downtime: bool
+    ) -> list[str]:
         """What will be done, in words. Raises InvalidRequest."""
         controller = self._controller
         if controller.stopping:
@@ -70,13 +83,26 @@ class Updating:
             if was != now:
                 raise InvalidRequest(f"{key} is {now}, it was {was}: an update cannot change it, serve anew for that")
         names = rolling.plan_of(controller.core, generation)
-        if not names and wanted == controller.deployment:
+        if not names and not counts and wanted == controller.deployment:
             return ["nothing changes"]
         reason = rolling.reason_against_update(controller.core, wanted.mode, can_flip=controller.admin.can_flip)
         if names and reason is not None and not allow_downtime:
             raise InvalidRequest(f"{reason}; --allow-downtime does it all the same")
         lines = [f"{name} drains and starts anew in generation {generation}" for name in names]
-        return lines or ["no instance is touched, the other settings are taken over"]
+        return lines or ["no instance starts anew, the other settings are taken over"]
+
+    def _counts(self, wanted: Deployment) -> dict[Role, int]:
+        """How many there shall be of each role that has another count now."""
+        now = self._controller.core.counts()
+        return {role: wanted.plan(role).replicas for role in ROLES if wanted.plan(role).replicas != now[role]}
+
+    @property
+    def _who_counts(self) -> str | None:
+        """Whoever decides on counts in place of the file; None where the file does."""
+        controller = self._controller
+        if controller.pin is not None:
+            return f"counts are pinned, {controller.pin.text}; `biphase scale auto` ends that"
+        return "the policy decides on counts" if controller.has_policy else None
 
     @property
     def state(self) -> rolling.RollingUpdate | None:
@@ -121,9 +147,25 @@ class Updating:
                     self._say(f"update is paused: {why}; it goes back to generation {update.previous}", name)
                 case rolling.Finished():
                     controller.update_state = {}
-                    self._say(f"update is done: all serve generation {update.generation}", "")
+                    done = f"update is done: all serve generation {update.generation}"
+                    if update.counts:
+                        done += await self._recount(update.counts)
+                    self._say(done, "")
             await controller.save()
             controller.changed()
 
+    async def _recount(self, counts: Mapping[Role, int]) -> str:
+        """What came of the file's counts, as the end of a sentence."""
+        if self._who_counts is not None:  # since the update began
+            return f"; {_words(counts)} is not taken over: {self._who_counts}"
+        try:
+            return f"; {await self._controller.admin.take_counts(counts)}"
+        except InvalidRequest as error:
+            return f"; {_words(counts)} is not taken over: {one_line(error)}"
+
     def _say(self, text: str, subject: str) -> None:
         self._controller.events.add("update", subject, text)
+
+
+def _words(counts: Mapping[Role, int]) -> str:
+    return " ".join(f"{role}={count}" for role, count in counts.items())

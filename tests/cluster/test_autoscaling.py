@@ -84,6 +84,37 @@ def test_an_update_goes_instance_by_instance_and_pauses_at_the_first_that_fails(
     assert {it.generation for it in after.processes if it.generation} != {
         it.generation for it in back.processes if it.generation
     }
-    deploy.write_text(DEPLOY.replace("port: 0", "port: 1"))
-    refused = run_biphase(environment, "update", str(deploy))
-    assert refused.returncode == 2 and "port is 1, it was 0: an update cannot change it" in refused.stderr
+    for was, now, said in (
+        ("port: 0", "port: 1", "port is 1, it was 0"),
+        ("backend", "max_replays: 5\nbackend", "is 5"),
+    ):
+        deploy.write_text(DEPLOY.replace(was, now))
+        refused = run_biphase(environment, "update", str(deploy))
+        assert refused.returncode == 2 and f"{said}" in refused.stderr and "cannot change it" in refused.stderr
+
+
+def test_an_update_takes_over_counts_unless_they_are_pinned(
+    serve: Serve, environment: dict[str, str], tmp_path: Path
+) -> None:
+    deploy = tmp_path / "deploy.yaml"
+    deploy.write_text(DEPLOY)
+    served = serve(str(deploy))
+    served.wait_ready()
+    deploy.write_text(DEPLOY.replace("prefill: {replicas: 1}", "prefill: {replicas: 2}"))
+    dry = run_biphase(environment, "update", str(deploy), "--dry-run")
+    assert dry.stdout.splitlines() == [
+        "no instance starts anew, the other settings are taken over",
+        "then a new prefill instance starts",
+    ]
+    done = run_biphase(environment, "update", str(deploy))
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith("; a new prefill instance starts"), (
+        done.stdout
+    )
+    served.wait_for(lambda status: status.ratio == "2P:2D" and status.state == "ready")
+    assert run_biphase(environment, "scale", "decode=1").returncode == 0
+    served.wait_for(lambda status: status.ratio == "2P:1D" and status.state == "ready")
+    deploy.write_text(DEPLOY)
+    kept = run_biphase(environment, "update", str(deploy))
+    assert "prefill=1 decode=2 is not taken over: counts are pinned" in kept.stdout, kept.stdout
+    assert run_biphase(environment, "scale", "auto").returncode == 0
+    served.wait_for(lambda status: status.ratio == "1P:2D" and status.state == "ready")

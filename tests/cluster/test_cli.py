@@ -76,7 +76,10 @@ def test_help_imports_neither_torch_nor_ray(environment: Environment) -> None:
             ("serve", "--model", "smollm2", "--prefill-pp", "31"),
             "biphase: prefill: pipeline_parallel_size 31 is more than the model's 30 layers",
         ),
-        (("serve", "--model", "smollm2", "--inject-faults", "drop"), "biphase: inject_faults: fault 'drop' is none of"),
+        (
+            ("serve", "--model", "smollm2", "--inject-faults", "drop"),
+            "biphase: inject_faults: fault 'drop' has no chance",
+        ),
         (("serve", "--model", "smollm2", "--gpus", "nan"), "biphase: --gpus is nan: it must be a finite number"),
         (("serve", "--model", "smollm2", "--name", "No Name"), "biphase: --name is 'No Name'"),
     ],
