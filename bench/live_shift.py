@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import math
 import random
+import re
 import statistics
 import sys
 import time
@@ -39,6 +40,8 @@ from biphase.client.bench.summary import spread_of, summarize, windows
 CORES_EACH, INSTANCES = 0.5, 3
 GOAL_FACTOR, HEADROOM = 5.0, 0.25
 SETTLE_S, WINDOW_S, COOLDOWN_S = 60.0, 30.0, 30.0
+FLIP_GRACE_S, TURN_S = 10.0, 1.0
+FLIP = re.compile(r"\bflip ([\w-]+) to ")
 PREFILL_HEAVY_OUTPUT, DECODE_HEAVY_INPUT = 4, 16
 RATIOS = {"2P1D": (2, 1), "1P2D": (1, 2)}
 NUM_UNLOADED, NUM_LOADED = 5, 24
@@ -64,6 +67,8 @@ class Arm:
     ratios: list[tuple[float, int, int]] = field(default_factory=list)
     """(seconds, ready prefill instances, ready decode instances), at every change."""
     decisions: list[str] = field(default_factory=list)
+    flips: list[tuple[str, float]] = field(default_factory=list)
+    """(instance, seconds from the decision to serving in the new role: what ran there had to end or go elsewhere first)."""
 
 
 def phases_of(shape: Shape, rate: float, seconds: float) -> list[Phase]:
@@ -93,7 +98,7 @@ def deploy_of(arguments: argparse.Namespace, ratio: tuple[int, int], policy: dic
         "decode": {**plan, "replicas": ratio[1]},
         "drain_s": 2.0,
     }
-    return deploy | ({"autoscale": policy, "flip_grace_s": 10.0} if policy else {})
+    return deploy | ({"autoscale": policy, "flip_grace_s": FLIP_GRACE_S} if policy else {})
 
 
 def policy_of(shape: Shape) -> dict[str, Any]:
@@ -171,7 +176,8 @@ async def calibrate(arguments: argparse.Namespace) -> Shape:
 
 
 async def follow(cluster: LocalCluster, runner: Runner, arm: Arm) -> None:
-    """Note every change of the ratio, and the controller's decisions."""
+    """Note every change of the ratio, the controller's decisions, and how long a flip took."""
+    ordered: dict[str, float] = {}
     while True:
         status = await cluster.status()
         if status is not None:
@@ -183,6 +189,10 @@ async def follow(cluster: LocalCluster, runner: Runner, arm: Arm) -> None:
                 line = f"{event.kind} {event.subject}: {event.text}"
                 if line not in arm.decisions:
                     arm.decisions.append(line)
+                    if (flip := FLIP.search(event.text)) is not None:
+                        ordered[flip[1]] = event.unix_s
+                    if event.subject in ordered and "has turned" in event.text:
+                        arm.flips.append((event.subject, event.unix_s - ordered.pop(event.subject)))
                     print(f"{arm.name} at {runner.now_s():.0f} s: {line}", file=sys.stderr, flush=True)
         await asyncio.sleep(0.5)
 
@@ -242,6 +252,8 @@ def judge(found: report.Report, arms: Sequence[Arm], shape: Shape, phases: Seque
         if arm.name == "auto":
             found.goal("auto_failed", sum(not one.done for one in arm.measured), 0)
             found.goal("auto_reversals_within_cooldown", reversals(arm.ratios), 0)
+            longest_s = max((seconds for _, seconds in arm.flips), default=math.nan)
+            found.goal("auto_flip_worst_s", longest_s, FLIP_GRACE_S + TURN_S)
             found.goal("auto_changes_of_ratio", len(settled_ratios(arm.ratios)) - 1, 2, at_least=True)
 
 
@@ -272,7 +284,14 @@ async def measure(arguments: argparse.Namespace) -> int:
     for name in arguments.arms:
         arms.append(await run_arm(arguments, name, shape, phases))
         found.extra["arms"] = [
-            {"name": arm.name, "ratios": arm.ratios, "decisions": arm.decisions, "requests": len(arm.measured)}
+            {
+                "name": arm.name,
+                "ratios": arm.ratios,
+                "decisions": arm.decisions,
+                "flips": arm.flips,
+                "requests": len(arm.measured),
+                "replays": sum(one.replays for one in arm.measured),
+            }
             for arm in arms
         ]
         found.write(arguments)

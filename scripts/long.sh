@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-parts="tokens plans kernels aot mutations engine handoff overlap pipeline codecs drills start faults flip rayup recovery chaos shift"
+parts="tokens plans kernels aot mutations engine handoff overlap pipeline codecs drills start faults flip headless rayup recovery chaos shift"
 
 # The oldest triton that is supported, beside the installed one.
 old_triton=3.6.0
@@ -28,6 +28,7 @@ usage: scripts/long.sh [PART...]     (no part: all, one after the other)
   start      bench/start.py: from `biphase serve` to the first token, first and later starts; idle processor use
   faults     bench/faults.py: workers killed and stopped, idle and busy; what the client sees and how soon
   flip       bench/flip.py: instances turn into the other role and back, idle and with requests aboard
+  headless   bench/controller_dead.py: throughput with the controller dead, beside alive
   rayup      a real `ray up` on three hosts of this machine, a host lost under load; nodes asked for of Ray's autoscaler
   recovery   bench/recovery.py: kill, SIGSTOP and partition of every kind of process under load; lost requests, wrong tokens, gaps
   chaos      bench/chaos.py: fifteen minutes of faults at random under load
@@ -76,6 +77,7 @@ run() {
     start) "$bin/python" bench/start.py --check ;;
     faults) "$bin/python" bench/faults.py --check ;;
     flip) "$bin/python" bench/flip.py --check ;;
+    headless) "$bin/python" bench/controller_dead.py --check ;;
     rayup) "$bin/pytest" --long tests/cluster/test_try_ray_up.py tests/cluster/test_ray_node_requests.py tests/cluster/test_ray_hosts.py ;;
     recovery) "$bin/python" bench/recovery.py --check ;;
     chaos) "$bin/python" bench/chaos.py --minutes 15 --check ;;
