@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.asyncio(loop_scop
 
 BLOCKS = 16
 FLAGS = ["--model", "smollm2", "--threads", "1", "--num-kv-blocks", str(BLOCKS), "--max-model-len", "512"]
+BACK_WITHIN_S = 10.0
 CLEAN = {"legs": 0, "sequences": 0, "queued": 0, "running": 0, "blocks_used": 0, "queued_tokens": 0}
 
 
@@ -47,9 +48,9 @@ class Links:
     decode: LinkClient
 
     async def clean(self) -> None:
-        """Everything of every leg is back, within a second."""
+        """Everything of every leg is back. How soon, e2e/test_leaks.py tells: here one answer may take a second."""
         for link in (self.prefill, self.decode):
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(BACK_WITHIN_S):
                 while True:
                     stats = await link.stats()
                     left = {name: stats[name] for name in CLEAN if stats[name] != CLEAN[name]}
@@ -58,6 +59,7 @@ class Links:
                     }
                     if not left:
                         break
+                    await asyncio.sleep(0.01)
 
 
 @pytest_asyncio.fixture(loop_scope="module")
