@@ -22,7 +22,7 @@ from engine_ceilings import Products, ReadBandwidth, weight_bytes
 from engine_load import Colocated, LongContext
 from engine_peer import Peer, write_hf_dir
 
-from biphase.engine.checkpoint import Checkpoint, open_checkpoint
+from biphase.engine.checkpoint.opening import Checkpoint, open_checkpoint
 from biphase.engine.config import EngineConfig
 from biphase.engine.cpu_engine import CpuEngine
 from biphase.protos.errors import SetupError, one_line

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from biphase.engine.checkpoint import Checkpoint
+from biphase.engine.checkpoint.opening import Checkpoint
 from biphase.kernels.linear import linear, linear_logits, padded_tokens
 
 

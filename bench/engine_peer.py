@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from safetensors.torch import save_file
 
-from biphase.engine.checkpoint import Checkpoint
+from biphase.engine.checkpoint.opening import Checkpoint
 
 
 def write_hf_dir(checkpoint: Checkpoint, folder: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from biphase.engine.batch import BatchBuilder, StepBatch
-from biphase.engine.checkpoint import Checkpoint, open_checkpoint
+from biphase.engine.checkpoint.opening import Checkpoint, open_checkpoint
 from biphase.engine.checkpoint.shard import Shard
 from biphase.engine.config import EngineConfig
 from biphase.engine.draw_row import draw_row

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from biphase.engine.checkpoint import Checkpoint
+from biphase.engine.checkpoint.opening import Checkpoint
 from biphase.engine.config import EngineConfig
 from biphase.engine.limits import Limits
 from biphase.engine.model_config import ModelConfig

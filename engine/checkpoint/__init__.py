@@ -1,5 +1,4 @@
-"""Model files into tensors: any supported checkpoint, converted once, mapped by every worker of a host."""
+"""Model files into tensors: any supported checkpoint, converted once (opening.py), mapped by every worker of a host.
 
-from biphase.engine.checkpoint.opening import Checkpoint, open_checkpoint
-
-__all__ = ["Checkpoint", "open_checkpoint"]
+Empty: what reads a model's configuration alone, as `biphase serve` does before it starts anything, needs no torch.
+"""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from biphase.engine.checkpoint import Checkpoint, open_checkpoint
+from biphase.engine.checkpoint.opening import Checkpoint, open_checkpoint
 from biphase.engine.checkpoint.shard import Shard
 from biphase.engine.config import EngineConfig
 from biphase.engine.draw_row import draw_row

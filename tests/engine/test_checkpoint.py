@@ -14,8 +14,8 @@ import torch
 from support.smollm2 import needs_smollm2
 from support.tiny_models import EXPERTS, LAYERS, tiny_config, tiny_weights, write_directory, write_gguf_model
 
-from biphase.engine.checkpoint import Checkpoint, open_checkpoint
 from biphase.engine.checkpoint.layout import engine_tensors
+from biphase.engine.checkpoint.opening import Checkpoint, open_checkpoint
 from biphase.engine.model_config import FrequencyFactors, LinearScaling, Llama3Scaling, ModelConfig
 
 FAMILIES = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"]

@@ -11,9 +11,8 @@ import torch
 from safetensors import safe_open
 from support.tiny_models import tiny_config, tiny_weights, write_directory
 
-from biphase.engine.checkpoint import open_checkpoint
 from biphase.engine.checkpoint.cache import CachedFile, default_directory
-from biphase.engine.checkpoint.opening import FORMAT
+from biphase.engine.checkpoint.opening import FORMAT, open_checkpoint
 from biphase.protos.errors import SetupError
 
 
@@ -125,7 +124,7 @@ def test_the_old_map_outlives_its_replacement(model: Path, cache: Path) -> None:
 OPEN = """
 import sys
 from pathlib import Path
-from biphase.engine.checkpoint import open_checkpoint
+from biphase.engine.checkpoint.opening import open_checkpoint
 steps = []
 def progress(detail, fraction):
     if not steps:

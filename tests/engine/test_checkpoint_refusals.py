@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.tiny_models import tiny_config, tiny_weights, write_directory, write_gguf_model
 
-from biphase.engine.checkpoint import open_checkpoint
+from biphase.engine.checkpoint.opening import open_checkpoint
 from biphase.protos import model_source
 from biphase.protos.errors import SetupError
 from biphase.protos.gguf_file import GgufFile

@@ -8,9 +8,9 @@ import pytest
 import torch
 from support.tiny_models import tiny_config, tiny_weights, write_gguf_model
 
-from biphase.engine.checkpoint import Checkpoint, open_checkpoint
 from biphase.engine.checkpoint.dummy import dummy_config, dummy_hash, dummy_tensor, dummy_tensors
 from biphase.engine.checkpoint.layout import engine_tensors
+from biphase.engine.checkpoint.opening import Checkpoint, open_checkpoint
 from biphase.engine.config import EngineConfig
 from biphase.engine.engine import Engine
 from biphase.engine.step import SeqStep, StepPlan

@@ -41,6 +41,16 @@ def test_the_command_shows_its_help_without_torch_and_ray() -> None:
     assert heavy_after(code, HEAVY) == ""
 
 
+def test_serve_refuses_a_mistake_without_torch_and_ray() -> None:
+    """What a user gets wrong is said in a second, not after the import of what would run."""
+    code = (
+        "import biphase.cluster.cli as cli\n"
+        "sys.argv = ['biphase', 'serve', '--model', 'smollm2', '--gpus', '2']\n"
+        "assert cli.main() == 2"
+    )
+    assert heavy_after(code, HEAVY) == ""
+
+
 def test_pure_modules_import_without_grpc_and_numpy(sources: Sources) -> None:
     code = "import biphase.engine.block_pool, biphase.prefill_worker.scheduler, biphase.decode_worker.scheduler"
     assert heavy_after(code, (*HEAVY, "grpc", "numpy")) == ""

@@ -7,9 +7,9 @@ import pytest
 import torch
 from support.tiny_models import tiny_config, tiny_weights, write_directory
 
-from biphase.engine.checkpoint import Checkpoint, open_checkpoint
 from biphase.engine.checkpoint.dummy import dummy_config
 from biphase.engine.checkpoint.layout import engine_tensors
+from biphase.engine.checkpoint.opening import Checkpoint, open_checkpoint
 from biphase.engine.checkpoint.shard import Cut, Shard
 from biphase.engine.model_config import ModelConfig
 from biphase.engine.parallel.local_config import layer_marks
