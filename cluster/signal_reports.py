@@ -19,12 +19,8 @@ def router_report(message: controller_pb2.RouterReport) -> RouterReport:
         offered_prompt_tokens=message.offered_prompt_tokens,
         offered_output_tokens=message.offered_output_tokens,
         ended=dict(message.ended),
-        latency=JointHistogram(
-            ttft_ms=tuple(message.latency.ttft_ms),
-            tpot_ms=tuple(message.latency.tpot_ms),
-            counts=tuple(message.latency.counts),
-            missed=message.latency.missed,
-        ),
+        latency=_joint(message.latency),
+        running=_joint(message.running),
         prompt_tokens=_histogram(message.prompt_tokens),
         output_tokens=_histogram(message.output_tokens),
         queued_requests=message.queued_requests,
@@ -91,6 +87,15 @@ def setup_of(
         colocated=deployment.prefill.replicas == 0,
         flip_s=flip_s,
         rebuild_s=rebuild_s,
+    )
+
+
+def _joint(message: controller_pb2.JointHistogram) -> JointHistogram:
+    return JointHistogram(
+        ttft_ms=tuple(message.ttft_ms),
+        tpot_ms=tuple(message.tpot_ms),
+        counts=tuple(message.counts),
+        missed=message.missed,
     )
 
 

@@ -100,6 +100,8 @@ class RouterReport:
     offered_output_tokens: int = 0
     ended: Mapping[str, int] = field(default_factory=dict)
     latency: JointHistogram = field(default_factory=JointHistogram)
+    running: JointHistogram = field(default_factory=JointHistogram)
+    """No total: those that live now, by what they have seen so far."""
     prompt_tokens: Histogram = field(default_factory=Histogram)
     output_tokens: Histogram = field(default_factory=Histogram)
     queued_requests: int = 0
@@ -215,13 +217,10 @@ def to_values(value: Any) -> dict[str, Any]:
 
 def router_from(values: Mapping[str, Any]) -> RouterReport:
     """The inverse of to_values; raises KeyError, TypeError or ValueError for anything else."""
-    latency: dict[str, Any] = {
-        key: tuple(item) if isinstance(item, list) else item for key, item in values.get("latency", {}).items()
-    }
     return RouterReport(
         **{
             **values,
-            "latency": JointHistogram(**latency),
+            **{key: _joint(values.get(key, {})) for key in ("latency", "running")},
             **{key: _histogram(values.get(key, {})) for key in ("prompt_tokens", "output_tokens")},
         }
     )
@@ -235,6 +234,10 @@ def instance_from(values: Mapping[str, Any]) -> InstanceReport:
             "recent": RecentSteps(**values.get("recent", {})),
         }
     )
+
+
+def _joint(values: Mapping[str, Any]) -> JointHistogram:
+    return JointHistogram(**{key: tuple(item) if isinstance(item, list) else item for key, item in values.items()})
 
 
 def _histogram(values: Mapping[str, Any]) -> Histogram:

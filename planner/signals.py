@@ -37,6 +37,7 @@ class ClusterSignals:
 
     load: OfferedLoad = field(default_factory=OfferedLoad)
     latency: JointHistogram = field(default_factory=JointHistogram)
+    """Of the requests that ended within the window, and of those that run by what they have seen so far."""
     span_s: float = 0.0
     watched_s: float = 0.0
     """For how long anybody has reported, at most the window."""
@@ -164,6 +165,7 @@ class SignalWindow:
         fresh = [source for source in self._sources.values() if source.newest[0] >= now_s - stale_s - 1e-9]
         instances = tuple(source.newest[1] for source in fresh if isinstance(source.newest[1], InstanceReport))
         routers = [source for source in fresh if isinstance(source.newest[1], RouterReport)]
+        running = [last.running for _, last in (source.newest for source in routers) if isinstance(last, RouterReport)]
         members = tuple(members)
         due = {member.name for member in members if member.phase == "ready"}
         heard = due & {report.name for report in instances}
@@ -171,7 +173,7 @@ class SignalWindow:
         load = self._load(flow) if routers else self._computed(fresh, window_s, now_s)
         return ClusterSignals(
             load=load,
-            latency=_joined(flow.latency),
+            latency=_joined([*flow.latency, *running]),
             span_s=span_s if routers else min(window_s, self._age(fresh, now_s)),
             watched_s=min(window_s, self._age(fresh, now_s)),
             num_requests=flow.num_requests,
@@ -337,7 +339,8 @@ def _with_kv(setup: Setup, instances: Sequence[InstanceReport]) -> Setup:
 
 
 def _joined(parts: Sequence[JointHistogram]) -> JointHistogram:
-    """The sum over routers that bucket alike; those that do not are left out."""
+    """The sum over routers that bucket alike; those that do not, or hold nothing, are left out."""
+    parts = [part for part in parts if part.counts or part.missed]
     if not parts:
         return JointHistogram()
     first = parts[0]

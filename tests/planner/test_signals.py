@@ -67,6 +67,20 @@ def test_routers_add_up() -> None:
     assert window_of_one.num_routers == 2
 
 
+def test_what_still_runs_counts_by_what_it_has_seen_and_is_no_total() -> None:
+    """Long answers that come too slowly must not look well until they have ended."""
+    bounds = (100.0,)
+    slow = JointHistogram(ttft_ms=bounds, tpot_ms=bounds, counts=(0, 5, 0, 0))
+    done = JointHistogram(ttft_ms=bounds, tpot_ms=bounds, counts=(3, 0, 0, 0))
+    window = SignalWindow()
+    for second in range(11):
+        window.add(RouterReport(name="router-0", uptime_s=second + 1.0, running=slow, latency=done), float(second))
+    first, then, both, requests = window.over(5.0, 10.0).latency.shares(100.0, 100.0)
+    assert (first, then, both, requests) == (1.0, 0.0, 0.0, 5)  # the 3 ended before the window
+    window.add(RouterReport(name="router-0", uptime_s=12.0, latency=done), 11.0)
+    assert window.over(5.0, 11.0).latency.shares(100.0, 100.0)[3] == 0
+
+
 def test_a_new_life_counts_from_its_beginning_and_an_old_ones_words_are_refused() -> None:
     window = SignalWindow()
     first, second = Source(), Source(incarnation=2, began_s=90.0)
