@@ -36,11 +36,7 @@ class Admin:
     @property
     def can_flip(self) -> bool:
         """Whether an instance can turn in place: both roles are cut alike. Else a change of role starts it anew."""
-        deployment = self._controller.deployment
-        return (
-            deployment.prefill.parallel == deployment.decode.parallel
-            and deployment.prefill.gpus == deployment.decode.gpus
-        )
+        return _cut_alike(self._controller.deployment)
 
     # -- counts and roles -------------------------------------------------------------------------------------------
 
@@ -73,7 +69,7 @@ class Admin:
 
     async def check_counts(self, wanted: Mapping[Role, int], deployment: Deployment) -> ScalePlan:
         """What ``take_counts`` would do for instances of ``deployment``; nothing changes."""
-        plan = self._plan(wanted)
+        plan = self._plan(wanted, can_flip=_cut_alike(deployment))
         await self._check_fits(plan, deployment)
         return plan
 
@@ -262,9 +258,10 @@ class Admin:
             hint = f"did you mean {near[0]}?" if near else f"nodes: {', '.join(known) or 'none yet'}"
             raise InvalidRequest(f"no node is called {node or '(empty)'}: {hint}")
 
-    def _plan(self, wanted: Mapping[Role, int]) -> ScalePlan:
+    def _plan(self, wanted: Mapping[Role, int], *, can_flip: bool | None = None) -> ScalePlan:
         core = self._controller.core
-        plan = wanted_set.plan_scale(core, wanted, mode=self._mode, can_flip=self.can_flip)
+        can_flip = self.can_flip if can_flip is None else can_flip
+        plan = wanted_set.plan_scale(core, wanted, mode=self._mode, can_flip=can_flip)
         leaving = [*(name for name, _ in plan.flips), *plan.stops]
         to_decode = any(role == "decode" for _, role in plan.flips)
         if leaving and not (self._mode == "auto" and to_decode and not plan.stops):
@@ -313,6 +310,11 @@ class Admin:
         controller.events.add(kind, subject, text)
         await controller.save()
         controller.changed()
+
+
+def _cut_alike(deployment: Deployment) -> bool:
+    prefill, decode = deployment.prefill, deployment.decode
+    return prefill.parallel == decode.parallel and prefill.gpus == decode.gpus
 
 
 def _for(for_s: float) -> str:

@@ -1,5 +1,6 @@
 """Updates of a running deployment: the shell around ``rolling``. One at a time; it goes on in the controller's next life."""
 
+import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ FIXED = (
     "max_replays",
 )
 """Keys that routers and controller were started with: a change of them needs another `biphase serve`."""
+logger = logging.getLogger("biphase.cluster.updating")
 
 
 class Updating:
@@ -37,12 +39,19 @@ class Updating:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidRequest(f"the deployment cannot be read: {one_line(error)}") from error
         generation = generation_of(wanted)
-        counts = self._counts(wanted)
-        lines = self._check(wanted, generation, counts, allow_downtime=allow_downtime)
-        if counts and self._who_counts is None:
-            lines.append(f"then {await controller.admin.check_counts(counts, wanted)}")
-        elif counts and any(wanted.plan(role).replicas != controller.deployment.plan(role).replicas for role in ROLES):
-            lines.append(f"{_words(counts)} is not taken over: {self._who_counts}")
+        others = self._who_counts(wanted)
+        file_counts = self._counts(wanted)
+        counts = {} if others else file_counts
+        self._check(wanted, generation, counts, allow_downtime=allow_downtime)
+        then = await self._after(counts, wanted, generation)
+        lines = self._check(
+            wanted, generation, counts, allow_downtime=allow_downtime
+        )  # another may have begun meanwhile
+        lines += then
+        if others and any(
+            wanted.plan(role).replicas != controller.deployment.plan(role).replicas for role in file_counts
+        ):
+            lines.append(f"{_words(file_counts)} is not taken over: {others}")
         if dry_run or lines[-1].startswith("nothing"):
             for line in lines:
                 yield line, True
@@ -53,7 +62,7 @@ class Updating:
             previous=controller.generation,
             grace_s=grace_s or controller.deployment.drain_s,
             allow_downtime=allow_downtime,
-            counts=counts if self._who_counts is None else {},
+            counts=counts,
         )
         controller.deployments[generation] = wanted
         controller.deployment, controller.generation = wanted, generation
@@ -81,7 +90,8 @@ class Updating:
         for key in FIXED:
             was, now = getattr(controller.deployment, key), getattr(wanted, key)
             if was != now:
-                raise InvalidRequest(f"{key} is {now}, it was {was}: an update cannot change it, serve anew for that")
+                said = f"{key} is {now}, it was {was}" if isinstance(now, str | int) else f"{key} are other ones"
+                raise InvalidRequest(f"{said}: an update cannot change it, serve anew for that")
         names = rolling.plan_of(controller.core, generation)
         if not names and not counts and wanted == controller.deployment:
             return ["nothing changes"]
@@ -96,13 +106,22 @@ class Updating:
         now = self._controller.core.counts()
         return {role: wanted.plan(role).replicas for role in ROLES if wanted.plan(role).replicas != now[role]}
 
-    @property
-    def _who_counts(self) -> str | None:
+    async def _after(self, counts: Mapping[Role, int], wanted: Deployment, generation: str) -> list[str]:
+        """What follows the last instance's new start, in words. Raises InvalidRequest where it cannot be."""
+        if not counts:
+            return []
+        try:
+            return [f"then {await self._controller.admin.check_counts(counts, wanted)}"]
+        except InvalidRequest as error:
+            if not rolling.plan_of(self._controller.core, generation):
+                raise
+            return [f"then {_words(counts)}, for which there is no room as things are: {one_line(error)}"]
+
+    def _who_counts(self, deployment: Deployment) -> str | None:
         """Whoever decides on counts in place of the file; None where the file does."""
-        controller = self._controller
-        if controller.pin is not None:
-            return f"counts are pinned, {controller.pin.text}; `biphase scale auto` ends that"
-        return "the policy decides on counts" if controller.has_policy else None
+        if self._controller.pin is not None:
+            return f"counts are pinned, {self._controller.pin.text}; `biphase scale auto` ends that"
+        return "the policy decides on counts" if deployment.autoscale else None
 
     @property
     def state(self) -> rolling.RollingUpdate | None:
@@ -146,21 +165,24 @@ class Updating:
                         controller.deployment = controller.deployments[update.previous]
                     self._say(f"update is paused: {why}; it goes back to generation {update.previous}", name)
                 case rolling.Finished():
-                    controller.update_state = {}
                     done = f"update is done: all serve generation {update.generation}"
                     if update.counts:
                         done += await self._recount(update.counts)
+                    controller.update_state = {}  # not before: the next life would not know of the counts
                     self._say(done, "")
             await controller.save()
             controller.changed()
 
     async def _recount(self, counts: Mapping[Role, int]) -> str:
         """What came of the file's counts, as the end of a sentence."""
-        if self._who_counts is not None:  # since the update began
-            return f"; {_words(counts)} is not taken over: {self._who_counts}"
+        others = self._who_counts(self._controller.deployment)
+        if others is not None:  # since the update began
+            return f"; {_words(counts)} is not taken over: {others}"
         try:
             return f"; {await self._controller.admin.take_counts(counts)}"
-        except InvalidRequest as error:
+        except Exception as error:  # whatever the backend raises: the update itself is done
+            if not isinstance(error, InvalidRequest):
+                logger.exception("counts of the new file")
             return f"; {_words(counts)} is not taken over: {one_line(error)}"
 
     def _say(self, text: str, subject: str) -> None:

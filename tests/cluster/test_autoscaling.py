@@ -116,5 +116,6 @@ def test_an_update_takes_over_counts_unless_they_are_pinned(
     deploy.write_text(DEPLOY)
     kept = run_biphase(environment, "update", str(deploy))
     assert "prefill=1 decode=2 is not taken over: counts are pinned" in kept.stdout, kept.stdout
+    assert run_biphase(environment, "update", str(deploy)).stdout == "nothing changes\n"
     assert run_biphase(environment, "scale", "auto").returncode == 0
     served.wait_for(lambda status: status.ratio == "1P:2D" and status.state == "ready")
