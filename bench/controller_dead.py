@@ -9,11 +9,13 @@ life adopts what runs. Throughput is output tokens per second until the last req
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import statistics
 import sys
 import time
+from collections.abc import AsyncIterator
 
 import report
 from local_cluster import LocalCluster, local_cluster
@@ -45,34 +47,35 @@ async def throughput(client: AsyncClient, count: int, seed: int) -> float:
 
 
 def pids(cluster: LocalCluster) -> tuple[int, int]:
-    """(supervisor, controller)."""
+    """(supervisor, controller); 0 for one that is not there."""
     record = cluster.run_dir.record()
     assert record is not None
-    return record.pid, next(line.pid for line in record.processes if line.name == "controller")
+    return record.pid, next((line.pid for line in record.processes if line.name == "controller"), 0)
 
 
-async def kill(cluster: LocalCluster) -> None:
-    """The controller, for as long as its supervisor is stopped."""
+@contextlib.asynccontextmanager
+async def controller_dead(cluster: LocalCluster) -> AsyncIterator[None]:
+    """For as long as its supervisor is stopped; at the end the next life is up and has adopted what runs."""
     supervisor, controller = pids(cluster)
     os.kill(supervisor, signal.SIGSTOP)
-    os.kill(controller, signal.SIGKILL)
-    await asyncio.to_thread(_wait_gone, controller)
-    if await cluster.status() is not None:
-        raise SystemExit("the controller still answers")
+    try:
+        os.kill(controller, signal.SIGKILL)
+        await asyncio.to_thread(_wait_gone, controller)
+        if await cluster.status() is not None:
+            raise SystemExit("the controller still answers")
+        yield
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    deadline = time.monotonic() + BACK_WITHIN_S
+    while pids(cluster)[1] == controller or (status := await cluster.status()) is None or status.state != "ready":
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the controller is not back after {BACK_WITHIN_S:g} s")
+        await asyncio.sleep(0.1)
 
 
 def _wait_gone(pid: int) -> None:
     while started_ticks(pid) is not None:
         time.sleep(0.01)
-
-
-async def bring_back(cluster: LocalCluster) -> None:
-    os.kill(pids(cluster)[0], signal.SIGCONT)
-    deadline = time.monotonic() + BACK_WITHIN_S
-    while (status := await cluster.status()) is None or status.state != "ready":
-        if time.monotonic() > deadline:
-            raise SystemExit(f"the controller is not back after {BACK_WITHIN_S:g} s")
-        await asyncio.sleep(0.1)
 
 
 async def measure(arguments: argparse.Namespace) -> int:
@@ -85,12 +88,10 @@ async def measure(arguments: argparse.Namespace) -> int:
         for pair in range(1, arguments.pairs + 1):
             for is_dead in (False, True) if pair % 2 else (True, False):
                 if is_dead:
-                    await kill(cluster)
-                try:
-                    (dead if is_dead else alive).append(await throughput(client, arguments.requests, pair))
-                finally:
-                    if is_dead:
-                        await bring_back(cluster)
+                    async with controller_dead(cluster):
+                        dead.append(await throughput(client, arguments.requests, pair))
+                else:
+                    alive.append(await throughput(client, arguments.requests, pair))
             found.row(pair, alive[-1], dead[-1], dead[-1] / alive[-1])
             print(f"pair {pair}: dead {dead[-1] / alive[-1]:.3f} of alive", file=sys.stderr, flush=True)
     ratio = statistics.median(dead) / statistics.median(alive)

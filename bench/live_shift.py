@@ -68,7 +68,8 @@ class Arm:
     """(seconds, ready prefill instances, ready decode instances), at every change."""
     decisions: list[str] = field(default_factory=list)
     flips: list[tuple[str, float]] = field(default_factory=list)
-    """(instance, seconds from the decision to serving in the new role: what ran there had to end or go elsewhere first)."""
+    """(instance, seconds from the decision to serving in the new role: what ran there had to end or go elsewhere first);
+    infinite where it had not turned at the end."""
 
 
 def phases_of(shape: Shape, rate: float, seconds: float) -> list[Phase]:
@@ -176,8 +177,15 @@ async def calibrate(arguments: argparse.Namespace) -> Shape:
 
 
 async def follow(cluster: LocalCluster, runner: Runner, arm: Arm) -> None:
-    """Note every change of the ratio, the controller's decisions, and how long a flip took."""
+    """Note every change of the ratio, the controller's decisions, and how long a flip took; until cancelled."""
     ordered: dict[str, float] = {}
+    try:
+        await _follow(cluster, runner, arm, ordered)
+    finally:
+        arm.flips += [(name, math.inf) for name in ordered]
+
+
+async def _follow(cluster: LocalCluster, runner: Runner, arm: Arm, ordered: dict[str, float]) -> None:
     while True:
         status = await cluster.status()
         if status is not None:
@@ -211,6 +219,7 @@ async def run_arm(arguments: argparse.Namespace, name: str, shape: Shape, phases
                 following = asyncio.create_task(follow(cluster, runner, arm))
                 arm.measured = list(await runner.run(arrivals(phases, random.Random(arguments.seed))))
                 following.cancel()
+                await asyncio.wait([following])
     return arm
 
 
