@@ -98,7 +98,8 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """A prefill or decode instance as the router sees it. ``state`` is connecting, ready, lost or draining."""
+    """A prefill or decode instance as the router sees it. ``state`` is connecting, ready, lost or draining; ``legs``: what
+    this router has there now of its requests, where the other counts are the instance's own of all routers."""
 
     name: InstanceName
     role: Role
@@ -113,6 +114,7 @@ class Instance:
     block_size: int
     threads: int
     kv_bytes: int
+    legs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -456,6 +456,7 @@ class InstanceView(google.protobuf.message.Message):
     BLOCK_SIZE_FIELD_NUMBER: builtins.int
     THREADS_FIELD_NUMBER: builtins.int
     KV_BYTES_FIELD_NUMBER: builtins.int
+    LEGS_FIELD_NUMBER: builtins.int
     name: builtins.str
     role: biphase.protos.common_pb2.Role.ValueType
     incarnation: builtins.int
@@ -470,6 +471,8 @@ class InstanceView(google.protobuf.message.Message):
     block_size: builtins.int
     threads: builtins.int
     kv_bytes: builtins.int
+    legs: builtins.int
+    """of this router's requests, what it has there now"""
     def __init__(
         self,
         *,
@@ -486,8 +489,9 @@ class InstanceView(google.protobuf.message.Message):
         block_size: builtins.int = ...,
         threads: builtins.int = ...,
         kv_bytes: builtins.int = ...,
+        legs: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "block_size", b"block_size", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "kv_bytes", b"kv_bytes", "name", b"name", "num_blocks", b"num_blocks", "pid", b"pid", "queued_tokens", b"queued_tokens", "role", b"role", "running", b"running", "state", b"state", "threads", b"threads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "block_size", b"block_size", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "kv_bytes", b"kv_bytes", "legs", b"legs", "name", b"name", "num_blocks", b"num_blocks", "pid", b"pid", "queued_tokens", b"queued_tokens", "role", b"role", "running", b"running", "state", b"state", "threads", b"threads"]) -> None: ...
 
 Global___InstanceView: typing_extensions.TypeAlias = InstanceView
 

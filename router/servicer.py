@@ -106,5 +106,6 @@ def _instance(link: Link) -> router_pb2.InstanceView:
         free_blocks=link.account.load.free_blocks,
         num_blocks=view.num_blocks,
         block_size=view.block_size,
+        legs=len(link.legs),
         **known,
     )
