@@ -101,7 +101,7 @@ class RouterReport:
     ended: Mapping[str, int] = field(default_factory=dict)
     latency: JointHistogram = field(default_factory=JointHistogram)
     running: JointHistogram = field(default_factory=JointHistogram)
-    """No total: those that live now, by what they have seen so far."""
+    """No total: those that live now and have two tokens, by what they have seen so far."""
     prompt_tokens: Histogram = field(default_factory=Histogram)
     output_tokens: Histogram = field(default_factory=Histogram)
     queued_requests: int = 0
@@ -237,7 +237,8 @@ def instance_from(values: Mapping[str, Any]) -> InstanceReport:
 
 
 def _joint(values: Mapping[str, Any]) -> JointHistogram:
-    return JointHistogram(**{key: tuple(item) if isinstance(item, list) else item for key, item in values.items()})
+    given: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
+    return JointHistogram(**given)
 
 
 def _histogram(values: Mapping[str, Any]) -> Histogram:

@@ -163,7 +163,7 @@ class RouterReport(google.protobuf.message.Message):
     def broken_pairs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BrokenPair]: ...
     @property
     def running(self) -> Global___JointHistogram:
-        """no total: those that live now, by what they have seen so far"""
+        """no total: those that live now and have two tokens, so far"""
 
     def __init__(
         self,

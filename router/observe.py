@@ -7,13 +7,14 @@ from biphase.router.validate import Asked
 
 
 def seen_by(request: Request, now_s: float) -> Running:
-    """What its client has seen so far: arrival to first token, and the pace since."""
+    """What its client has seen so far: arrival to first token, and the pace since. A silence after the last token counts:
+    with the next one the pace is at least that."""
     record, tokens = request.record, request.num_output_tokens
     first_s, last_s = record.first_token_s, record.last_token_s
     ttft_ms = ((now_s if first_s is None else first_s) - record.arrived_s) * 1e3
     tpot_ms = None
     if tokens > 1 and first_s is not None and last_s is not None:
-        tpot_ms = (last_s - first_s) * 1e3 / (tokens - 1)
+        tpot_ms = max((last_s - first_s) / (tokens - 1), (now_s - first_s) / tokens) * 1e3
     return Running(output_tokens=tokens, ttft_ms=ttft_ms, tpot_ms=tpot_ms)
 
 

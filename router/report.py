@@ -47,7 +47,8 @@ class Joint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The totals at one moment. ``running`` alone is no total: those that live now, by what they have seen so far."""
+    """The totals at one moment. ``running`` alone is no total: those that live now and have two tokens, so that both their
+    times are known, by what they have seen so far."""
 
     offered_requests: int
     offered_prompt_tokens: int
@@ -118,7 +119,8 @@ class LoadReport:
         now = _JointCounts()
         present_tokens = 0
         for request in running:
-            now.add(request.ttft_ms, request.tpot_ms)
+            if request.tpot_ms is not None:
+                now.add(request.ttft_ms, request.tpot_ms)
             present_tokens += request.output_tokens
         return Snapshot(
             offered_requests=self._offered_requests,

@@ -24,13 +24,16 @@ def test_a_request_is_offered_once_and_ends_once() -> None:
     report.offered_unread(30)  # at three characters a token
     report.ended("finished", output_tokens=20, ttft_ms=55.0, tpot_ms=12.0)
     report.ended("refused", output_tokens=0, ttft_ms=None, tpot_ms=None)
-    now = report.snapshot([Running(output_tokens=3, ttft_ms=1500.0, tpot_ms=None)])
+    slow = Running(output_tokens=3, ttft_ms=1500.0, tpot_ms=40.0)
+    waits = Running(output_tokens=0, ttft_ms=100.0, tpot_ms=None)
+    now = report.snapshot([slow, waits])
     assert (now.offered_requests, now.offered_prompt_tokens, now.offered_output_tokens) == (3, 117, 23)
     assert now.ended == {"finished": 1, "cancelled": 0, "refused": 1, "expired": 0, "failed": 0}
     place = bucket(TTFT_MS, 55.0) * WIDTH + bucket(TPOT_MS, 12.0)
     assert [index for index, count in enumerate(now.latency.counts) if count] == [place]
     assert now.latency.missed == 1
-    assert now.running.counts[bucket(TTFT_MS, 1500.0) * WIDTH] == 1
+    place = bucket(TTFT_MS, 1500.0) * WIDTH + bucket(TPOT_MS, 40.0)
+    assert [index for index, count in enumerate(now.running.counts) if count] == [place], "what waits has no pace yet"
     assert (sum(now.prompt_tokens), sum(now.output_tokens)) == (3, 1)
     assert repr(report).startswith("<LoadReport [3 offered")
 
