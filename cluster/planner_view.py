@@ -18,7 +18,9 @@ def members_of(slots: Iterable[Slot], now_s: float) -> tuple[Member, ...]:
         if slot.is_instance:
             phase, since_s = _phase(slot)
             role: Role = "prefill" if slot.role == "prefill" else "decode"
-            age_s = max(0.0, now_s - since_s)
+            age_s = (
+                max(0.0, now_s - since_s) if since_s else 0.0
+            )  # a controller that has just begun has started nothing
             found.append(Member(name=slot.name, role=role, phase=phase, age_s=age_s, node=slot.node, out=slot.slow))
     return tuple(found)
 

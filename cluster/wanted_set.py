@@ -133,7 +133,9 @@ def plan_scale(core: Reconciler, wanted: Mapping[Role, int], *, mode: Mode, can_
 def add(core: Reconciler, role: Role, generation: str, now_s: float) -> str:
     """One more instance; returns its name."""
     name = first_free_name(core, role)
-    core.slots[name] = Slot(name=name, kind=role, generation=generation, not_before_s=now_s)
+    core.slots[name] = Slot(
+        name=name, kind=role, generation=generation, not_before_s=now_s, since_s=now_s, down_since_s=now_s
+    )
     core.refresh(now_s)
     return name
 

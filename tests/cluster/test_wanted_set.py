@@ -6,6 +6,7 @@ from support.wanted import idle, made, say, up
 from biphase.cluster import wanted_set
 from biphase.cluster.actions import Abandon, AskToStop, Kill, Start, TellDrain, TellFlip, TellResume
 from biphase.cluster.controller_state import ControllerState, restore, slots_of
+from biphase.cluster.planner_view import members_of
 from biphase.cluster.reconcile import STOP_S, Reconciler
 from biphase.cluster.slot import FlipTo, Wanted, Work
 from biphase.cluster.start_failures import MAX_FAILED_STARTS
@@ -15,6 +16,10 @@ from biphase.protos.errors import InvalidRequest
 def test_a_new_instance_has_the_first_free_number_and_starts() -> None:
     core = made()
     assert wanted_set.add(core, "decode", "g", 5.0) == "decode-2"
+    (young,) = [member for member in members_of(core.slots.values(), 6.0) if member.name == "decode-2"]
+    assert (young.phase, young.age_s) == ("starting", 1.0), (
+        "the policy must not give it up for an age that it does not have"
+    )
     assert core.decide(5.0) == [Start(name="decode-2", incarnation=1)]
     assert core.counts() == {"prefill": 1, "decode": 3}
 

@@ -73,9 +73,8 @@ async def refusal(controller: LinkClient, **command: Any) -> str:
 
 async def test_what_outlives_the_grace_ends_as_drained_and_nothing_stays(bench: Bench) -> None:
     link, controller = await bench.link(), await bench.controller()
-    running = await link.open_decode([5] * 3, LONG)
-    await running.until(lambda leg: leg.tokens)
     bench.engine.hold()
+    running = await link.open_decode([5] * 3, LONG)
     await bench.engine.waiting.wait()
     steps = len(bench.engine.plans)
     await controller.send(drain=worker_pb2.Drain(grace_s=0.05))
@@ -124,9 +123,9 @@ async def test_a_resumed_instance_takes_work_and_its_grace_is_forgotten(bench: B
 
 async def test_a_second_drain_sets_the_grace_anew(bench: Bench) -> None:
     link, controller = await bench.link(), await bench.controller()
-    running = await link.open_decode([5] * 3, LONG)
-    await running.until(lambda leg: leg.tokens)
     bench.engine.hold()
+    running = await link.open_decode([5] * 3, LONG)
+    await bench.engine.waiting.wait()
     await controller.send(drain=worker_pb2.Drain())
     await controller.send(drain=worker_pb2.Drain(grace_s=0.01))
     while not bench.worker.scheduler._by_id[0].ending:  # type: ignore[index]
