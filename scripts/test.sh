@@ -6,5 +6,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 set_up
 cd "$root"
+# Some shells set it. Hundreds of processes would compile the sources anew, up to a second each.
+unset PYTHONDONTWRITEBYTECODE
 [ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
 exec "$bin/pytest" "$@"
