@@ -112,11 +112,11 @@ async def test_a_resumed_instance_takes_work_and_its_grace_is_forgotten(bench: B
     bench.engine.hold()
     running = await link.open_decode([5] * 3, SIX)
     await bench.engine.waiting.wait()
-    await controller.send(drain=worker_pb2.Drain(grace_s=0.05))
+    await controller.send(drain=worker_pb2.Drain(grace_s=0.5))
     await controller.send(resume=worker_pb2.Resume())
-    await link.until_heard(lambda link: link.num_loads > 1 and not link.load.draining)
+    await refusal(controller, drain=worker_pb2.Drain(grace_s=-1.0))  # commands are done in turn: it has resumed by now
     another = await link.open_decode([5] * 3, SIX)
-    await asyncio.sleep(0.1)  # the grace that must not strike
+    await asyncio.sleep(0.7)  # the grace that must not strike
     bench.engine.let_go()
     assert [await leg.end() for leg in (running, another)] == ["done", "done"]
 
