@@ -5,7 +5,7 @@ and the controller know only this protocol. A process is told apart by its name 
 """
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -147,8 +147,20 @@ class Backend(Protocol):
         """Ask no more for the host that was asked for with a spec of that name."""
         ...
 
-    async def check(self, specs: Sequence[ProcessSpec]) -> None:
-        """Raise SetupError with both numbers, asked and there, when ``specs`` do not fit."""
+    async def check(self, specs: Sequence[ProcessSpec], emptied: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Raise SetupError with both numbers, asked and there, when ``specs`` do not fit.
+
+        ``emptied``: they start one after the other, each once the lives that stand there by its name have ended: what
+        those hold, or would hold by an earlier one of ``specs``, is free then.
+        """
+        ...
+
+    async def check_nodes(self, deployment: Deployment) -> list[str]:
+        """Why hosts cannot serve ``deployment``, one line for each. SetupError where no host can."""
+        ...
+
+    def check_for(self, deployments: Sequence[Deployment]) -> None:
+        """From now on hosts that join are checked for these, the first of them being the one that is wanted."""
         ...
 
     async def start(self, spec: ProcessSpec) -> Handle:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from biphase.cluster.backend import CONTROLLER, STATE, Handle, NodeView, ProcessSpec
+from biphase.cluster.deployment import Deployment
 from biphase.cluster.gpus import GpuPart, divide, host_gpus, part_of
 from biphase.cluster.process_rank import ProcessRank
 from biphase.cluster.rank_group import MissingRank, RankGroup
+from biphase.cluster.ray_node_check import weights_lack, weights_of
 from biphase.cluster.run_dir import RunDir, replace_file, started_ticks
 from biphase.protos.errors import SetupError
 from biphase.protos.process import Announcement
@@ -56,12 +58,23 @@ class ProcessBackend:
     async def withdraw_node(self, name: str) -> None:
         pass
 
-    async def check(self, specs: Sequence[ProcessSpec]) -> None:
+    async def check(self, specs: Sequence[ProcessSpec], emptied: Mapping[str, Sequence[str]] | None = None) -> None:
         """One host takes what it is given (threads and memory are the ranks' own defaults to bound), GPUs apart."""
         divide(specs[0].deployment, len(self._gpus))
         held = self._held()
         for spec in specs:
+            for name in emptied.get(spec.name, ()) if emptied is not None else ():
+                held.pop(name, None)
             held[spec.name] = self._part(spec, held)
+
+    async def check_nodes(self, deployment: Deployment) -> list[str]:
+        lack = await asyncio.to_thread(weights_lack, weights_of(deployment))
+        if lack:
+            raise SetupError(f"this host has no weights: {lack}")
+        return []
+
+    def check_for(self, deployments: Sequence[Deployment]) -> None:
+        """This host is the only one."""
 
     async def start(self, spec: ProcessSpec) -> RankGroup:
         ranks: list[ProcessRank] = []

@@ -10,7 +10,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -30,10 +30,12 @@ from biphase.cluster.ray_actor import ProcessActor
 from biphase.cluster.ray_connect import connect, is_joined
 from biphase.cluster.ray_group import RayGroup
 from biphase.cluster.ray_names import ActorName, group_name, namespace_of, request_name
-from biphase.cluster.ray_nodes import NodeBook
+from biphase.cluster.ray_node_check import weights_lack, weights_of
+from biphase.cluster.ray_nodes import NodeBook, hosts_now
 from biphase.cluster.ray_placement import RayPlacement, groups_there, remove_groups
 from biphase.cluster.ray_rank import RayRank
-from biphase.cluster.ray_room import NOTHING, Room, bundles_of, fits, how_many, refusal, room_of, rooms_asked
+from biphase.cluster.ray_room import NOTHING, Room, bundles_of, how_many, refusal, room_of, rooms_asked
+from biphase.cluster.ray_turns import Turn, first_without_room, held_of
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.process import Announcement
 
@@ -82,7 +84,7 @@ class RayBackend:
     async def nodes(self) -> list[NodeView]:
         return self._book.views()
 
-    async def check(self, specs: Sequence[ProcessSpec]) -> None:
+    async def check(self, specs: Sequence[ProcessSpec], emptied: Mapping[str, Sequence[str]] | None = None) -> None:
         """First fit of the GPUs and CPUs that each stage asks for on those that are free, host by host.
 
         A share must lie in one GPU: ``divide`` has seen to that, over all GPUs of the cluster. What is free Ray tells by
@@ -91,9 +93,9 @@ class RayBackend:
         What was just killed gives back its own a little later: where the hosts are large enough, wait for it. Hosts that
         an autoscaler may still bring count as well.
         """
-        everything = await self._call(_all_there)
         growth = self._book.growth
         if self._owner:
+            everything = [host.total for host in await self._call(hosts_now)]
             num_gpus = sum(room.gpus // WHOLE for room in everything)
             num_gpus = growth.num_gpus(num_gpus) if growth is not None else num_gpus
             await self._call(partial(self._keep_num_gpus, num_gpus))
@@ -104,18 +106,50 @@ class RayBackend:
         if not self._joined:
             await self._call(partial(self._parts, specs[0].deployment))
         parts = {spec.name: GpuPart(share=await self._call(partial(self._share, spec))) for spec in specs}
-        asked = rooms_asked(specs, parts)
+        groups = [[spec] for spec in specs] if emptied is not None else [list(specs)]
+        turns = [
+            Turn(
+                name=group[0].name,
+                stages=rooms_asked(group, parts),
+                emptied=emptied.get(group[0].name, ()) if emptied is not None else (),
+                shunned=self._placement.shunned(group[0]),
+            )
+            for group in groups
+        ]
         workers = sum(not host.is_head for host in self._book.hosts)
-        to_come = growth.rooms()[: max(0, growth.most_workers - workers)] if growth is not None else []
-        patient = fits(asked, [*everything, *to_come])
-        deadline_s = time.monotonic() + (RELEASE_S if patient else 0.0)
-        while not fits(asked, [*(free := await self._call(_all_free)), *to_come]):
-            if time.monotonic() >= deadline_s:
-                raise SetupError(refusal(specs, asked, [*free, *to_come]) + self._of_refused())
+        rooms = growth.rooms()[: max(0, growth.most_workers - workers)] if growth is not None else []
+        to_come = {f"to come {number}": room for number, room in enumerate(rooms)}
+        deadline_s = time.monotonic() + RELEASE_S
+        while True:
+            hosts, held = await self._call(hosts_now), await self._call(self._held)
+            lack = first_without_room(turns, {host.node_id: host.free for host in hosts} | to_come, held)
+            if lack is None:
+                return
+            largest = first_without_room([lack.turn], {host.node_id: host.total for host in hosts} | to_come, {})
+            if largest is not None or time.monotonic() >= deadline_s:
+                group = groups[turns.index(lack.turn)]
+                why = refusal(group, lack.turn.stages, lack.free) if lack.free else "there is no host for it"
+                who = f"{lack.turn.name}: " if emptied is not None else ""
+                raise SetupError(f"{who}{why}{self._of_refused(group[0].deployment)}")
             await asyncio.sleep(RELEASE_POLL_S)
 
-    def _of_refused(self) -> str:
-        return "".join(f"; {reason}" for reason in self._book.refused.values())
+    def _held(self) -> dict[str, list[tuple[str, Room]]]:
+        return held_of(placement_group_table().values(), self._namespace)
+
+    async def check_nodes(self, deployment: Deployment) -> list[str]:
+        if self._joined:
+            await self._book.look(check=True)
+            return await self._book.check_now(deployment)
+        lack = await asyncio.to_thread(weights_lack, weights_of(deployment))
+        if lack:
+            raise SetupError(f"this host has no weights: {lack}")
+        return []
+
+    def check_for(self, deployments: Sequence[Deployment]) -> None:
+        self._book.check_for(deployments)
+
+    def _of_refused(self, deployment: Deployment | None = None) -> str:
+        return "".join(f"; {reason}" for reason in self._book.refused(deployment).values())
 
     def _check_node(self, spec: ProcessSpec) -> None:
         """Raises SetupError for a router whose node cannot be told."""
@@ -138,7 +172,7 @@ class RayBackend:
     async def _place(self, spec: ProcessSpec, group: RayGroup, coming: Sequence["asyncio.Future[Any]"]) -> None:
         """Create an instance's actors once it is time to; Ray starts them when their bundles are there."""
         try:
-            while (reason := self._book.reason_to_hold()) and not group.is_ending:
+            while (reason := self._book.reason_to_hold(spec.deployment)) and not group.is_ending:
                 group.say_waiting(reason)
                 async with self._book.changed:
                     await self._book.changed.wait()
@@ -165,7 +199,8 @@ class RayBackend:
             return
         there = await self._call(placement_group_table)
         states = {group["name"]: group["state"] for group in there.values()}
-        rooms = ", ".join(str(host) for host in self._book.hosts if host.node_id not in self._book.shunned) or "none"
+        shunned = self._book.shunned()
+        rooms = ", ".join(str(host) for host in self._book.hosts if host.node_id not in shunned) or "none"
         for group in silent:
             if states.get(group_name(self._namespace, group.name, group.incarnation)) in ("PENDING", "RESCHEDULING"):
                 group.say_waiting(f"waits for room on a node; there are {rooms}{self._of_refused()}")
@@ -364,11 +399,6 @@ class RayBackend:
     async def _call(self, function: Callable[[], T]) -> T:
         """A blocking Ray call, outside the loop."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
-
-
-def _all_there() -> list[Room]:
-    """What each living host has."""
-    return [room_of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _all_free() -> list[Room]:

@@ -1,18 +1,30 @@
 """What a host must have before it gets an instance: the same biphase, Ray and Python as the head, and the weights.
 
-`installed` runs there, as a Ray task; a host where it cannot even be imported has no biphase.
+`installed` runs there, as a Ray task; a host where it cannot even be imported has no biphase. Of the weights each backend
+asks its hosts.
 """
 
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+from biphase.cluster.deployment import Deployment
 from biphase.cluster.version import version
 from biphase.protos import model_source
 from biphase.protos.errors import SetupError, one_line
 
 Installed = dict[str, str]
 """``biphase``, ``ray``, ``python``: versions; ``weights``: why they are not there, empty where they are."""
+
+
+class Weights(NamedTuple):
+    """What hosts are asked for; ``dummy``: only the model's configuration is."""
+
+    model: str
+    dummy: bool
+
+
 NAMES = {"biphase": "biphase", "ray": "Ray", "python": "Python"}
 
 
@@ -24,11 +36,17 @@ def installed(model: str, dummy: bool) -> Installed:
         "biphase": version(),
         "ray": ray.__version__,
         "python": platform.python_version(),
-        "weights": _weights_lack(model, dummy),
+        "weights": weights_lack(Weights(model, dummy)),
     }
 
 
-def _weights_lack(model: str, dummy: bool) -> str:
+def weights_of(deployment: Deployment) -> Weights:
+    return Weights(deployment.model, deployment.load_format == "dummy")
+
+
+def weights_lack(weights: Weights) -> str:
+    """Why this host does not have them; empty: it does."""
+    model, dummy = weights
     if dummy and Path(model).suffix == ".json":
         return "" if Path(model).exists() else f"{model}: no such file"
     try:
@@ -47,7 +65,8 @@ def reason_against(node: str, there: Mapping[str, str], here: Mapping[str, str])
         if its != ours:
             return f"{node} has {name} {its}, the head has {ours}: install the same on every node"
     if there["weights"]:
-        return f"{node} has no weights: {there['weights']}; the head has them"
+        but = "" if here["weights"] else "; the head has them"
+        return f"{node} has no weights: {there['weights']}{but}"
     return ""
 
 

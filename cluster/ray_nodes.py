@@ -7,7 +7,7 @@ prefill and decode are not packed on the first one to come; who is refused or go
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import ray
@@ -19,8 +19,8 @@ from biphase.cluster.backend import NodeView
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.ray_growth import Growth, find_growth
 from biphase.cluster.ray_hosts import HostsSeen, RayHost, hosts_of
-from biphase.cluster.ray_node_check import installed, reason_against, reason_of_failure
-from biphase.protos.errors import one_line
+from biphase.cluster.ray_node_check import Weights, installed, reason_against, reason_of_failure, weights_of
+from biphase.protos.errors import SetupError, one_line
 
 LOOK_EVERY_S = 3.0
 CHECK_S = 120.0
@@ -43,15 +43,19 @@ class NodeBook:
     """``changed`` is set after every look; ``on_look`` is awaited there."""
 
     def __init__(self, call: CallRay, deployment: Deployment, namespace: str) -> None:
-        self._call, self._deployment = call, deployment
+        self._call = call
+        self._served = [weights_of(deployment)]
+        """Of the deployment that is wanted, and of others that instances still start in."""
+        self._follows = False
         self._settled_key = f"{namespace}:settled".encode()
         self._seen = HostsSeen()
-        self._checks: dict[str, asyncio.Task[None]] = {}
+        self._checks: dict[tuple[str, Weights], asyncio.Task[None]] = {}
+        self._verdicts: dict[tuple[str, Weights], str] = {}
+        """Why a host cannot serve from these weights; empty: it can."""
         self._began_s = time.monotonic()
         self._settled = False
         self._watch: asyncio.Task[None] | None = None
         self.growth: Growth | None = None
-        self.refused: dict[str, str] = {}
         self.changed = asyncio.Condition()
         self.on_look: Callable[[], Awaitable[None]] | None = None
 
@@ -59,22 +63,30 @@ class NodeBook:
     def hosts(self) -> list[RayHost]:
         return list(self._seen.hosts.values())
 
-    @property
-    def shunned(self) -> set[str]:
-        """Ids of hosts that get nothing: refused, or not checked yet."""
-        return {key for key in self._seen.hosts if key in self.refused or key in self._checks}
+    def refused(self, deployment: Deployment | None = None) -> dict[str, str]:
+        """Why hosts get no instance of ``deployment``, by their ids; None: of the one that is wanted."""
+        weights = weights_of(deployment) if deployment is not None else self._served[0]
+        found = {host.node_id: self._verdicts.get((host.node_id, weights), "") for host in self.hosts}
+        return {key: reason for key, reason in found.items() if reason}
+
+    def shunned(self, deployment: Deployment | None = None) -> set[str]:
+        """Ids of hosts that get nothing of ``deployment``: refused, or not checked yet. None: of the one that is wanted."""
+        weights = weights_of(deployment) if deployment is not None else self._served[0]
+        unfit = {key for key in self._seen.hosts if self._verdicts.get((key, weights), "?")}
+        return unfit if self._follows else set()
 
     def find(self, name: str) -> RayHost | None:
         return next((host for host in self.hosts if host.is_called(name)), None)
 
     def views(self) -> list[NodeView]:
+        refused = self.refused()
         return [
-            NodeView(name=host.address, refused=self.refused.get(host.node_id, ""), what=str(host))
-            for host in self.hosts
+            NodeView(name=host.address, refused=refused.get(host.node_id, ""), what=str(host)) for host in self.hosts
         ]
 
     async def open(self, *, follow: bool) -> None:
         """``follow``: go on looking, and check who joins."""
+        self._follows = follow
         self.growth = await self._call(growth_now)
         self._settled = bool(await self._call(lambda: internal_kv._internal_kv_get(self._settled_key)))
         await self.look(check=follow)
@@ -90,23 +102,53 @@ class NodeBook:
         joined, gone = self._seen.look(await self._call(hosts_now))
         for host in gone:
             logger.warning("%s is gone", host.address)
-            self.refused.pop(host.node_id, None)
+            self._forget({key for key in self._verdicts if key[0] == host.node_id})
         for host in joined:
             logger.info("%s is there", host)
-            if check and host.node_id != ray.get_runtime_context().get_node_id():
-                self._checks[host.node_id] = asyncio.create_task(self._check(host))
+            for weights in self._served if check else ():
+                self._begin_check(host, weights)
         await self._tell()
 
-    def reason_to_hold(self) -> str:
-        """Why no instance is placed yet; empty: it is time to."""
-        if self._settled:
-            return ""
+    def check_for(self, deployments: Sequence[Deployment]) -> None:
+        """Have the hosts checked for these, the wanted one first, and for no others any more."""
+        self._served = list(dict.fromkeys(map(weights_of, deployments)))
+        self._forget({key for key in self._verdicts if key[1] not in self._served})
+        for host in self.hosts if self._follows else ():
+            for weights in self._served:
+                if (host.node_id, weights) not in self._verdicts:
+                    self._begin_check(host, weights)
+
+    async def check_now(self, deployment: Deployment) -> list[str]:
+        """Why hosts that are there cannot serve ``deployment``, looked at anew: one line each. SetupError: none can."""
+        weights = weights_of(deployment)
+        await asyncio.gather(*(self._begin_check(host, weights) for host in self.hosts))
+        reasons = list(self.refused(deployment).values())
+        if reasons and len(reasons) == len(self.hosts):
+            raise SetupError("; ".join(reasons))
+        return reasons
+
+    def _begin_check(self, host: RayHost, weights: Weights) -> "asyncio.Task[None]":
+        key = host.node_id, weights
+        if key not in self._checks:
+            self._checks[key] = asyncio.create_task(self._check(host, weights))
+        return self._checks[key]
+
+    def _forget(self, keys: set[tuple[str, Weights]]) -> None:
+        for key in keys:
+            del self._verdicts[key]
+
+    def reason_to_hold(self, deployment: Deployment) -> str:
+        """Why no instance of ``deployment`` is placed yet; empty: it is time to."""
+        weights = weights_of(deployment)
+        checked = [host.address for host in self.hosts if (host.node_id, weights) in self._checks]
+        if self._settled:  # without a host that is known to do, Ray would be told to use none
+            checked = checked if len(self.shunned(deployment)) == len(self.hosts) else []
+            return f"waits until it is known what is installed on {', '.join(checked)}" if checked else ""
         workers = sum(not host.is_head for host in self.hosts)
         least = self.growth.least_workers if self.growth is not None else 0
         if workers < least and time.monotonic() - self._began_s < JOIN_S:
             return f"waits for the nodes that the cluster begins with: {workers} of {least} workers have joined"
-        if self._checks:
-            checked = [host.address for host in self.hosts if host.node_id in self._checks]
+        if checked:
             return f"waits until it is known what is installed on {', '.join(checked)}"
         return ""
 
@@ -126,19 +168,22 @@ class NodeBook:
             except Exception as error:  # noqa: BLE001 -- whatever Ray raises while its head is away; the next look tells
                 logger.warning("the list of nodes cannot be read: %s", one_line(error))
 
-    async def _check(self, host: RayHost) -> None:
-        here = installed(self._deployment.model, True)
+    async def _check(self, host: RayHost, weights: Weights) -> None:
+        here = await asyncio.to_thread(installed, *weights)
         try:
-            there = await asyncio.wait_for(
-                asyncio.wrap_future(await self._call(lambda: _ask(host.node_id, self._deployment))), CHECK_S
-            )
+            there = here
+            if host.node_id != ray.get_runtime_context().get_node_id():
+                asked = await self._call(lambda: _ask(host.node_id, weights))
+                there = await asyncio.wait_for(asyncio.wrap_future(asked), CHECK_S)
             reason = reason_against(host.address, there, here)
         except Exception as error:  # noqa: BLE001 -- Ray's many, each of them a reason to give it nothing
             reason = reason_of_failure(host.address, error, here)
-        if reason and host.node_id in self._seen.hosts:
-            logger.error("%s", reason)
-            self.refused[host.node_id] = reason
-        self._checks.pop(host.node_id, None)
+        key = host.node_id, weights
+        if host.node_id in self._seen.hosts:
+            if reason and reason != self._verdicts.get(key):
+                logger.error("%s", reason)
+            self._verdicts[key] = reason
+        del self._checks[key]
         await self._tell()
 
     async def _tell(self) -> None:
@@ -146,8 +191,8 @@ class NodeBook:
             self.changed.notify_all()
 
 
-def _ask(node_id: str, deployment: Deployment) -> Any:
+def _ask(node_id: str, weights: Weights) -> Any:
     """A future of what is installed on a host."""
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
     task = ray.remote(installed).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-    return task.remote(deployment.model, deployment.load_format == "dummy").future()
+    return task.remote(*weights).future()

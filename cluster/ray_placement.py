@@ -89,7 +89,7 @@ class RayPlacement:
     def shunned(self, spec: ProcessSpec) -> set[str]:
         """Ids of hosts where it may not go."""
         avoided = {host.node_id for host in self._book.hosts if any(host.is_called(name) for name in spec.avoid_nodes)}
-        return self._book.shunned | avoided
+        return self._book.shunned(spec.deployment) | avoided
 
 
 def groups_there() -> dict[str, str]:
