@@ -4,7 +4,7 @@ Every method answers in words for people, or raises InvalidRequest with the reas
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class Admin:
     @property
     def can_flip(self) -> bool:
         """Whether an instance can turn in place: both roles are cut alike. Else a change of role starts it anew."""
-        return _cut_alike(self._controller.deployment)
+        return cut_alike(self._controller.deployment)
 
     # -- counts and roles -------------------------------------------------------------------------------------------
 
@@ -67,10 +67,13 @@ class Admin:
         await self._done("scale", "", f"{why}: {text}")
         return text
 
-    async def check_counts(self, wanted: Mapping[Role, int], deployment: Deployment) -> ScalePlan:
-        """What ``take_counts`` would do for instances of ``deployment``; nothing changes."""
-        plan = self._plan(wanted, can_flip=_cut_alike(deployment))
-        await self._check_fits(plan, deployment)
+    async def check_counts(
+        self, wanted: Mapping[Role, int], deployment: Deployment, renewed: Mapping[str, Role] | None = None
+    ) -> ScalePlan:
+        """What ``take_counts`` would do for instances of ``deployment``; nothing changes. ``renewed``: the instances that
+        start anew before, in their order."""
+        plan = self._plan(wanted, can_flip=cut_alike(deployment)) if wanted else ScalePlan()
+        await self._check_fits(plan, deployment, renewed)
         return plan
 
     async def take_counts(self, wanted: Mapping[Role, int]) -> ScalePlan:
@@ -268,29 +271,35 @@ class Admin:
             wanted_set.check_others_serve(core, self._mode, leaving, "this")
         return plan
 
-    async def _check_fits(self, plan: ScalePlan, deployment: Deployment) -> None:
-        """Raises InvalidRequest when what would start has no room."""
-        controller = self._controller
-        if not plan.adds:
-            return
-        counts = controller.core.counts()
+    async def _check_fits(
+        self, plan: ScalePlan, deployment: Deployment, renewed: Mapping[str, Role] | None = None
+    ) -> None:
+        """Raises InvalidRequest when what would start has no room, where those that go give theirs back. ``renewed``: see
+        ``check_counts``."""
+        controller, core = self._controller, self._controller.core
+        starts: dict[str, Role] = dict(renewed or {})
+        emptied: dict[str, Sequence[str]] = {name: (name,) for name in starts}
+        kinds = {slot.name: slot.role for slot in wanted_set.instances(core)} | dict(plan.flips)
         for role in plan.adds:
-            counts[role] += 1
+            name = wanted_set.free_name(role, core.slots.keys() | starts.keys())
+            starts[name] = kinds[name] = role
+            if plan.stops:
+                emptied[name] = plan.stops
+        if not starts:
+            return
+        counts = [kind for name, kind in kinds.items() if name not in plan.stops]
         deployment = replace(
             deployment,
-            prefill=replace(deployment.prefill, replicas=counts["prefill"]),
-            decode=replace(deployment.decode, replicas=counts["decode"]),
+            prefill=replace(deployment.prefill, replicas=counts.count("prefill")),
+            decode=replace(deployment.decode, replicas=counts.count("decode")),
         )
-        taken = set(controller.core.slots)
-        specs = []
-        for role in plan.adds:
-            number = 0
-            while (name := f"{role}-{number}") in taken:
-                number += 1
-            taken.add(name)
-            specs.append(spec_of(controller.spec, name, 1, kind=role, deployment=deployment))
+        avoid = tuple(core.node_failures.cordoned)
+        specs = [
+            spec_of(controller.spec, name, 1, kind=role, deployment=deployment, avoid=avoid)
+            for name, role in starts.items()
+        ]
         try:
-            await controller.backend.check(specs)
+            await controller.backend.check(specs, emptied or None)
         except SetupError as error:
             raise InvalidRequest(one_line(error)) from error
 
@@ -312,7 +321,7 @@ class Admin:
         controller.changed()
 
 
-def _cut_alike(deployment: Deployment) -> bool:
+def cut_alike(deployment: Deployment) -> bool:
     prefill, decode = deployment.prefill, deployment.decode
     return prefill.parallel == decode.parallel and prefill.gpus == decode.gpus
 

@@ -164,6 +164,7 @@ class Controller:
             self.generation = state.generation
             self.deployments = {key: Deployment.from_json(value) for key, value in state.deployments.items()}
             self.deployment = self.deployments[self.generation]
+        self._took()
         for slot in self.core.slots.values():
             slot.generation = slot.generation or self.generation
         self.pin, self.policy_text = state.pin, state.policy
@@ -197,9 +198,15 @@ class Controller:
 
     async def save(self) -> None:
         """Keep what is wanted, where it has changed."""
-        in_use = {slot.generation for slot in self.core.slots.values()} | {self.generation}
-        in_use |= {slot.next_generation for slot in self.core.slots.values() if slot.next_generation}
-        self.deployments = {key: value for key, value in self.deployments.items() if key in in_use}
+        instances = [slot for slot in self.core.slots.values() if slot.is_instance]  # a router has the wanted one's
+        in_use = {slot.generation for slot in instances} | {self.generation}
+        in_use |= {slot.next_generation for slot in instances if slot.next_generation}
+        if self.updating.is_under_way:
+            in_use.add(self.update_state["previous"])  # a failed instance goes back to it, whoever else has left it
+        if unused := self.deployments.keys() - in_use:
+            for generation in unused:
+                del self.deployments[generation]
+            self._took()
         text = ControllerState(
             epoch=self.epoch,
             was_ready=self.core.was_ready,
@@ -217,6 +224,16 @@ class Controller:
             await self.backend.save_state(text)
             self._saved = text
         await self.events.keep()
+
+    def take(self, generation: str, deployment: Deployment) -> None:
+        """Have this deployment served from now on; what runs of another is the update's to renew."""
+        self.deployments[generation] = deployment
+        self.deployment, self.generation = deployment, generation
+        self._took()
+
+    def _took(self) -> None:
+        self.core.start_timeout_s = self.deployment.start_timeout_s
+        self.backend.check_for([self.deployment, *self.deployments.values()])
 
     # -- doing ------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ renewed one then takes its place.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from biphase.cluster.reconcile import Reconciler
 from biphase.cluster.slot import Slot
@@ -16,14 +16,16 @@ from biphase.protos.values import Mode, Role
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RollingUpdate:
-    """One under way, or paused. ``current``: the instance that is being renewed; ``counts``: how many there shall be of a
-    role once all serve the new generation, where that changes."""
+    """One under way, or paused. ``previous``: the generation to go back to; ``current``: the instance that is being renewed;
+    ``turned``: the prefill instance that decodes so that the last decode instance may go; ``counts``: how many there shall
+    be of a role once all serve the new generation, where that changes."""
 
     generation: str
     previous: str
     grace_s: float
     allow_downtime: bool = False
     current: str = ""
+    turned: str = ""
     paused: str = ""
     counts: dict[Role, int] = field(default_factory=dict)
 
@@ -45,7 +47,10 @@ class TurnFirst:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
+    """``until_s``: when to look again though nothing has happened; None: never."""
+
     reason: str
+    until_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +62,7 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The current one does not come up in its new generation."""
+    """An instance does not come up in its new generation."""
 
     name: str
     reason: str
@@ -84,39 +89,74 @@ def reason_against_update(core: Reconciler, mode: Mode, *, can_flip: bool) -> st
     return "there is 1 decode instance and no prefill instance that could take its place: while it starts anew nobody serves"
 
 
-def plan_of(core: Reconciler, generation: str) -> list[str]:
-    """The instances that an update renews, in its order."""
-    old = [slot for slot in instances(core) if slot.generation != generation]
-    order: list[Slot] = []
-    while old:
-        order.append(_next_of(old))
-        old.remove(order[-1])
-    return [slot.name for slot in order]
+def plan_of(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: bool) -> list[Renew | TurnFirst]:
+    """What an update under which all goes well does, in its order. A ``Renew`` always has its role."""
+    trial = Reconciler([], core.start_timeout_s)
+    for slot in instances(core):
+        one = replace(slot, kind=slot.role, phase="ready", linked=True, announcement=None, failures=0, slow=False)
+        one.flip, one.next_kind, one.ending, one.held = None, None, "", False
+        trial.slots[one.name] = one
+    steps: list[Renew | TurnFirst] = []
+    while old := [slot for slot in trial.slots.values() if slot.generation != update.generation]:
+        step = next_step(trial, update, mode, can_flip=can_flip, now_s=0.0)
+        if isinstance(step, TurnFirst):
+            trial.slots[step.name].kind, update = "decode", replace(update, turned=step.name)
+            steps.append(step)
+            continue
+        name = step.name if isinstance(step, Renew) else _next_of(old).name
+        slot = trial.slots[name]
+        if isinstance(step, Renew) and step.role is not None:
+            slot.kind, update = step.role, replace(update, turned="")
+        slot.generation = update.generation
+        steps.append(Renew(name=name, role="prefill" if slot.kind == "prefill" else "decode"))
+    return steps
 
 
-def next_step(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: bool) -> Step:
-    slot = core.slots.get(update.current)
-    if slot is not None:
-        if slot.generation == update.generation and slot.serves:
-            return Renewed(name=slot.name)
-        if slot.generation == update.generation and slot.phase == "waiting" and slot.failures > 0:
-            return Failed(name=slot.name, reason=slot.reason)
-        return Wait(reason=f"{slot.name} is {slot.phase}")
+def next_step(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: bool, now_s: float) -> Step:
+    for slot in instances(core):
+        reason = _reason_of_failure(core, update, slot, now_s)
+        if reason:
+            return Failed(name=slot.name, reason=reason)
+    current = core.slots.get(update.current)
+    if current is not None and (current.generation == update.generation or current.ending):
+        if current.serves or (current.held and current.is_up and not current.ending):
+            return Renewed(name=current.name)
+        looks_for_room = current.phase == "starting" and not current.is_placed
+        until_s = current.since_s + core.start_timeout_s if looks_for_room else None
+        return Wait(reason=f"{current.name} is {current.phase}", until_s=until_s)
     turning = [each.name for each in instances(core) if each.flip is not None]
     if turning:
         return Wait(reason=f"{turning[0]} is turning")
-    old = [each for each in instances(core) if each.generation != update.generation and not each.is_leaving]
+    old = [each for each in instances(core) if each.generation != update.generation]
     if not old:
         return Finished()
-    victim = _next_of(old)
+    free = [each for each in old if not each.ending]
+    if not free:
+        return Wait(reason=f"{old[0].name} is to start anew already")
+    victim = _next_of(free)
     others = [each for each in instances(core) if each.serves and each is not victim]
     if _serve(mode, others) or not victim.serves or update.allow_downtime:
-        return Renew(name=victim.name, role=_swapped(core, victim))
+        return Renew(name=victim.name, role=_swapped(core, update, victim))
     if mode == "auto" and victim.kind == "decode" and can_flip:
         stand_ins = [each for each in others if each.kind == "prefill" and each.generation == update.generation]
         if stand_ins:
             return TurnFirst(name=stand_ins[0].name)
     return Wait(reason=f"nobody would serve without {victim.name}")
+
+
+def _reason_of_failure(core: Reconciler, update: RollingUpdate, slot: Slot, now_s: float) -> str:
+    """Why an instance is taken not to come up in the new generation; empty: it may."""
+    if slot.generation != update.generation:
+        return ""
+    if slot.name != update.current:  # it has served there: one death is repaired as ever
+        crashes = slot.phase == "waiting" and slot.failures > 1 and update.previous != update.generation
+        return slot.reason if crashes else ""
+    if slot.phase == "waiting" and slot.failures > 0:
+        return slot.reason
+    if slot.phase == "starting" and not slot.is_placed and now_s - slot.since_s >= core.start_timeout_s:
+        waits_for = slot.announcement.detail if slot.announcement is not None else ""
+        return f"no room within {core.start_timeout_s:g} s" + (f": {waits_for}" if waits_for else "")
+    return ""
 
 
 def _next_of(old: list[Slot]) -> Slot:
@@ -126,11 +166,11 @@ def _next_of(old: list[Slot]) -> Slot:
     return prefill[0] if len(prefill) >= max(1, len(decode)) else decode[0] if decode else prefill[0]
 
 
-def _swapped(core: Reconciler, victim: Slot) -> Role | None:
-    """Prefill, where a prefill instance has turned to decode so that this one may go, and none is left."""
-    kinds = [slot.role for slot in instances(core) if slot is not victim]
-    turned = any(slot.name.startswith("prefill") and slot.kind == "decode" for slot in instances(core))
-    return "prefill" if victim.kind == "decode" and "prefill" not in kinds and turned else None
+def _swapped(core: Reconciler, update: RollingUpdate, victim: Slot) -> Role | None:
+    """The role of the one that has turned to decode so that this one may go."""
+    turned = core.slots.get(update.turned)
+    swaps = victim.kind == "decode" and turned is not None and turned is not victim and turned.role == "decode"
+    return "prefill" if swaps else None
 
 
 def _serve(mode: Mode, slots: Iterable[Slot]) -> bool:

@@ -1,15 +1,18 @@
 """Updates of a running deployment: the shell around ``rolling``. One at a time; it goes on in the controller's next life."""
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from biphase.cluster import rolling, wanted_set
+from biphase.cluster.admin import cut_alike
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.generation import generation_of
 from biphase.cluster.wanted_set import ROLES
-from biphase.protos.errors import InvalidRequest, one_line
+from biphase.protos.errors import InvalidRequest, SetupError, one_line
 from biphase.protos.values import Role
 
 if TYPE_CHECKING:
@@ -17,9 +20,13 @@ if TYPE_CHECKING:
 
 FIXED = (
     *("name", "backend", "host", "port", "routers", "controller_port", "mode", "served_model_name", "limits"),
-    "max_replays",
+    *("max_replays", "drain_s"),
 )
-"""Keys that routers and controller were started with: a change of them needs another `biphase serve`."""
+"""Keys that supervisor, routers and controller were started with: a change of them needs another `biphase serve`."""
+TAKEN_OVER = ("start_timeout_s", "flip_grace_s", "replace_after_s", "placement", "autoscale")
+"""Keys that hold as soon as an update begins, ``placement`` for whatever starts from then on. All others are part of the
+generation, but for ``replicas``, which are taken over once all instances serve it."""
+NOTHING = ["nothing changes"]
 logger = logging.getLogger("biphase.cluster.updating")
 
 
@@ -41,31 +48,27 @@ class Updating:
         generation = generation_of(wanted)
         others = self._who_counts(wanted)
         file_counts = self._counts(wanted)
-        counts = {} if others else file_counts
-        self._check(wanted, generation, counts, allow_downtime=allow_downtime)
-        then = await self._after(counts, wanted, generation)
-        lines = self._check(
-            wanted, generation, counts, allow_downtime=allow_downtime
-        )  # another may have begun meanwhile
-        lines += then
-        if others and any(
-            wanted.plan(role).replicas != controller.deployment.plan(role).replicas for role in file_counts
-        ):
-            lines.append(f"{_words(file_counts)} is not taken over: {others}")
-        if dry_run or lines[-1].startswith("nothing"):
-            for line in lines:
-                yield line, True
-            return
-        after = max((event.number for event in controller.events.after(0)), default=0)
         update = rolling.RollingUpdate(
             generation=generation,
             previous=controller.generation,
             grace_s=grace_s or controller.deployment.drain_s,
             allow_downtime=allow_downtime,
-            counts=counts,
+            counts={} if others else file_counts,
         )
-        controller.deployments[generation] = wanted
-        controller.deployment, controller.generation = wanted, generation
+        lines = self._check(wanted, update)
+        if lines != NOTHING:
+            then = await self._check_room(wanted, update)
+            lines = self._check(wanted, update) + then  # another may have begun meanwhile
+        if others and any(
+            wanted.plan(role).replicas != controller.deployment.plan(role).replicas for role in file_counts
+        ):
+            lines.append(f"{_words(file_counts)} is not taken over: {others}")
+        if dry_run or lines == NOTHING:
+            for line in lines:
+                yield line, True
+            return
+        after = max((event.number for event in controller.events.after(0)), default=0)
+        controller.take(generation, wanted)
         controller.update_state = asdict(update)
         controller.events.add("update", "", f"update to generation {generation} begins: {'; '.join(lines)}")
         await controller.save()
@@ -77,9 +80,7 @@ class Updating:
                 if ended:
                     return
 
-    def _check(
-        self, wanted: Deployment, generation: str, counts: Mapping[Role, int], *, allow_downtime: bool
-    ) -> list[str]:
+    def _check(self, wanted: Deployment, update: rolling.RollingUpdate) -> list[str]:
         """What will be done, in words. Raises InvalidRequest."""
         controller = self._controller
         if controller.stopping:
@@ -90,32 +91,47 @@ class Updating:
         for key in FIXED:
             was, now = getattr(controller.deployment, key), getattr(wanted, key)
             if was != now:
-                said = f"{key} is {now}, it was {was}" if isinstance(now, str | int) else f"{key} are other ones"
+                one = isinstance(now, str | int | float)
+                said = f"{key} is {now}, it was {was}" if one else f"{key} are other ones"
                 raise InvalidRequest(f"{said}: an update cannot change it, serve anew for that")
-        names = rolling.plan_of(controller.core, generation)
-        if not names and not counts and wanted == controller.deployment:
-            return ["nothing changes"]
-        reason = rolling.reason_against_update(controller.core, wanted.mode, can_flip=controller.admin.can_flip)
-        if names and reason is not None and not allow_downtime:
+        steps = self._steps(wanted, update)
+        if not steps and not update.counts and wanted == controller.deployment:
+            return list(NOTHING)
+        reason = rolling.reason_against_update(controller.core, wanted.mode, can_flip=cut_alike(wanted))
+        if steps and reason is not None and not update.allow_downtime:
             raise InvalidRequest(f"{reason}; --allow-downtime does it all the same")
-        lines = [f"{name} drains and starts anew in generation {generation}" for name in names]
+        lines = []
+        for step in steps:
+            if isinstance(step, rolling.TurnFirst):
+                lines.append(f"{step.name} turns to decode, to serve alone meanwhile")
+            else:
+                role = f" as {step.role}" if step.role != controller.core.slots[step.name].role else ""
+                lines.append(f"{step.name} drains and starts anew in generation {update.generation}{role}")
         return lines or ["no instance starts anew, the other settings are taken over"]
+
+    def _steps(self, wanted: Deployment, update: rolling.RollingUpdate) -> list[rolling.Renew | rolling.TurnFirst]:
+        return rolling.plan_of(self._controller.core, update, wanted.mode, can_flip=cut_alike(wanted))
 
     def _counts(self, wanted: Deployment) -> dict[Role, int]:
         """How many there shall be of each role that has another count now."""
         now = self._controller.core.counts()
         return {role: wanted.plan(role).replicas for role in ROLES if wanted.plan(role).replicas != now[role]}
 
-    async def _after(self, counts: Mapping[Role, int], wanted: Deployment, generation: str) -> list[str]:
-        """What follows the last instance's new start, in words. Raises InvalidRequest where it cannot be."""
-        if not counts:
-            return []
-        try:
-            return [f"then {await self._controller.admin.check_counts(counts, wanted)}"]
-        except InvalidRequest as error:
-            if not rolling.plan_of(self._controller.core, generation):
-                raise
-            return [f"then {_words(counts)}, for which there is no room as things are: {one_line(error)}"]
+    async def _check_room(self, wanted: Deployment, update: rolling.RollingUpdate) -> list[str]:
+        """Who gets no new instance and what follows the last one's start, in words. Raises InvalidRequest where there are
+        not enough hosts that have the weights and room for every new instance in its turn."""
+        controller = self._controller
+        renewals = [step for step in self._steps(wanted, update) if isinstance(step, rolling.Renew)]
+        unfit: list[str] = []
+        if renewals:
+            try:
+                unfit = await controller.backend.check_nodes(wanted)
+            except SetupError as error:
+                raise InvalidRequest(one_line(error)) from error
+        renewed = {step.name: step.role for step in renewals if step.role is not None}
+        plan = await controller.admin.check_counts(update.counts, wanted, renewed)
+        lines = [f"{reason}: it gets no new instance" for reason in unfit]
+        return [*lines, f"then {plan}"] if update.counts else lines
 
     def _who_counts(self, deployment: Deployment) -> str | None:
         """Whoever decides on counts in place of the file; None where the file does."""
@@ -137,33 +153,31 @@ class Updating:
         """Go on with the update that is under way, to its end or pause."""
         controller = self._controller
         while (update := self.state) is not None and not update.paused:
-            can_flip = controller.admin.can_flip
-            step = rolling.next_step(controller.core, update, controller.deployment.mode, can_flip=can_flip)
-            now_s = controller.now_s()
+            can_flip, now_s = controller.admin.can_flip, controller.now_s()
+            step = rolling.next_step(
+                controller.core, update, controller.deployment.mode, can_flip=can_flip, now_s=now_s
+            )
             match step:
-                case rolling.Wait():
-                    await controller.status.wait()
+                case rolling.Wait(until_s=until_s):
+                    with contextlib.suppress(TimeoutError):
+                        left_s = None if until_s is None else max(0.0, until_s - now_s)
+                        await asyncio.wait_for(controller.status.wait(), left_s)
                     continue
                 case rolling.Renew(name=name, role=role):
-                    controller.update_state = asdict(replace(update, current=name))
-                    generation = update.generation
+                    previous, generation = controller.core.slots[name].generation, update.generation
+                    turned = "" if role is not None else update.turned  # they have swapped
+                    controller.update_state = asdict(replace(update, current=name, previous=previous, turned=turned))
                     wanted_set.renew(controller.core, name, update.grace_s, now_s, generation=generation, role=role)
                     self._say(f"{name} drains, to start anew" + (f" as {role}" if role else ""), name)
                 case rolling.TurnFirst(name=name):
+                    controller.update_state = asdict(replace(update, turned=name))
                     wanted_set.flip(controller.core, name, "decode", update.grace_s, now_s)
                     self._say(f"{name} turns to decode, to serve alone meanwhile", name)
                 case rolling.Renewed(name=name):
                     controller.update_state = asdict(replace(update, current=""))
                     self._say(f"{name} serves in generation {update.generation}", name)
                 case rolling.Failed(name=name, reason=reason):
-                    slot = controller.core.slots[name]
-                    slot.generation, slot.failures, slot.not_before_s = update.previous, 0, now_s
-                    why = f"{name} does not come up in generation {update.generation}: {reason}"
-                    controller.update_state = asdict(replace(update, current="", paused=why))
-                    if not any(each.generation == update.generation for each in wanted_set.instances(controller.core)):
-                        controller.generation = update.previous
-                        controller.deployment = controller.deployments[update.previous]
-                    self._say(f"update is paused: {why}; it goes back to generation {update.previous}", name)
+                    self._pause(update, name, reason, now_s)
                 case rolling.Finished():
                     done = f"update is done: all serve generation {update.generation}"
                     if update.counts:
@@ -172,6 +186,19 @@ class Updating:
                     self._say(done, "")
             await controller.save()
             controller.changed()
+
+    def _pause(self, update: rolling.RollingUpdate, name: str, reason: str, now_s: float) -> None:
+        """Bring the failed one back to the generation before, and let go on who was to follow."""
+        controller, core = self._controller, self._controller.core
+        taken_back = update.current != name and wanted_set.take_back(core, update.current, now_s)
+        wanted_set.renew(core, name, update.grace_s, now_s, generation=update.previous, role=None)
+        why = f"{name} does not come up in generation {update.generation}: {reason}"
+        controller.update_state = asdict(replace(update, current="", turned="", paused=why))
+        said = f"update is paused: {why}; it goes back to generation {update.previous}"
+        said += f", {update.current} takes work again" if taken_back else ""
+        if all((each.next_generation or each.generation) != update.generation for each in wanted_set.instances(core)):
+            controller.take(update.previous, controller.deployments[update.previous])
+        self._say(said, name)
 
     async def _recount(self, counts: Mapping[Role, int]) -> str:
         """What came of the file's counts, as the end of a sentence."""

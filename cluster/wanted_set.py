@@ -4,7 +4,8 @@ What is refused raises InvalidRequest with the reason and the nearest known name
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from biphase.cluster.backend import Kind
@@ -51,10 +52,12 @@ def instance(core: Reconciler, name: str) -> Slot:
 
 
 def first_free_name(core: Reconciler, role: Role) -> str:
-    number = 0
-    while f"{role}-{number}" in core.slots:
-        number += 1
-    return f"{role}-{number}"
+    return free_name(role, core.slots)
+
+
+def free_name(role: Role, taken: Container[str]) -> str:
+    """The first that is not ``taken``."""
+    return next(name for number in itertools.count() if (name := f"{role}-{number}") not in taken)
 
 
 def reason_against_serving(mode: Mode, roles: Iterable[Kind]) -> str | None:
@@ -153,8 +156,13 @@ def renew(
 ) -> None:
     """Drain it, end it, and start it anew, in another generation or role where one is given."""
     slot = core.slots[name]
+    if slot.phase == "waiting":  # there is nothing to end
+        slot.generation, slot.next_kind = generation or slot.generation, role or slot.next_kind
+        slot.failures, slot.not_before_s = 0, now_s
+        core.refresh(now_s)
+        return
     slot.ending, slot.next_generation = "again", generation
-    slot.next_kind = role
+    slot.next_kind = role or slot.next_kind
     _leave(slot, grace_s)
     core.refresh(now_s)
 
@@ -181,6 +189,19 @@ def resume(core: Reconciler, name: str, now_s: float) -> None:
     slot.held, slot.ending, slot.resumes, slot.told, slot.asked_s = False, "", True, False, None
     slot.next_generation = slot.next_kind = None
     core.refresh(now_s)
+
+
+def take_back(core: Reconciler, name: str, now_s: float) -> bool:
+    """Leave an instance as it is that was to start anew and has not been asked to end yet; whether that was so."""
+    slot = core.slots.get(name)
+    if slot is None or slot.ending != "again" or slot.stop_asked_s is not None or slot.phase in ("waiting", "lost"):
+        return False
+    if slot.held:  # drained by hand as well, which stays
+        slot.ending, slot.next_generation, slot.next_kind = "", None, None
+        core.refresh(now_s)
+    else:
+        resume(core, name, now_s)
+    return True
 
 
 def _leave(slot: Slot, grace_s: float) -> None:

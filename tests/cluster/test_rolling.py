@@ -1,5 +1,7 @@
 """Updates instance by instance, and who turns when a role is gone: under a clock that the test turns."""
 
+from dataclasses import replace
+
 import pytest
 from support.wanted import made, up
 
@@ -7,6 +9,7 @@ from biphase.cluster import rolling, wanted_set
 from biphase.cluster.actions import Start
 from biphase.cluster.reconcile import Reconciler
 from biphase.cluster.rescue import PATIENCE_S, Rescue, rescue
+from biphase.protos.process import Announcement
 from biphase.protos.values import Mode
 
 NEW = rolling.RollingUpdate(generation="new", previous="old", grace_s=5.0)
@@ -19,19 +22,30 @@ def old(prefill: int, decode: int) -> Reconciler:
     return core
 
 
+def planned(core: Reconciler, mode: Mode) -> list[str]:
+    """What ``plan_of`` says, in the words of ``carry_out``."""
+    words = []
+    for step in rolling.plan_of(core, NEW, mode, can_flip=True):
+        swaps = isinstance(step, rolling.Renew) and step.role != core.slots[step.name].kind
+        ends = " turns" if isinstance(step, rolling.TurnFirst) else f" as {step.role}" if swaps else ""
+        words.append(step.name + ends)
+    return words
+
+
 def carry_out(core: Reconciler, mode: Mode, update: rolling.RollingUpdate = NEW) -> list[str]:
     """All steps of an update under which everything works, in words; checks at each that somebody serves."""
     words, now_s = [], 100.0
     for _ in range(50):
-        step = rolling.next_step(core, update, mode, can_flip=True)
+        step = rolling.next_step(core, update, mode, can_flip=True, now_s=now_s)
         now_s += 1.0
         match step:
             case rolling.Finished():
                 return words
             case rolling.Renew(name=name, role=role):
                 words.append(f"{name} as {role}" if role else name)
-                update = rolling.RollingUpdate(generation="new", previous="old", grace_s=5.0, current=name)
-                wanted_set.renew(core, name, 5.0, now_s, generation="new", role=role)
+                turned = "" if role else update.turned
+                update = replace(update, current=name, turned=turned)
+                wanted_set.renew(core, name, 5.0, now_s, generation=update.generation, role=role)
                 core.decide(now_s)
                 core.decide(now_s + 0.1)
                 core.gone(name, core.slots[name].life, "ended", now_s + 0.2)
@@ -40,18 +54,18 @@ def carry_out(core: Reconciler, mode: Mode, update: rolling.RollingUpdate = NEW)
                 ]
                 assert any(kind == "decode" for kind, _ in serving), "somebody serves at every moment"
                 assert Start(name=name, incarnation=core.slots[name].incarnation + 1) in core.decide(now_s + 0.3)
-                assert rolling.next_step(core, update, mode, can_flip=True) == rolling.Wait(
-                    reason=f"{name} is starting"
-                )
+                waits = rolling.Wait(reason=f"{name} is starting")
+                assert rolling.next_step(core, update, mode, can_flip=True, now_s=now_s) == waits
                 up(core, name, now_s + 0.4)
             case rolling.TurnFirst(name=name):
                 words.append(f"{name} turns")
+                update = replace(update, turned=name)
                 wanted_set.flip(core, name, "decode", 5.0, now_s)
                 core.decide(now_s)
                 core.linked(name, core.slots[name].incarnation + 1, now_s + 0.1)
                 up(core, name, now_s + 0.2)
             case rolling.Renewed():
-                update = NEW
+                update = replace(update, current="")
             case rolling.Wait(reason=reason):
                 raise AssertionError(reason)
     raise AssertionError(words)
@@ -59,7 +73,7 @@ def carry_out(core: Reconciler, mode: Mode, update: rolling.RollingUpdate = NEW)
 
 def test_prefill_and_decode_are_renewed_in_turns() -> None:
     core = old(2, 2)
-    assert rolling.plan_of(core, "new") == ["prefill-0", "decode-0", "prefill-1", "decode-1"]
+    assert planned(core, "strict") == ["prefill-0", "decode-0", "prefill-1", "decode-1"]
     assert carry_out(core, "strict") == ["prefill-0", "decode-0", "prefill-1", "decode-1"]
     assert {slot.generation for slot in core.slots.values() if slot.is_instance} == {"new"}
 
@@ -67,6 +81,8 @@ def test_prefill_and_decode_are_renewed_in_turns() -> None:
 def test_with_one_of_each_the_other_serves_meanwhile() -> None:
     core = old(1, 1)
     assert rolling.reason_against_update(core, "auto", can_flip=True) is None
+    assert planned(core, "auto") == ["prefill-0", "prefill-0 turns", "decode-0 as prefill"]
+    assert core.slots["prefill-0"].generation == "old", "a plan changes nothing"
     assert carry_out(core, "auto") == ["prefill-0", "prefill-0 turns", "decode-0 as prefill"]
     assert core.counts() == {"prefill": 1, "decode": 1}
     assert (core.slots["prefill-0"].kind, core.slots["decode-0"].kind) == ("decode", "prefill")
@@ -93,10 +109,71 @@ def test_the_first_new_one_that_fails_pauses_it() -> None:
     assert core.slots["prefill-0"].generation == "new"
     core.decide(101.0)
     core.gone("prefill-0", 2, "no such model", 102.0)
-    update = rolling.RollingUpdate(generation="new", previous="old", grace_s=5.0, current="prefill-0")
-    assert rolling.next_step(core, update, "auto", can_flip=True) == rolling.Failed(
+    update = replace(NEW, current="prefill-0")
+    assert rolling.next_step(core, update, "auto", can_flip=True, now_s=102.0) == rolling.Failed(
         name="prefill-0", reason="no such model"
     )
+
+
+def test_one_that_finds_no_room_in_time_has_failed() -> None:
+    core = old(2, 2)
+    update = replace(NEW, current="prefill-0")
+    wanted_set.renew(core, "prefill-0", 5.0, 100.0, generation="new", role=None)
+    core.decide(100.0)
+    core.gone("prefill-0", 1, "ended", 101.0)
+    core.decide(101.0)
+    waits = Announcement(name="prefill-0", kind="prefill", incarnation=2, pid=0, detail="waits for room on a node")
+    core.announced(waits, 102.0)
+    until_s = 101.0 + core.start_timeout_s
+    step = rolling.next_step(core, update, "auto", can_flip=True, now_s=until_s - 1.0)
+    assert step == rolling.Wait(reason="prefill-0 is starting", until_s=until_s)
+    assert rolling.next_step(core, update, "auto", can_flip=True, now_s=until_s) == rolling.Failed(
+        name="prefill-0", reason="no room within 100 s: waits for room on a node"
+    )
+
+
+def test_roles_that_were_turned_by_hand_stay() -> None:
+    core = old(1, 1)
+    wanted_set.flip(core, "prefill-0", "decode", 5.0, 1.0)
+    core.decide(1.0)
+    core.linked("prefill-0", 2, 1.1)
+    up(core, "prefill-0", 1.2)
+    assert sorted(carry_out(core, "auto")) == ["decode-0", "prefill-0"]
+    assert core.counts() == {"prefill": 0, "decode": 2}
+
+
+def test_the_ratio_stays_where_one_of_several_turned_for_the_last_decode_instance() -> None:
+    core = old(2, 1)
+    assert planned(core, "auto") == ["prefill-0", "prefill-1", "prefill-0 turns", "decode-0 as prefill"]
+    carry_out(core, "auto")
+    assert core.counts() == {"prefill": 2, "decode": 1}
+
+
+def test_who_was_drained_by_hand_is_renewed_and_stays_drained() -> None:
+    core = old(2, 2)
+    wanted_set.hold(core, "decode-1", 5.0, 50.0)
+    assert "decode-1" in carry_out(core, "auto")
+    assert core.slots["decode-1"].held
+    assert core.slots["decode-1"].generation == "new"
+
+
+def test_one_that_crashes_again_and_again_after_its_renewal_pauses_it_too() -> None:
+    core = old(2, 2)
+    core.slots["prefill-0"].generation = "new"
+    update = replace(NEW, current="decode-0")
+    wanted_set.renew(core, "decode-0", 60.0, 200.0, generation="new", role=None)
+    core.decide(200.0)
+    for life in (1, 2):
+        core.gone("prefill-0", life, "out of memory", 201.0 + 5 * life)
+        if life == 1:
+            step = rolling.next_step(core, update, "auto", can_flip=True, now_s=206.0)
+            assert step == rolling.Wait(reason="decode-0 is ready"), "one death is repaired"
+            core.decide(206.0)
+    core.gone("prefill-0", 3, "out of memory", 212.0)
+    core.decide(212.0)
+    core.gone("prefill-0", 3, "out of memory", 213.0)
+    step = rolling.next_step(core, update, "auto", can_flip=True, now_s=213.0)
+    assert step == rolling.Failed(name="prefill-0", reason="out of memory")
 
 
 def test_who_turns_when_the_last_decode_instance_finds_no_room() -> None:

@@ -135,6 +135,46 @@ def test_what_is_under_way_goes_on_in_the_next_life_of_the_controller() -> None:
     assert again.former == {"decode-9": 4}
 
 
+def test_a_new_start_is_taken_back_until_it_was_asked_to_end() -> None:
+    core = made()
+    core.slots["decode-1"].generation = "old"
+    wanted_set.renew(core, "decode-1", 30.0, 10.0, generation="new", role=None)
+    assert core.decide(10.0) == [TellDrain(name="decode-1", incarnation=1, grace_s=30.0)]
+    core.worked("decode-1", 1, Work(draining=True, running=1))
+    assert wanted_set.take_back(core, "decode-1", 11.0)
+    assert core.decide(11.0) == [TellResume(name="decode-1", incarnation=1)]
+    assert core.slots["decode-1"].serves
+    core.gone("decode-1", 1, "gone", 12.0)
+    core.decide(12.0)
+    assert core.slots["decode-1"].generation == "old", "its next life is not that of the update"
+    up(core, "decode-1", 13.0)
+
+    wanted_set.renew(core, "decode-1", 30.0, 20.0, generation="new", role=None)
+    core.decide(20.0)
+    idle(core, "decode-1")
+    assert core.decide(21.0) == [AskToStop(name="decode-1", incarnation=2)]
+    assert not wanted_set.take_back(core, "decode-1", 22.0)
+    assert not wanted_set.take_back(core, "decode-0", 22.0), "it is not draining"
+
+
+def test_a_new_start_that_is_taken_back_leaves_a_drain_by_hand() -> None:
+    core = made()
+    wanted_set.hold(core, "decode-1", 30.0, 10.0)
+    wanted_set.renew(core, "decode-1", 30.0, 11.0, generation="new", role=None)
+    assert wanted_set.take_back(core, "decode-1", 12.0)
+    assert (core.slots["decode-1"].held, core.slots["decode-1"].ending) == (True, "")
+
+
+def test_who_has_no_life_takes_another_generation_at_once() -> None:
+    core = made()
+    core.gone("decode-1", 1, "boom", 5.0)
+    core.decide(5.0)
+    core.no_room("decode-1", 2, "no room", 6.0)
+    wanted_set.renew(core, "decode-1", 30.0, 7.0, generation="new", role="prefill")
+    assert core.decide(7.0) == [Start(name="decode-1", incarnation=3)]
+    assert (core.slots["decode-1"].generation, core.slots["decode-1"].kind) == ("new", "prefill")
+
+
 def test_who_was_flipped_is_adopted_by_the_life_it_was_started_as() -> None:
     core = made()
     wanted_set.flip(core, "decode-1", "prefill", 5.0, 10.0)
