@@ -1,20 +1,29 @@
 """A deployment under Ray: one cluster for the whole module, real actors with instances that have no model."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from support.dummy_directory import write_dummy_directory
 from support.served import BIPHASE, LIGHT, Served, is_ready, pid_of, run_biphase
 
+from biphase.client import AsyncClient
 from biphase.cluster.run_dir import started_ticks
+from biphase.protos import controller_pb2
+from biphase.protos.errors import Aborted
 
 pytestmark = [pytest.mark.ray, pytest.mark.model]
 PATIENCE_S = 90.0
 """Ray starts a Python of its own for every rank, which takes its time on a busy machine."""
+LONG = 400
+"""Tokens of a stream."""
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +140,88 @@ def test_large_shares_of_gpus_find_room_beside_small_ones(environment: dict[str,
     stopped = run_biphase(environment, "stop", "--name", "roles")
     assert ready.stdout.startswith("ready: "), ready.stderr
     assert stopped.returncode == 0
+
+
+@pytest.mark.long
+def test_an_update_renews_every_instance_under_running_streams(tmp_path: Path) -> None:
+    # one of each, and their CPUs are all of the cluster's: each new life has the room of its old one alone
+    model = write_dummy_directory(tmp_path / "model", max_position_embeddings=1024)
+    each = {"replicas": 1, "cpus": (os.cpu_count() or 2) / 2, "block_size": 16, "threads": 1}
+    roles = {"prefill": each, "decode": {**each, "max_num_seqs": 8}}
+    said = {"model": str(model), "load_format": "dummy", "port": 0, "max_model_len": 1024, "kv_codec": "raw", **roles}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["BIPHASE_RUN_DIR"] = str(tmp_path / "run")
+
+    def file(name: str, **changes: Any) -> str:
+        (tmp_path / name).write_text(yaml.safe_dump(said | changes))
+        return str(tmp_path / name)
+
+    process = subprocess.Popen(
+        [*BIPHASE, "serve", file("deploy.yaml")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    served = Served(tmp_path / "run", process)
+    try:
+        served.wait_ready(120.0)
+        before = served.wait_for(lambda status: status.state == "ready")
+
+        refused = run_biphase(environment, "update", file("large.yaml", prefill={**each, "cpus": 1000}))
+        assert refused.returncode == 2
+        line = refused.stderr.splitlines()[-1]
+        assert "prefill-0: 1 instance asks Ray for 1000 CPUs" in line and "are free: lower cpus" in line
+        wider = file("wider.yaml", decode={**roles["decode"], "max_num_seqs": 9})
+        dry = run_biphase(environment, "update", wider, "--dry-run")
+        (new,) = {line.rpartition(" generation ")[2].split()[0] for line in dry.stdout.splitlines() if "anew" in line}
+        assert [line.partition(" ")[0] for line in dry.stdout.splitlines()] == ["prefill-0", "prefill-0", "decode-0"]
+        assert _lives(served.wait_for(lambda status: status.state == "ready")) == _lives(before), "nothing has changed"
+
+        done, streams = asyncio.run(_under_streams(served, environment, "update", wider, "--grace", "2s"))
+        assert done.returncode == 0, (done.stdout, done.stderr, served.logs())
+        for results in streams:
+            exact = {tokens for tokens, ended in results if ended}
+            assert len(exact) == 1, "whichever generation it ran on"
+            (tokens,) = exact
+            assert len(tokens) == LONG
+            assert all(tokens[: len(part)] == part for part, ended in results if not ended), "aborted, not contradicted"
+        after = served.wait_for(lambda status: status.state == "ready")
+        assert {process.generation for process in after.processes if process.generation} == {new}
+        assert after.ratio == before.ratio == "1P:1D"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+async def _under_streams(served: Served, environment: dict[str, str], *command: str) -> tuple[Any, list[Any]]:
+    """A command while three clients stream: how it ended, and what each client has got."""
+    async with AsyncClient(served.record.router_address) as client:
+        running = asyncio.create_task(asyncio.to_thread(run_biphase, environment, *command, within_s=300.0))
+        streams = await asyncio.gather(*(_ask_until(client, running, seed) for seed in range(3)))
+    return running.result(), streams
+
+
+async def _ask_until(client: AsyncClient, done: "asyncio.Task[Any]", seed: int) -> list[tuple[tuple[int, ...], bool]]:
+    """One request after the other until ``done``, and one more: the tokens that came, and whether those were all."""
+    prompt = [3 + (seed * 37 + index * 11) % 250 for index in range(40)]
+    results: list[tuple[tuple[int, ...], bool]] = []
+    last = False
+    while not last:
+        last = done.done()
+        stream = client.generate(token_ids=prompt, max_tokens=LONG, temperature=0.0, ignore_eos=True)
+        tokens: list[int] = []
+        try:
+            async for delta in stream:
+                tokens += delta.token_ids
+            results.append((tuple(tokens), True))
+        except Aborted:  # its weights were replaced
+            results.append((tuple(tokens), False))
+    return results
+
+
+def _lives(status: controller_pb2.ClusterStatus) -> list[tuple[str, int, int, str]]:
+    return [(it.name, it.incarnation, it.pid, it.generation) for it in status.processes]
 
 
 def _placement_groups(served: Served) -> set[str]:
