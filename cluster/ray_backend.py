@@ -332,7 +332,10 @@ class RayBackend:
 
     async def save_state(self, text: str, key: str = STATE) -> None:
         kept = self._kept_key(key)
-        await self._call(lambda: internal_kv._internal_kv_put(kept, text.encode(), overwrite=True))
+        try:
+            await self._call(lambda: internal_kv._internal_kv_put(kept, text.encode(), overwrite=True))
+        except ray.exceptions.RaySystemError as error:  # the cluster's head is away
+            raise OSError(one_line(error)) from error
 
     async def load_state(self, key: str = STATE) -> str | None:
         kept = self._kept_key(key)

@@ -169,8 +169,10 @@ class RunDir:
             self.logs.rename(self.path / "logs.previous")
         for old in (self.state_file, self.path / "serve.json"):
             old.unlink(missing_ok=True)
-        self.logs.mkdir(parents=True)
-        self.processes.mkdir()
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.note_deployment(deployment)
+
+    def note_deployment(self, deployment: Deployment) -> None:
         replace_file(self.deployment_file, deployment.to_json())
 
     def deployment(self) -> Deployment:
