@@ -144,7 +144,7 @@ class Autoscaling:
         next_s = 0.0
         while True:
             self.look()
-            await controller.events.keep()
+            await controller.keep_events()
             now_s = controller.now_s()
             held = controller.stopping or not controller.core.was_ready or controller.updating.is_under_way
             if self.policy is not None and now_s >= next_s and not held:

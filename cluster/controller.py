@@ -9,34 +9,37 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Container, Coroutine
+from pathlib import Path
 from typing import Any
 
 from biphase.cluster.actions import Abandon, AskToStop, GiveUp, Kill, Start, TellDrain, TellFlip, TellResume
 from biphase.cluster.admin import Admin
 from biphase.cluster.autoscaling import Autoscaling
-from biphase.cluster.backend import Backend, Handle, ProcessSpec
+from biphase.cluster.backend import STATE, Backend, Handle, ProcessSpec
 from biphase.cluster.broadcast import Broadcast
 from biphase.cluster.controller_messages import membership_of, status_of
-from biphase.cluster.controller_state import ControllerState, Pin, restore, slots_of
+from biphase.cluster.controller_state import AbandonedLife, ControllerState, Pin, restore, slots_of
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.events import EventLog
 from biphase.cluster.generation import generation_of
+from biphase.cluster.keeping import RETRY_S, Keeping
 from biphase.cluster.life import Life
 from biphase.cluster.node_watch import NodeWatch
 from biphase.cluster.reconcile import STOP_S, Reconciler
+from biphase.cluster.retiring import Retiring
 from biphase.cluster.router_reports import RouterReports
 from biphase.cluster.routers_confirmed import RoutersConfirmed
+from biphase.cluster.run_dir import RunDir
 from biphase.cluster.slot import Slot
 from biphase.cluster.straggler_watch import StragglerWatch
+from biphase.cluster.survivors import sort_out
 from biphase.cluster.updating import Updating
 from biphase.cluster.wanted import spec_of, wanted_of
-from biphase.cluster.worker_link import retire
 from biphase.protos import convert, worker_pb2
 from biphase.protos.errors import InvalidRequest, SetupError, one_line
 from biphase.protos.process import Announcer
 
-RETIRE_EVERY_S = 2.0
 logger = logging.getLogger("biphase.cluster.controller")
 
 
@@ -70,12 +73,16 @@ class Controller:
         self.membership = Broadcast(lambda: membership_of(self))
         self.status = Broadcast(lambda: status_of(self))
         self.lives: dict[str, Life] = {}
+        self.retiring = Retiring(self)
+        self._keeping = Keeping(self)
         self._routers = RoutersConfirmed(self)
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._published_version = -1
         self._saved: str | None = None
+        self._noted: Deployment | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
 
     # -- what others read -------------------------------------------------------------------------------------------
 
@@ -103,7 +110,10 @@ class Controller:
     # -- life -------------------------------------------------------------------------------------------------------
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Reconcile until ``stop`` (the processes go on) or a Shutdown (they have ended). SetupError: cannot start."""
+        """Reconcile until ``stop`` (the processes go on) or a Shutdown (they have ended). SetupError: cannot start.
+
+        RuntimeError: a part of it has failed; the processes go on, and the next life begins where this one ended.
+        """
         await self._restore()
         self.spawn(self._routers.run())
         self.spawn(self.updating.drive())
@@ -115,11 +125,15 @@ class Controller:
         try:
             while not stop.is_set() and not self._ended.is_set():
                 self._wake.clear()
+                if self._failure is not None and not self.stopping:
+                    raise RuntimeError("a part of the controller has failed") from self._failure
                 if not self.stopping:
                     await self._step()
                 waits = [asyncio.ensure_future(self._wake.wait()), *ended]
                 due_s = None if self.stopping else self.core.next_due_s()
                 timeout = None if due_s is None else max(0.0, due_s - self.now_s())
+                if self._keeping.troubles:
+                    timeout = RETRY_S if timeout is None else min(timeout, RETRY_S)
                 await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 waits[0].cancel()
         finally:
@@ -170,24 +184,29 @@ class Controller:
         self.pin, self.policy_text = state.pin, state.policy
         self.autoscaler_state, self.update_state = dict(state.autoscaler), dict(state.update)
         self.autoscaling.restore()
-        newest: dict[str, Handle] = {}
-        for handle in sorted(await self.backend.adopt(), key=lambda handle: handle.incarnation):
-            if handle.kind == "controller":
-                continue
-            wanted = self.core.slots.get(handle.name)
-            if wanted is None or handle.incarnation < wanted.life:
-                await self._kill_former(handle, "a former life")
-                continue
-            if handle.name in newest:
-                await self._kill_former(newest[handle.name], "a newer life runs")
-            newest[handle.name] = handle
+        found = {(handle.name, handle.incarnation): handle for handle in await self.backend.adopt()}
+        given_away = {(life.name, life.life) for life in state.abandoned}
+        wanted = {slot.name: slot.life for slot in self.core.slots.values()}
+        newest, former = sort_out(wanted, found.values(), given_away)
+        for handle, why in former:
+            await self._kill_former(handle, why)
         for handle in newest.values():
             logger.info("adopted %s#%d (pid %d)", handle.name, handle.incarnation, handle.pid)
             self.core.adopt(handle.name, handle.incarnation, self.now_s())
             self._hold(handle)
+        self._end_missing(newest.keys())
+        self.retiring.restore(state.abandoned, found)
         if self.epoch > 1:
             self.events.add("start", "controller", f"the controller began its life {self.epoch}, {len(newest)} adopted")
-        await self.save()
+        if not await self.save():  # its epoch is what makes this life the one that is obeyed
+            raise RuntimeError(self._keeping.troubles[STATE])
+
+    def _end_missing(self, found: Container[str]) -> None:
+        """What was under way with a life that ended while no controller was there is over."""
+        for slot in list(self.core.slots.values()):
+            if slot.name not in found and slot.life and (slot.ending or slot.flip is not None):
+                self.core.adopt(slot.name, slot.life, self.now_s())
+                self.core.gone(slot.name, slot.life, "ended while no controller was there", self.now_s())
 
     async def _kill_former(self, handle: Handle, why: str) -> None:
         """A life that was replaced: gone before anything starts, where its host can be reached."""
@@ -196,8 +215,8 @@ class Controller:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(handle.ended(), self.backend.kill_patience_s)
 
-    async def save(self) -> None:
-        """Keep what is wanted, where it has changed."""
+    async def save(self) -> bool:
+        """Keep what is wanted, where it has changed. False: it could not be written, and is tried again."""
         instances = [slot for slot in self.core.slots.values() if slot.is_instance]  # a router has the wanted one's
         in_use = {slot.generation for slot in instances} | {self.generation}
         in_use |= {slot.next_generation for slot in instances if slot.next_generation}
@@ -219,11 +238,28 @@ class Controller:
             policy=self.policy_text,
             autoscaler=self.autoscaler_state,
             update=self.update_state,
+            abandoned=tuple(self.retiring.lives.values()),
         ).to_json()
-        if text != self._saved:
-            await self.backend.save_state(text)
-            self._saved = text
-        await self.events.keep()
+
+        async def keep_state() -> None:
+            if text != self._saved:
+                await self.backend.save_state(text)
+                self._saved = text
+
+        kept = await self._keeping.attempt(STATE, keep_state)
+        await self._keeping.attempt("deployment.json", self._note_deployment)
+        await self.keep_events()
+        return kept
+
+    async def _note_deployment(self) -> None:
+        """For `biphase serve` and `biphase update`, which compare theirs with what is served."""
+        if self.deployment != self._noted:
+            RunDir(Path(self.spec.run_dir)).note_deployment(self.deployment)
+            self._noted = self.deployment
+
+    async def keep_events(self) -> None:
+        """Write down what has happened since."""
+        await self._keeping.attempt("events", self.events.keep)
 
     def take(self, generation: str, deployment: Deployment) -> None:
         """Have this deployment served from now on; what runs of another is the update's to renew."""
@@ -241,18 +277,22 @@ class Controller:
         actions = self.core.decide(self.now_s())
         self._publish()
         self._tell_notes()
-        await self.save()  # before a start: an incarnation is never used twice
+        kept = await self.save()  # before a start: an incarnation is never used twice
         for action in actions:
             match action:
+                case Start() if not kept:
+                    slot = self.core.slots[action.name]
+                    self.core.no_room(
+                        slot.name, slot.life, f"is not started: {self._keeping.troubles[STATE]}", self.now_s()
+                    )
                 case Start():
                     await self._start(self.core.slots[action.name])
                 case Kill(name=name, incarnation=incarnation, reason=reason):
                     logger.warning("killing %s#%d: %s", name, incarnation, reason)
                     await self.backend.kill(self.lives[name].handle)
                 case Abandon(name=name, incarnation=incarnation):
-                    life = self.lives.pop(name)
+                    self._abandon(self.lives.pop(name), incarnation)
                     self.events.add("end", name, f"{name}#{incarnation} cannot be reached, its place is given away")
-                    self.spawn(self._retire(life, incarnation))
                 case AskToStop(name=name):
                     await self.backend.ask_to_stop(self.lives[name].handle)
                 case TellDrain(name=name, grace_s=grace_s):
@@ -277,8 +317,8 @@ class Controller:
         logger.info("starting %s#%d", slot.name, slot.incarnation)
         try:
             self._hold(await self.backend.start(spec))
-        except SetupError as error:
-            if not self.core.was_ready:
+        except (SetupError, OSError) as error:
+            if isinstance(error, SetupError) and not self.core.was_ready:
                 raise
             self.core.no_room(slot.name, slot.life, f"cannot be started: {one_line(error)}", self.now_s())
 
@@ -309,18 +349,20 @@ class Controller:
             self.events.add(kind, subject, text)
         self.core.notes.clear()
 
-    async def _retire(self, life: Life, incarnation: int) -> None:
+    def _abandon(self, life: Life, incarnation: int) -> None:
         """A life whose place was given away is told to end, and killed, as soon as it can be reached again."""
-        handle, address = life.handle, life.address
+        handle = life.handle
         life.let_go()
-        while handle.end is None:
-            if address:
-                why = "another life has taken its place"
-                await retire(address, incarnation, self.epoch, why, RETIRE_EVERY_S)
-            await self.backend.kill(handle)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(handle.ended(), RETIRE_EVERY_S)
-        logger.info("%s#%d is gone at last: %s", handle.name, handle.incarnation, handle.end)
+        away = AbandonedLife(
+            name=handle.name,
+            kind=handle.kind,
+            life=handle.incarnation,
+            incarnation=incarnation,
+            address=life.address,
+            node=self.core.slots[handle.name].avoid_node if handle.name in self.core.slots else "",
+            since_s=self.now_s(),
+        )
+        self.retiring.begin(away, handle)
 
     def _publish(self) -> None:
         if self.core.version != self._published_version:
@@ -345,7 +387,7 @@ class Controller:
 
     def _hold(self, handle: Handle) -> None:
         life = self.lives[handle.name] = Life(self, handle)
-        life.watch = asyncio.create_task(life.follow())
+        life.watch = self.spawn(life.follow())
 
     def on_gone(self, life: Life) -> None:
         handle = life.handle
@@ -354,10 +396,20 @@ class Controller:
             del self.lives[handle.name]
         self.changed()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a part of the controller. An exception in it ends this life: the next one does better than half of this."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._part_ended)
+        return task
+
+    def _part_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if self.stopping:
+                logger.error("while stopping", exc_info=error)
+            self._failure = self._failure or error
+            self._wake.set()
 
 
 async def _wait_ended(handles: list[Handle], within_s: float) -> None:

@@ -5,7 +5,7 @@ Times are seconds of the controller's clock, which starts at the Unix time and n
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from biphase.cluster.backend import Kind, ProcessSpec
@@ -44,6 +44,20 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AbandonedLife:
+    """A life on a host that could not be reached, whose place was given away at ``since_s``; it is to end."""
+
+    name: str
+    kind: Kind
+    life: int
+    """The incarnation it was started with."""
+    incarnation: int
+    address: str = ""
+    node: str = ""
+    since_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerState:
     """``epoch`` counts the controller's lives; ``was_ready``: the deployment was up as a whole at least once."""
 
@@ -63,6 +77,8 @@ class ControllerState:
     autoscaler: Mapping[str, Any] = field(default_factory=dict)
     """The autoscaler's own state: cooldowns, starts under way."""
     update: Mapping[str, Any] = field(default_factory=dict)
+    abandoned: Sequence[AbandonedLife] = ()
+    """Those that nobody has seen gone yet."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -76,8 +92,12 @@ class ControllerState:
             slot["flip"] = FlipTo(**slot["flip"]) if slot.get("flip") else None
             slots[name] = SlotState(**_known(SlotState, slot))
         pin = values.pop("pin", None)
+        abandoned = tuple(AbandonedLife(**_known(AbandonedLife, life)) for life in values.pop("abandoned", ()))
         return ControllerState(
-            **_known(ControllerState, values), slots=slots, pin=Pin(**_known(Pin, pin)) if pin else None
+            **_known(ControllerState, values),
+            slots=slots,
+            pin=Pin(**_known(Pin, pin)) if pin else None,
+            abandoned=abandoned,
         )
 
 
@@ -106,8 +126,9 @@ def restore(core: Reconciler, state: ControllerState) -> None:
     core.was_ready = state.was_ready
 
 
-def first_state(specs: Sequence[ProcessSpec], *, started: bool = True) -> str:
-    """The state before the first controller: the supervisor has started these, or leaves that to it."""
+def first_state(specs: Sequence[ProcessSpec], *, started: bool = True, used: ControllerState | None = None) -> str:
+    """The state before the first controller: the supervisor has started these, or leaves that to it. ``used``: the epochs
+    and incarnations of an earlier deployment of this name."""
     lives = [(spec, spec.incarnation if started else 0) for spec in specs]
     slots = {spec.name: SlotState(kind=spec.kind, incarnation=life, life=life) for spec, life in lives}
-    return ControllerState(slots=slots).to_json()
+    return replace(used or ControllerState(), slots=slots).to_json()

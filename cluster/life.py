@@ -37,7 +37,7 @@ class Life:
                 self.address = announcement.address
                 if handle.kind != "router" and self.link is None:
                     self.link = WorkerLink(name=handle.name, address=self.address, epoch=controller.epoch, sink=self)
-                    self._holding = asyncio.create_task(self._hold_link(self.link))
+                    self._holding = controller.spawn(self._hold_link(self.link))
             controller.changed()
         await handle.ended()
         logger.info("%s#%d is gone: %s", handle.name, handle.incarnation, handle.end)

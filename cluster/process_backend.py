@@ -6,7 +6,9 @@ run directory; by its records a life is found again, whoever started it.
 
 import asyncio
 import json
+import logging
 import secrets
+import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -27,6 +29,7 @@ LOADING_POLL_S = 0.05
 MAX_IDLE = 64
 """Instances that would find room are counted no further."""
 READY_POLL_S = 0.5
+logger = logging.getLogger("biphase.cluster.supervisor")
 
 
 class ProcessBackend:
@@ -44,7 +47,20 @@ class ProcessBackend:
         self._gpu_parts: dict[tuple[str, int], GpuPart] = {}
 
     async def open(self) -> None:
+        if self._owner:
+            await self._clear()
         self._run_dir.processes.mkdir(parents=True, exist_ok=True)
+
+    async def _clear(self) -> None:
+        """End what a supervisor that was killed has left (a stopped process does not see that it is gone), and its records."""
+        handles = await self.adopt()
+        for handle in handles:
+            if handle.end is None:
+                logger.warning("killing %s#%d of an earlier life", handle.name, handle.incarnation)
+        await self._end_all(handles)
+        self._groups.clear()
+        self._gpu_parts.clear()
+        shutil.rmtree(self._run_dir.processes, ignore_errors=True)
 
     async def own_address(self) -> str:
         return "127.0.0.1"

@@ -36,6 +36,7 @@ from biphase.cluster.ray_placement import RayPlacement, groups_there, remove_gro
 from biphase.cluster.ray_rank import RayRank
 from biphase.cluster.ray_room import NOTHING, Room, bundles_of, how_many, refusal, room_of, rooms_asked
 from biphase.cluster.ray_turns import Turn, first_without_room, held_of
+from biphase.cluster.survivors import SERVED
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.process import Announcement
 
@@ -367,7 +368,10 @@ class RayBackend:
 
     async def save_state(self, text: str, key: str = STATE) -> None:
         kept = self._kept_key(key)
-        await self._call(lambda: internal_kv._internal_kv_put(kept, text.encode(), overwrite=True))
+        try:
+            await self._call(lambda: internal_kv._internal_kv_put(kept, text.encode(), overwrite=True))
+        except ray.exceptions.RaySystemError as error:  # the cluster's head is away
+            raise OSError(one_line(error)) from error
 
     async def load_state(self, key: str = STATE) -> str | None:
         kept = self._kept_key(key)
@@ -390,11 +394,17 @@ class RayBackend:
                 await asyncio.wait(waits, timeout=KILL_WAIT_S)
             for wait in waits:
                 wait.cancel()
+            await self._call(partial(self._forget, all_gone=all(handle.end is not None for handle in handles)))
         for own in self._groups.values():
             own.release()
         if self._owner:
             await self._call(ray.shutdown)
         self._thread.shutdown(wait=True)
+
+    def _forget(self, *, all_gone: bool) -> None:
+        """An orderly end: the next serve begins anew. Incarnations stay known while one of them is not seen gone."""
+        for key in (SERVED, STATE) if all_gone else (SERVED,):
+            internal_kv._internal_kv_del(self._kept_key(key))
 
     async def _call(self, function: Callable[[], T]) -> T:
         """A blocking Ray call, outside the loop."""

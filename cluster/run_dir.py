@@ -4,7 +4,7 @@
 
     lock             held (flock) by the supervisor as long as it lives
     serve.json       the supervisor's word on the deployment: ServeRecord
-    deployment.json  what was asked for
+    deployment.json  what is served: what was asked for, and what updates have brought since
     state.json       the controller's memory (process backend)
     events/          what has happened, in files of a hundred; kept over serves (process backend)
     processes/       a record, a spec and an announcement per process (process backend)
@@ -161,16 +161,18 @@ class RunDir:
             return (self.path / "lock").exists()
         return False
 
-    def prepare(self, deployment: Deployment) -> None:
-        """Make room for a new life of the deployment; the last one's logs stay as logs.previous. Hold the lock."""
-        shutil.rmtree(self.processes, ignore_errors=True)
-        if self.logs.exists():
+    def prepare(self, deployment: Deployment, *, keep_logs: bool = False) -> None:
+        """Make room for a new life of the deployment; the last one's logs stay as logs.previous, unless its processes may
+        still write to them (``keep_logs``). The records of processes are the backend's to clear. Hold the lock."""
+        if self.logs.exists() and not keep_logs:
             shutil.rmtree(self.path / "logs.previous", ignore_errors=True)
             self.logs.rename(self.path / "logs.previous")
         for old in (self.state_file, self.path / "serve.json"):
             old.unlink(missing_ok=True)
-        self.logs.mkdir(parents=True)
-        self.processes.mkdir()
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.note_deployment(deployment)
+
+    def note_deployment(self, deployment: Deployment) -> None:
         replace_file(self.deployment_file, deployment.to_json())
 
     def deployment(self) -> Deployment:
@@ -182,6 +184,12 @@ class RunDir:
             return ServeRecord.from_json((self.path / "serve.json").read_text())
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    @property
+    def ended_in_order(self) -> bool:
+        """Whether the last supervisor ended everything before it ended itself."""
+        record = self.record()
+        return record is None or record.state in ("stopped", "failed")
 
     def write_record(self, record: ServeRecord) -> None:
         replace_file(self.path / "serve.json", json.dumps(asdict(record)))

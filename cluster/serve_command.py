@@ -40,22 +40,25 @@ PATIENCE_S = 15.0
 
 def serve(arguments: argparse.Namespace) -> int:
     """Returns 0 after a clean stop (with --detach once ready, with --wait too once the controller is up), 2 when the
-    deployment could not start."""
+    deployment could not start. With --detach the same again changes nothing."""
     began_s = time.monotonic()
     wait_s = _wait_of(arguments)
-    deployment = checked(deployment_of(arguments))
+    asked = deployment_of(arguments)
+    deployment = checked(asked)
     run_dir = RunDir.of(deployment.name)
-    if wait_s is None:
+    if not arguments.detach:
         lock = run_dir.lock()  # before the port: who has the name mostly has the port as well
     else:
-        found = leave_or_take(run_dir, deployment, wait_s)
+        file = arguments.deploy_file or "FILE"
+        found = leave_or_take(run_dir, deployment, wait_s, named=bool(asked.served_model_name), file=file)
         if isinstance(found, ServeRecord):
             print(up_line(found, already=True), flush=True)
             return 0
         lock = found
+    joined = deployment.backend == "ray" and bool(os.environ.get("RAY_ADDRESS"))
     try:
-        _check_ports(deployment)
-        run_dir.prepare(deployment)
+        _check_ports(deployment, may_survive=joined)
+        run_dir.prepare(deployment, keep_logs=joined and not run_dir.ended_in_order)
     except BaseException:
         os.close(lock)
         raise
@@ -170,8 +173,9 @@ def _check_plans(deployment: Deployment, config: ModelConfig) -> None:
             raise SetupError(f"{role}: {reason}")
 
 
-def _check_ports(deployment: Deployment) -> None:
-    """Raises SetupError where a router that runs on this host could not listen."""
+def _check_ports(deployment: Deployment, *, may_survive: bool) -> None:
+    """Raises SetupError where a router that runs on this host could not listen. ``may_survive``: one of an earlier supervisor
+    may hold the port and go on; otherwise it will say itself that it cannot listen."""
     for place in deployment.router_places:
         if place.node:  # mostly another host
             continue
@@ -181,6 +185,8 @@ def _check_ports(deployment: Deployment) -> None:
             try:
                 probe.bind((place.host, place.port))
             except OSError as error:
+                if may_survive and error.errno == errno.EADDRINUSE:
+                    continue
                 where = f"{place.host}:{place.port}"
                 wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
                 key = "host" if wrong_host else "port"

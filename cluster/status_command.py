@@ -61,7 +61,10 @@ def _show(seen: Any | None, run_dir: RunDir | None, record: ServeRecord | None, 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if seen is None:
         assert record is not None
-        console.print(f"{record.name}: {record.state} (supervisor pid {record.pid}); the controller does not answer")
+        why = f"; {record.detail}" if record.detail else ""
+        console.print(
+            f"{record.name}: {record.state} (supervisor pid {record.pid}); the controller does not answer{why}"
+        )
         return
     print_status(console, seen, record.pid if record is not None else None, run_dir.path if run_dir else None)
 
@@ -114,7 +117,7 @@ def _as_json(run_dir: RunDir | None, record: ServeRecord | None, seen: Any | Non
         document = {
             "deployment": record.name,
             "state": record.state,
-            "detail": "the controller does not answer",
+            "detail": "; ".join(["the controller does not answer", *([record.detail] if record.detail else [])]),
             "backend": record.backend,
             "supervisor_pid": record.pid,
             "controller_address": record.controller_address,

@@ -2,7 +2,8 @@
 
 It opens the backend, starts instances, router and controller at once (the controller adopts what it finds), restarts the
 controller, writes serve.json, and ends everything on SIGTERM (drain; the second one, or SIGUSR1: at once) or when the
-`biphase serve` it belongs to is gone. Run as `python -m biphase.cluster.supervisor RUN_DIR --lock-fd N --began SECONDS [--foreground]`.
+`biphase serve` it belongs to is gone. On a cluster that outlived an earlier supervisor it goes on with what that one served
+(``survivors``). Run as `python -m biphase.cluster.supervisor RUN_DIR --lock-fd N --began SECONDS [--foreground]`.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import replace
@@ -21,19 +21,20 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from biphase.cluster.backend import CONTROLLER, Backend, ProcessSpec
-from biphase.cluster.controller_state import first_state
+from biphase.cluster.backend import CONTROLLER, Backend, Handle, ProcessSpec
+from biphase.cluster.controller_lives import ControllerLives
+from biphase.cluster.controller_state import AbandonedLife, ControllerState, first_state
+from biphase.cluster.look_back import CONTROLLER_END_S, free_port, is_free, kill, look_back
 from biphase.cluster.make_backend import make_backend
 from biphase.cluster.process_main import SUPERVISOR_VARIABLE
 from biphase.cluster.run_dir import CUT_SIGNAL, ProcessLine, RunDir, ServeRecord, started_ticks
+from biphase.cluster.survivors import SERVED, Plan, Served, with_routers_anew
 from biphase.cluster.wanted import spec_of, wanted_of
 from biphase.protos import controller_pb2, controller_pb2_grpc
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.grpc_setup import channel_options
 from biphase.protos.process import set_up_logging
 
-CONTROLLER_BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0)
-CONTROLLER_END_S = 5.0
 CLOSE_S, CUT_CLOSE_S = 30.0, 5.0
 EXIT_OK, EXIT_CRASH, EXIT_SETUP = 0, 1, 2
 _PR_SET_CHILD_SUBREAPER = 36
@@ -88,7 +89,7 @@ class Supervisor:
             pid=pid,
             started_ticks=started_ticks(pid) or 0,
             backend=self._deployment.backend,
-            controller_address=f"127.0.0.1:{self._deployment.controller_port or _free_port()}",
+            controller_address=f"127.0.0.1:{self._deployment.controller_port or free_port()}",
         )
         env = _biphase_variables()
         if self._deployment.backend == "process":
@@ -103,6 +104,7 @@ class Supervisor:
             env=env,
         )
         self._failure = ""
+        self._mute = False
 
     async def run(self) -> int:
         """Serve until asked to stop. Returns the exit code; the record says why when it is not 0."""
@@ -147,48 +149,84 @@ class Supervisor:
         """Bring everything up and keep the controller alive; returns when it ends in a shutdown."""
         await self._backend.open()
         self._stops.listen()
-        self._reach(await self._backend.own_address())
+        host = await self._backend.own_address()
         self._stage("ray up" if self._deployment.backend == "ray" else "backend up")
-        for stale in await self._backend.adopt():
-            logger.warning("killing %s#%d of an earlier life", stale.name, stale.incarnation)
-            await self._backend.kill(stale)
-            await stale.ended()
+        former = await look_back(self._backend, self._deployment)
+        left = await kill(self._backend, former.to_kill, self._backend.kill_patience_s)
+        self._reach(host, former.controller_address)
+        if former.goes_on:
+            await self._go_on(former)
+        else:
+            abandoned = (*former.state.abandoned, *(_abandoned(handle) for handle in left))
+            await self._begin(replace(former.state, abandoned=abandoned))
+        self._stage("processes started")
+        await self._keep_controller(ControllerLives(former.controller_incarnation, may_fail=not former.goes_on))
+
+    async def _go_on(self, former: Plan) -> None:
+        """The controller adopts what lives, by its state. Routers look for it at an address, which may be another now."""
+        if former.controller_address != self._base.controller_address:
+            logger.warning("the controller was at %s: routers start anew", former.controller_address or "?")
+            await self._backend.save_state(with_routers_anew(former.state).to_json())
+
+    async def _begin(self, used: ControllerState) -> None:
+        """Start all that the deployment wants, or leave that to the controller."""
         specs = [spec_of(self._base, wanted.name, 1) for wanted in wanted_of(self._deployment)]
         await self._backend.check(specs)
         # the largest shares of GPUs first: Ray places each as it comes, and small ones would take the large ones' room
         specs.sort(key=lambda spec: -(spec.gpus or 0.0))
         at_once = not self._backend.hosts_may_join
-        await self._backend.save_state(first_state(specs, started=at_once))
+        await self._backend.save_state(first_state(specs, started=at_once, used=used))
         for spec in specs if at_once else ():
             await self._backend.start(spec)
-        self._stage("processes started")
-        incarnation, failures = 1, 0
+
+    async def _keep_controller(self, lives: ControllerLives) -> None:
+        """One controller after the other, until one ends in a shutdown."""
         while True:
             began_s = time.monotonic()
-            controller = await self._backend.start(spec_of(self._base, CONTROLLER, incarnation))
-            follow = asyncio.create_task(self._follow_status())
             try:
-                async for announcement in self._backend.watch(controller):
-                    if announcement.state == "failed":
-                        await controller.ended()
-                        raise SetupError(announcement.detail)
-                    if announcement.state == "ready":
-                        self._stage("controller")
-                        self._say(controller_address=announcement.address)
-            finally:
-                follow.cancel()
+                end, was_up, failed = await self._follow_controller(lives.incarnation)
+            except (SetupError, OSError) as error:  # it could not even be started
+                end, was_up, failed = "could not be started", False, one_line(error)
             if self._stops.drain.is_set():
                 return
-            failures = failures + 1 if time.monotonic() - began_s < 10.0 else 0
-            delay_s = CONTROLLER_BACKOFF_S[min(failures, len(CONTROLLER_BACKOFF_S) - 1)]
-            logger.warning("controller#%d %s, starting it again in %.1f s", incarnation, controller.end, delay_s)
+            name = f"controller#{lives.incarnation}"
+            delay_s = lives.ended(lived_s=time.monotonic() - began_s, was_up=was_up, failed=failed)
+            said = f"{name} {end}{f': {failed}' if failed else ''}, starting it again in {delay_s:.1f} s"
+            logger.warning("%s", said)
+            self._say(state="degraded" if self._record.state == "ready" else self._record.state, detail=said)
             await asyncio.sleep(delay_s)
-            incarnation += 1
 
-    def _reach(self, host: str) -> None:
-        """From here on the controller is where other hosts of the cluster reach it, if there are any."""
+    async def _follow_controller(self, incarnation: int) -> tuple[str, bool, str]:
+        """One life of it: why it ended, whether it was up, and why its set-up failed where it did."""
         if self._backend.hosts_may_join:
-            address = f"{host}:{self._deployment.controller_port or _free_port(host)}"
+            served = Served(
+                deployment=self._deployment.to_json(),
+                controller_address=self._base.controller_address,
+                controller_incarnation=incarnation,
+            )
+            await self._backend.save_state(served.to_json(), SERVED)
+        controller = await self._backend.start(spec_of(self._base, CONTROLLER, incarnation))
+        follow = asyncio.create_task(self._follow_status())
+        was_up, failed = False, ""
+        try:
+            async for announcement in self._backend.watch(controller):
+                if announcement.state == "failed":
+                    failed = announcement.detail
+                if announcement.state == "ready":
+                    was_up = True
+                    self._stage("controller")
+                    self._say(controller_address=announcement.address)
+        finally:
+            follow.cancel()
+        return await controller.ended(), was_up, failed
+
+    def _reach(self, host: str, former: str) -> None:
+        """From here on the controller is where other hosts of the cluster reach it, if there are any; where it was
+        (``former``), if it can be: routers that outlived it look for it there."""
+        if self._backend.hosts_may_join:
+            address = f"{host}:{self._deployment.controller_port or free_port(host)}"
+            if not self._deployment.controller_port and former.rpartition(":")[0] == host and is_free(former):
+                address = former
             self._base = replace(self._base, controller_address=address, env=_biphase_variables())
             self._say(controller_address=address)
 
@@ -254,7 +292,13 @@ class Supervisor:
         record = replace(self._record, **changes)  # type: ignore[arg-type]
         if record != self._record or not self._record.stages:
             self._record = record
-            self._run_dir.write_record(record)
+            try:
+                self._run_dir.write_record(record)
+                self._mute = False
+            except OSError as error:  # a full disk ends nothing
+                if not self._mute:
+                    logger.error("serve.json cannot be written: %s", error.strerror)
+                self._mute = True
 
 
 def _line(process: controller_pb2.ProcessStatus) -> ProcessLine:
@@ -273,11 +317,14 @@ def _biphase_variables() -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, value in os.environ.items() if name.startswith("BIPHASE_"))
 
 
-def _free_port(host: str = "127.0.0.1") -> int:
-    """A port for the controller, the same in all its lives, so that routers find it again."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def _abandoned(handle: Handle) -> AbandonedLife:
+    return AbandonedLife(
+        name=handle.name,
+        kind=handle.kind,
+        life=handle.incarnation,
+        incarnation=handle.incarnation,
+        since_s=time.time(),
+    )
 
 
 def _adopt_orphans() -> None:

@@ -8,7 +8,7 @@ is asked again and again; whoever set it turning bounds that.
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import grpc
 import grpc.aio
@@ -24,6 +24,8 @@ SECOND_OPINION_S = 0.8
 TURNING_RETRY_S = 0.03
 SUPERSEDED = "has given way to epoch"
 """In the words of a worker that obeys a later life of the controller."""
+Told = Literal["told", "refused", "silent"]
+"""What came of a word to a life that was replaced: it was welcomed, it is not there any more, or nobody answers."""
 logger = logging.getLogger("biphase.cluster.link")
 
 
@@ -127,8 +129,8 @@ async def _messages(
         yield message
 
 
-async def retire(address: str, incarnation: int, epoch: int, reason: str, within_s: float) -> bool:
-    """Tell a life that was replaced to end; whether it could be told."""
+async def retire(address: str, incarnation: int, epoch: int, reason: str, within_s: float) -> Told:
+    """Tell a life that was replaced to end. Refused: another life answers there, or its host does and nobody listens."""
     hello = worker_pb2.Hello(peer_name="controller", peer_kind="controller", membership_epoch=epoch)
     done = asyncio.Event()
 
@@ -139,15 +141,26 @@ async def retire(address: str, incarnation: int, epoch: int, reason: str, within
 
     options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(address, options=options) as channel:
-        call = worker_pb2_grpc.WorkerStub(channel).Link(commands(), wait_for_ready=True)
-        told = False
+        call = worker_pb2_grpc.WorkerStub(channel).Link(commands())
+        told: Told = "silent"
         try:
             async with asyncio.timeout(within_s):
                 async for message in _messages(call):
-                    told = told or message.WhichOneof("event") == "welcome"
-        except (TimeoutError, grpc.aio.AioRpcError):
+                    told = "told" if message.WhichOneof("event") == "welcome" else told
+        except TimeoutError:
             pass
+        except grpc.aio.AioRpcError as error:
+            if told == "silent" and _is_not_there(error):
+                told = "refused"
         finally:
             done.set()
             call.cancel()
         return told
+
+
+def _is_not_there(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the host answers, and the life that was meant does not live there."""
+    details = error.details() or ""
+    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+        return SUPERSEDED not in details
+    return error.code() is grpc.StatusCode.UNAVAILABLE and "Connection refused" in details

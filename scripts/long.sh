@@ -81,7 +81,7 @@ run() {
     headless) "$bin/python" bench/controller_dead.py --check ;;
     rayup)
       "$bin/pytest" --long tests/cluster/test_try_ray_up.py tests/cluster/test_ray_node_requests.py \
-        tests/cluster/test_ray_hosts.py tests/cluster/test_ray_head_lost.py \
+        tests/cluster/test_ray_hosts.py tests/cluster/test_ray_head_lost.py tests/cluster/test_ray_survivors.py \
         tests/cluster/test_ray_deployment.py::test_an_update_renews_every_instance_under_running_streams
       ;;
     recovery) "$bin/python" bench/recovery.py --check ;;

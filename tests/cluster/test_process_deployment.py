@@ -118,6 +118,21 @@ def test_nothing_outlives_the_owner(serve: Serve, who: str) -> None:
             os.close(descriptor)
 
 
+def test_the_next_serve_ends_what_a_killed_supervisor_left(serve: Serve) -> None:
+    served = serve("--detach")
+    served.process.communicate(timeout=60)
+    pids = served.all_pids()
+    stopped = pid_of(served.wait_for(is_ready("decode-0", 1)), "decode-0")
+    os.kill(stopped, signal.SIGSTOP)  # it does not see that its supervisor is gone
+    os.kill(served.record.pid, signal.SIGKILL)
+    again = serve("--detach")
+    out, err = again.process.communicate(timeout=60)
+    assert out.startswith("ready: "), err
+    assert [pid for pid in pids if started_ticks(pid) is not None] == []
+    status = again.wait_for(is_ready("decode-0", 1))
+    assert pid_of(status, "decode-0") not in pids
+
+
 def test_a_bad_set_up_ends_the_deployment_in_one_line(serve: Serve) -> None:
     served = serve(LIGHT_FAIL="decode-0")
     out, err = served.process.communicate(timeout=30)

@@ -6,12 +6,14 @@ The real controller, which is not run: what it would see of processes the test s
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import pytest
+from support.fake_backend import FakeBackend
 from support.wanted import idle, up
 
-from biphase.cluster.backend import STATE, ProcessSpec
+from biphase.cluster.backend import ProcessSpec
 from biphase.cluster.controller import Controller
 from biphase.cluster.deployment import Deployment, RolePlan
 from biphase.cluster.generation import generation_of
@@ -25,13 +27,18 @@ OLD = Deployment(model="m", prefill=RolePlan(replicas=2), decode=RolePlan(replic
 NEW = replace(OLD, model="m2")
 
 
-class MemoryBackend:
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller notes the deployment in its run directory, ``run``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+
+
+class MemoryBackend(FakeBackend):
     """Has room for whatever it is not told to refuse."""
 
-    kill_patience_s = None
-
     def __init__(self) -> None:
-        self.kept: dict[str, str] = {}
+        super().__init__()
         self.full = ""
         self.unfit: list[str] = []
         self.checked: list[tuple[list[tuple[str, str]], dict[str, list[str]]]] = []
@@ -51,22 +58,13 @@ class MemoryBackend:
     def check_for(self, deployments: Sequence[Deployment]) -> None:
         self.checks_for = list(dict.fromkeys(deployment.model for deployment in deployments))
 
-    async def adopt(self) -> list[Any]:
-        return []
-
-    async def save_state(self, text: str, key: str = STATE) -> None:
-        self.kept[key] = text
-
-    async def load_state(self, key: str = STATE) -> str | None:
-        return self.kept.get(key)
-
 
 def controller_of(backend: MemoryBackend, deployment: Deployment = OLD) -> Controller:
     base = ProcessSpec(
-        name="controller", kind="controller", incarnation=1, deployment=deployment, run_dir="/r", controller_address=""
+        name="controller", kind="controller", incarnation=1, deployment=deployment, run_dir="run", controller_address=""
     )
     said = Announcer(Announcement(name="controller", kind="controller", incarnation=1, pid=1), lambda said: None)
-    return Controller(base, cast("Any", backend), said)
+    return Controller(base, backend, said)
 
 
 class World:
