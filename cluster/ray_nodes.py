@@ -64,6 +64,11 @@ class NodeBook:
         """Ids of hosts that get nothing: refused, or not checked yet."""
         return {key for key in self._seen.hosts if key in self.refused or key in self._checks}
 
+    @property
+    def being_checked(self) -> set[str]:
+        """Ids of hosts that may get something in a moment."""
+        return set(self._checks) - set(self.refused)
+
     def find(self, name: str) -> RayHost | None:
         return next((host for host in self.hosts if host.is_called(name)), None)
 

@@ -18,7 +18,7 @@ from biphase.planner.autoscaler_state import (
 from biphase.planner.capacity import RoleShape, Setup
 from biphase.planner.policy import GpuBudget, RoleBounds, RoleFlip, Schedule
 from biphase.planner.ratio import Ratio
-from biphase.planner.reports import JointHistogram, Member
+from biphase.planner.reports import JointHistogram, Member, Room
 
 QUIET = make_load(0.2)
 PROMPTS = make_load(10.0, prompt=400, output=10)
@@ -181,6 +181,49 @@ def test_nodes_are_asked_for_when_no_gpu_is_idle_and_withdrawn_when_none_comes()
     assert actions(cluster, PROMPTS, 60) == []  # and not asked for again at once
     cluster.gpus = 3
     assert actions(cluster, PROMPTS, 15) == [StartInstance(role="prefill")]
+
+
+def test_a_start_takes_the_new_node_where_it_has_come_and_room_that_was_there_before_it() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
+    cluster.can_grow = True
+    cluster.run(PROMPTS, 30)
+    asked = cluster.state.prefill.asked_s
+    assert asked is not None
+    for idle, came, started in (
+        (1, ("prefill",), [StartInstance(role="prefill", on_new_node=True)]),
+        (2, ("prefill",), [StartInstance(role="prefill"), StartInstance(role="prefill", on_new_node=True)]),
+        (1, (), [StartInstance(role="prefill")]),
+        (2, (), [StartInstance(role="prefill"), StartInstance(role="prefill"), WithdrawNode(role="prefill")]),
+    ):
+        state, now_s = cluster.state, cluster.now_s
+        for _ in range(3):
+            now_s += POLICY.interval_s
+            signals = make_signals(PROMPTS, cluster.members)
+            signals = replace(signals, room=Room(prefill=idle, decode=idle - len(came), can_grow=True, came=came))
+            decision = decide(POLICY, signals, state, now_s)
+            state = decision.state
+            if decision.actions:
+                break
+        assert list(decision.actions) == started
+        kept = not came and idle == 1
+        assert state.prefill.asked_s == (asked if kept else None), "a request is for the instance it was made for"
+
+
+def test_a_request_that_the_budget_has_no_room_for_any_more_is_withdrawn() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
+    cluster.can_grow = True
+    cluster.run(PROMPTS, 30)
+    cluster.policy = replace(POLICY, gpu_budget=GpuBudget(max=2))
+    assert cluster.tick(PROMPTS).actions == (WithdrawNode(role="prefill"),)
+
+
+def test_a_node_is_asked_for_over_a_restart_of_the_controller_for_as_long_as_is_left() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
+    cluster.can_grow = True
+    cluster.run(PROMPTS, 90)
+    cluster.state = AutoscalerState.from_json(cluster.state.to_json())
+    assert actions(cluster, PROMPTS, 40) == []
+    assert actions(cluster, PROMPTS, 25) == [WithdrawNode(role="prefill")]
 
 
 def test_a_node_that_is_needed_no_more_is_withdrawn() -> None:
