@@ -1,7 +1,7 @@
-"""The autoscaler's shell without processes: a controller that is all up, over a backend that only keeps notes."""
+"""The autoscaler's shell and pins without processes: a controller that is all up, over a backend that only keeps notes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,8 @@ from biphase.cluster.backend import STATE, Backend, ProcessSpec
 from biphase.cluster.controller import Controller
 from biphase.cluster.deployment import Deployment, RolePlan
 from biphase.planner.autoscaler_state import AskNode, StartInstance, WithdrawNode
-from biphase.planner.policy import Policy
+from biphase.planner.policy import GpuBudget, Policy, RoleBounds, Schedule
+from biphase.protos.errors import InvalidRequest
 from biphase.protos.process import Announcer
 from biphase.protos.values import Role
 
@@ -131,3 +132,63 @@ async def test_requests_that_the_state_knows_go_on_in_the_next_life_and_others_d
     backend.requests.clear()  # as with a head that was lost
     await restart(backend, tmp_path, policy)
     assert list(backend.requests) == (["prefill"] if obeyed else [])
+
+
+NIGHT = Schedule(cron="* * * * *", duration_s=3600, name="night", decode=RoleBounds(min_replicas=1, max_replicas=2))
+BOUNDED = replace(
+    POLICY,
+    gpu_budget=GpuBudget(min=3, max=4),
+    prefill=RoleBounds(min_replicas=1, max_replicas=2),
+    decode=RoleBounds(min_replicas=1, max_replicas=3),
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "wanted", "reason"),
+    [
+        (BOUNDED, {"prefill": 3}, "prefill is 3, more than prefill.max_replicas 2 of the policy"),
+        (BOUNDED, {"decode": 4}, "decode is 4, more than decode.max_replicas 3 of the policy"),
+        (BOUNDED, {"prefill": 2, "decode": 3}, "2P:3D takes 5 GPUs, more than gpu_budget.max 4 of the policy"),
+        (BOUNDED, {"decode": 1}, "1P:1D takes 2 GPUs, less than gpu_budget.min 3 of the policy"),
+        (BOUNDED, {"prefill": 0}, "prefill is 0, less than prefill.min_replicas 1 of the policy"),
+        (
+            replace(BOUNDED, schedules=(NIGHT,)),
+            {"decode": 3},
+            "decode is 3, more than decode.max_replicas 2 of the policy (schedule night is on)",
+        ),
+        (BOUNDED, {"decode": 3}, None),
+        (replace(BOUNDED, dry_run=True), {"decode": 9}, None),
+        (None, {"decode": 9}, None),
+    ],
+)
+async def test_a_pin_outside_the_policy_is_refused_before_anything_changes(
+    tmp_path: Path, policy: Policy | None, wanted: Mapping[Role, int], reason: str | None
+) -> None:
+    controller = make_controller(NotingBackend(), tmp_path)
+    controller.autoscaling.policy = policy
+    if reason is None:
+        await controller.admin.scale(wanted, for_s=0.0)
+        assert controller.pin is not None
+        return
+    with pytest.raises(InvalidRequest) as refused:
+        await controller.admin.scale(wanted, for_s=0.0)
+    assert str(refused.value) == reason
+    assert controller.pin is None and controller.core.counts() == {"prefill": 1, "decode": 2}
+
+
+async def test_a_flip_is_held_to_the_bounds_of_its_roles_and_to_the_budget_only_where_gpus_change(
+    tmp_path: Path,
+) -> None:
+    controller = make_controller(NotingBackend(), tmp_path)
+    controller.autoscaling.policy = replace(BOUNDED, schedules=(NIGHT,), prefill=RoleBounds(min_replicas=0))
+    with pytest.raises(InvalidRequest, match=r"^decode is 3, more than decode.max_replicas 2 of the policy .schedule"):
+        await controller.admin.flip("prefill-0", grace_s=1.0, for_s=0.0)
+    assert controller.core.counts() == {"prefill": 1, "decode": 2}
+    controller.autoscaling.policy = replace(BOUNDED, gpu_budget=GpuBudget(max=2))
+    await controller.admin.flip("decode-0", grace_s=1.0, for_s=0.0)
+    assert controller.core.counts() == {"prefill": 2, "decode": 1}
+    uneven = replace(DEPLOYMENT, prefill=RolePlan(replicas=1, tensor_parallel_size=2))
+    controller = make_controller(NotingBackend(), tmp_path, uneven)
+    controller.autoscaling.policy = BOUNDED
+    with pytest.raises(InvalidRequest, match=r"^2P:1D takes 5 GPUs, more than gpu_budget.max 4 of the policy$"):
+        await controller.admin.flip("decode-0", grace_s=1.0, for_s=0.0)

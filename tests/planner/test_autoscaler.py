@@ -1,9 +1,18 @@
 """Decisions, one rule at a time: what is done, in which order, and what is said of it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from support.scaling import POLICY, START_S, Cluster, change_of, make_load, make_members, make_signals
+from support.scaling import (
+    POLICY,
+    START_S,
+    Cluster,
+    change_of,
+    make_load,
+    make_members,
+    make_signals,
+)
 
 from biphase.planner.autoscaler import decide, reason_against
 from biphase.planner.autoscaler_state import (
@@ -16,7 +25,7 @@ from biphase.planner.autoscaler_state import (
     WithdrawNode,
 )
 from biphase.planner.capacity import RoleShape, Setup
-from biphase.planner.policy import GpuBudget, RoleBounds, RoleFlip, Schedule
+from biphase.planner.policy import GpuBudget, Policy, RoleBounds, RoleFlip, Schedule
 from biphase.planner.ratio import Ratio
 from biphase.planner.reports import JointHistogram, Member, Room
 
@@ -259,12 +268,63 @@ def test_a_pin_is_kept_within_the_budget_and_without_waiting() -> None:
     tight = replace(POLICY, gpu_budget=GpuBudget(max=3))
     decision = decide(tight, signals, AutoscalerState(), START_S, pinned=Ratio(prefill=3, decode=1))
     assert decision.actions == (StartInstance(role="prefill"),)
-    assert reason_against(Ratio(prefill=3, decode=1), tight, Setup()) == "3P:1D takes 4 GPUs, gpu_budget.max is 3"
-    assert reason_against(Ratio(prefill=1, decode=0), tight, Setup()) == (
-        "decode=0: at least 1 decode instance is needed, prefill alone ends no request"
+    assert decision.reasons[0] == (
+        "pinned to 3P:1D, 2P:1D is kept: 3P:1D takes 4 GPUs, more than gpu_budget.max 3 of the policy"
     )
-    assert reason_against(Ratio(prefill=0, decode=1), tight, Setup(strict=True)) is not None
-    assert reason_against(Ratio(prefill=0, decode=1), tight, Setup()) is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "pinned", "kept", "why"),
+    [
+        (
+            replace(POLICY, prefill=RoleBounds(min_replicas=1, max_replicas=2)),
+            Ratio(prefill=4, decode=1),
+            Ratio(prefill=2, decode=1),
+            "prefill is 4, more than prefill.max_replicas 2 of the policy",
+        ),
+        (
+            replace(POLICY, decode=RoleBounds(min_replicas=2, max_replicas=6)),
+            Ratio(prefill=1, decode=1),
+            Ratio(prefill=1, decode=2),
+            "decode is 1, less than decode.min_replicas 2 of the policy",
+        ),
+        (
+            replace(POLICY, gpu_budget=GpuBudget(min=4, max=8)),
+            Ratio(prefill=1, decode=2),
+            Ratio(prefill=1, decode=3),
+            "1P:2D takes 3 GPUs, less than gpu_budget.min 4 of the policy",
+        ),
+    ],
+)
+def test_a_pin_outside_the_bounds_yields_to_them_in_words(policy: Policy, pinned: Ratio, kept: Ratio, why: str) -> None:
+    cluster = Cluster(policy, pinned)
+    for _ in range(3):
+        signals = make_signals(PROMPTS, cluster.members, idle=cluster.idle)
+        decision = decide(policy, signals, cluster.state, cluster.now_s, pinned=pinned)
+        assert (decision.target, decision.reasons[0]) == (kept, f"pinned to {pinned}, {kept} is kept: {why}")
+        cluster.carry_out(decision)
+    assert (cluster.ratio, decision.actions, decision.is_news) == (kept, (), False)
+
+
+def test_who_may_pin_what() -> None:
+    tight = replace(POLICY, gpu_budget=GpuBudget(min=2, max=3), prefill=RoleBounds(min_replicas=1, max_replicas=2))
+
+    def against(prefill: int, decode: int, **words: Any) -> str | None:
+        return reason_against(Ratio(prefill=prefill, decode=decode), tight, Setup(), START_S, **words)
+
+    assert against(2, 1) is None
+    assert against(3, 1) == "prefill is 3, more than prefill.max_replicas 2 of the policy"
+    assert against(2, 2) == "2P:2D takes 4 GPUs, more than gpu_budget.max 3 of the policy"
+    assert against(1, 0) == "decode is 0, less than decode.min_replicas 1 of the policy"
+    assert against(2, 2, total=False) is None, "a flip keeps the total"
+    assert against(3, 1, roles=("decode",), total=False) is None, "what somebody does not name stays"
+    night = Schedule(
+        cron="* * * * *", duration_s=3600, name="night", prefill=RoleBounds(min_replicas=1, max_replicas=1)
+    )
+    asleep = replace(tight, schedules=(night,))
+    assert reason_against(Ratio(prefill=2, decode=1), asleep, Setup(), START_S) == (
+        "prefill is 2, more than prefill.max_replicas 1 of the policy (schedule night is on)"
+    )
 
 
 def test_schedules_set_bounds() -> None:
