@@ -282,10 +282,11 @@ class Moves:
         return 0.0 if changed_s is None else changed_s + self._policy.rule(direction).cooldown_s - self._now_s
 
     def _step(self, role: Role, direction: Direction) -> int:
-        """Instances of a role per decision: one while nobody knows what they can do."""
+        """Instances of a role per decision: one while nobody knows what they can do, nor has said so."""
         if self._pinned:
             return 1_000_000
-        return 1 if self.state.of(role).step is None else self._policy.rule(direction).max_step
+        is_known = self.state.of(role).step is not None or self._signals.setup.shape(role).step_time.is_known
+        return self._policy.rule(direction).max_step if is_known else 1
 
     def _budget_left(self) -> float:
         """GPUs that nothing holds, nor will by this decision or a node that was asked for."""

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 from support.scaling import (
+    DECODE_STEP,
     POLICY,
+    PREFILL_STEP,
     START_S,
     Cluster,
     change_of,
@@ -155,6 +157,18 @@ def test_until_a_step_time_is_fitted_it_goes_one_step_at_a_time() -> None:
     for decision in cluster.run(make_load(100.0, prompt=400, output=500), 60):
         assert all(abs(change) <= 1 for change in change_of(decision, cluster.members).values() if decision.actions)
     assert cluster.ratio.gpus(Setup()) > 2
+
+
+def test_with_a_prior_the_first_decision_moves_at_once_and_what_is_fitted_replaces_it() -> None:
+    slow = replace(PREFILL_STEP, per_token_s=2 * PREFILL_STEP.per_token_s, num_steps=1)
+    for prior, first in ((replace(PREFILL_STEP, num_steps=1), 3), (slow, 5)):
+        setup = Setup(prefill=RoleShape(step_time=prior), decode=RoleShape(step_time=replace(DECODE_STEP, num_steps=1)))
+        cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), fitted=False, setup=setup)
+        moves = [decision.actions for decision in cluster.run(PROMPTS, 30) if decision.actions]
+        assert moves == [(StartInstance(role="prefill"),) * (first - 1)]
+        cluster.fitted = True
+        cluster.run(PROMPTS, 60)
+        assert cluster.ratio == Ratio(prefill=3, decode=1)
 
 
 def test_what_was_fitted_is_kept_while_nobody_can_say_it() -> None:
