@@ -156,8 +156,10 @@ def _vetoed(policy: Policy, signals: ClusterSignals, outlook: Outlook, current: 
     shrinks = target != current and all(target.of(role) <= current.of(role) for role in ROLES)
     if not shrinks or current.gpus(signals.setup) > policy.gpu_budget.max:
         return []
+    # what was missed before the last change of the ratio says nothing of this one: where there is enough, what is newest
+    newest = signals.recent if sum(signals.recent.counts) >= MIN_REQUESTS else signals.latency
     # what was refused has met neither goal, whosever fault it was
-    shares = replace(signals.latency, missed=0).shares(targets.ttft_ms, targets.tpot_ms)
+    shares = replace(newest, missed=0).shares(targets.ttft_ms, targets.tpot_ms)
     if shares[3] < MIN_REQUESTS or outlook.attainment(current) < targets.attainment:
         return []
     return [
