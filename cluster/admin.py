@@ -12,9 +12,13 @@ from biphase.cluster import wanted_set
 from biphase.cluster.controller_state import Pin
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.rescue import rescue
+from biphase.cluster.signal_reports import setup_of
 from biphase.cluster.slot import Slot
 from biphase.cluster.wanted import spec_of
 from biphase.cluster.wanted_set import ROLES, ScalePlan
+from biphase.planner.autoscaler import reason_against
+from biphase.planner.policy import other
+from biphase.planner.ratio import Ratio
 from biphase.protos.errors import InvalidRequest, SetupError, one_line
 from biphase.protos.values import Mode, Role
 
@@ -47,6 +51,7 @@ class Admin:
         if not wanted:
             raise InvalidRequest("give counts as in prefill=2 decode=1, or auto")
         plan = self._plan(wanted)
+        self._check_budget(wanted)
         await self._check_fits(plan, self._controller.deployment)
         counts = ", ".join(f"{role} {count}" for role, count in wanted.items())
         self._apply(plan)
@@ -89,6 +94,8 @@ class Admin:
         until_s = self._until_s(for_s)
         slot = self._check_flip(name)
         role: Role = "decode" if slot.kind == "prefill" else "prefill"
+        counts = self._controller.core.counts()
+        self._check_budget({role: counts[role] + 1, other(role): counts[other(role)] - 1}, turns=True)
         self._turn(slot, role, grace_s)
         self._pin(f"{name} turned to {role} by hand", until_s)
         how = "in place" if self.can_flip else "by starting anew, the roles are cut differently"
@@ -270,6 +277,22 @@ class Admin:
         if leaving and not (self._mode == "auto" and to_decode and not plan.stops):
             wanted_set.check_others_serve(core, self._mode, leaving, "this")
         return plan
+
+    def _check_budget(self, wanted: Mapping[Role, int], *, turns: bool = False) -> None:
+        """Raises InvalidRequest for counts that the policy's bounds of now do not allow. ``turns``: by a flip alone, which
+        mostly keeps the GPUs of all."""
+        controller = self._controller
+        policy = controller.autoscaling.policy
+        if policy is None or policy.dry_run:
+            return
+        counts = controller.core.counts()
+        now = Ratio(prefill=counts["prefill"], decode=counts["decode"])
+        ratio = Ratio(**{role: wanted.get(role, now.of(role)) for role in ROLES})
+        setup = setup_of(controller.deployment)
+        total = not turns or abs(ratio.gpus(setup) - now.gpus(setup)) > 1e-9
+        reason = reason_against(ratio, policy, setup, controller.now_s(), roles=tuple(wanted), total=total)
+        if reason is not None:
+            raise InvalidRequest(reason)
 
     async def _check_fits(
         self, plan: ScalePlan, deployment: Deployment, renewed: Mapping[str, Role] | None = None

@@ -142,8 +142,15 @@ class Autoscaling:
         """Once per interval, until cancelled."""
         controller = self._controller
         next_s = 0.0
+        obeyed: tuple[Policy | None] | None = None
         while True:
             self.look()
+            if obeyed != (self.policy,):
+                try:
+                    await self.keep_requests()
+                    obeyed = (self.policy,)
+                except Exception:  # whatever the backend has: tried again
+                    logger.exception("requests for nodes cannot be looked at")
             await controller.keep_events()
             now_s = controller.now_s()
             held = controller.stopping or not controller.core.was_ready or controller.updating.is_under_way
@@ -197,7 +204,9 @@ class Autoscaling:
         controller = self._controller
         try:
             match action:
-                case StartInstance(role=role):
+                case StartInstance(role=role, on_new_node=on_new_node):
+                    if on_new_node:  # its room is for this one
+                        await controller.backend.withdraw_node(role)
                     await controller.admin.start_instance(role)
                 case StopInstance(name=name):
                     controller.admin.stop_instance(name)
@@ -208,7 +217,7 @@ class Autoscaling:
                     if reason:
                         controller.events.add("refused", "", f"no node for {role} can be had: {reason}")
                 case WithdrawNode(role=role):
-                    await controller.backend.withdraw_node(self._spec(role).name)
+                    await controller.backend.withdraw_node(role)
                 case Hold():
                     pass
         except BiphaseError as error:
@@ -216,12 +225,30 @@ class Autoscaling:
 
     def _spec(self, role: Role) -> ProcessSpec:
         controller = self._controller
-        return spec_of(controller.spec, f"{role}-wish", 0, kind=role, deployment=controller.deployment)
+        avoid = tuple(controller.core.node_failures.cordoned)
+        return spec_of(controller.spec, f"{role}-wish", 0, kind=role, deployment=controller.deployment, avoid=avoid)
 
     async def _room(self) -> Room:
         backend = self._controller.backend
-        idle = {role: await backend.idle(self._spec(role)) for role in ROLES}
-        return Room(prefill=idle["prefill"], decode=idle["decode"], can_grow=backend.can_grow)
+        asked = [role for role in ROLES if self._state.of(role).asked_s is not None]
+        came = tuple([role for role in asked if await backend.node_came(self._spec(role))])
+        idle = {role: await backend.idle(self._spec(role)) + (role in came) for role in ROLES}
+        return Room(prefill=idle["prefill"], decode=idle["decode"], can_grow=backend.can_grow, came=came)
+
+    async def keep_requests(self) -> None:
+        """The nodes that the state says are asked for are asked for, for as long as is left, and no others: requests
+        outlive the controller, and a policy that made some."""
+        backend = self._controller.backend
+        for role in ROLES:
+            obeyed = self.policy is not None and not self.policy.dry_run
+            there = await backend.node_came(self._spec(role)) is not None
+            if obeyed and self._state.of(role).asked_s is not None:
+                if not there:
+                    await backend.ask_node(self._spec(role))
+            else:
+                self._state = self._state.having(role, asked_s=None)
+                if there:
+                    await backend.withdraw_node(role)
 
     def _setup(self) -> Setup:
         controller = self._controller

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from biphase.cluster.deployment import Deployment
 from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.process import Announcement
+from biphase.protos.values import Role
 
 Kind = Literal["prefill", "decode", "router", "controller"]
 CONTROLLER: Literal["controller"] = "controller"
@@ -136,15 +137,20 @@ class Backend(Protocol):
         ...
 
     async def idle(self, spec: ProcessSpec) -> int:
-        """How many more instances like this one would find room now."""
+        """How many more instances like this one would find room now; what a request holds is not free."""
         ...
 
     async def ask_node(self, spec: ProcessSpec) -> str:
-        """Ask for a host that ``spec`` fits on; returns why nobody can bring one, empty where somebody may."""
+        """Ask for a host that ``spec`` fits on, one for its role at a time and until that is withdrawn, over all lives of
+        the controller. Returns why nobody can bring one, empty where somebody may."""
         ...
 
-    async def withdraw_node(self, name: str) -> None:
-        """Ask no more for the host that was asked for with a spec of that name."""
+    async def withdraw_node(self, role: Role) -> None:
+        """Ask no more for a host for that role; the room of one that has come is free again."""
+        ...
+
+    async def node_came(self, spec: ProcessSpec) -> bool | None:
+        """Whether the host that was asked for with a spec of that role is there, its room held; None: none is asked for."""
         ...
 
     async def check(self, specs: Sequence[ProcessSpec], emptied: Mapping[str, Sequence[str]] | None = None) -> None:

@@ -9,10 +9,10 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from biphase.cluster.deployment import (
     Deployment,
@@ -27,6 +27,7 @@ from biphase.cluster.deployment import (
 )
 from biphase.cluster.router_places import RouterPlace, reason_against
 from biphase.protos.errors import SetupError, one_line
+from biphase.protos.step_time import StepTime
 from biphase.router.config import RequestLimits
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -58,6 +59,28 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class _StepTimeSchema(_Strict):
+    """Of one engine step: for itself, for each new token, for each token that a new one attends to."""
+
+    fixed_ms: float = Field(0.0, ge=0, le=60_000)
+    per_token_us: float = Field(0.0, ge=0, le=100_000)
+    per_context_us: float = Field(0.0, ge=0, le=100_000)
+
+    @model_validator(mode="after")
+    def _costs_something(self) -> Self:
+        if not (self.fixed_ms or self.per_token_us or self.per_context_us):
+            raise ValueError("a step that takes no time; give fixed_ms, per_token_us or per_context_us above 0")
+        return self
+
+    def to_step_time(self) -> StepTime:
+        return StepTime(
+            fixed_s=self.fixed_ms / 1e3,
+            per_token_s=self.per_token_us / 1e6,
+            per_context_s=self.per_context_us / 1e6,
+            num_steps=1,
+        )
+
+
 class _RolePlanSchema(_Strict):
     replicas: int = Field(_PLAN.replicas, ge=0, le=256)
     tensor_parallel_size: int = Field(_PLAN.tensor_parallel_size, ge=1, le=MAX_PARALLEL)
@@ -70,10 +93,12 @@ class _RolePlanSchema(_Strict):
     max_num_seqs: int = Field(_PLAN.max_num_seqs, ge=1, le=4096)
     max_num_batched_tokens: int = Field(_PLAN.max_num_batched_tokens, ge=1, le=1_000_000)
     max_queued_tokens: int | None = Field(_PLAN.max_queued_tokens, ge=1, le=100_000_000)
+    step_time: _StepTimeSchema | None = None
 
     def to_plan(self) -> RolePlan:
-        values = self.model_dump()
-        return RolePlan(kv_memory_bytes=values.pop("kv_memory"), **values)
+        values = self.model_dump(exclude={"step_time"})
+        step_time = self.step_time.to_step_time() if self.step_time is not None else _PLAN.step_time
+        return RolePlan(kv_memory_bytes=values.pop("kv_memory"), step_time=step_time, **values)
 
 
 class _RouterSchema(_Strict):
@@ -312,8 +337,9 @@ def _schema_at(path: tuple[str, ...]) -> type[BaseModel]:
         if part.isdecimal():  # an entry of a list
             continue
         annotation = schema.model_fields[part].annotation
-        for inner in get_args(annotation):  # a list of such, or none
-            annotation = next(iter(get_args(inner)), annotation)
+        for inner in get_args(annotation):  # such a one, a list of such, or none
+            found = next(iter(get_args(inner)), inner)
+            annotation = found if isinstance(found, type) and issubclass(found, BaseModel) else annotation
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
         schema = annotation
     return schema

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from biphase.cluster.router_places import RouterPlace, places_of
 from biphase.protos.parallel_plan import ParallelPlan
+from biphase.protos.step_time import StepTime
 from biphase.protos.values import Mode, Role
 from biphase.router.config import RequestLimits
 
@@ -53,6 +54,8 @@ class RolePlan:
     """Token budget of one engine step."""
     max_queued_tokens: int | None = None
     """Prompt tokens an instance queues before it answers BUSY; None: twice the step budget."""
+    step_time: StepTime = field(default_factory=StepTime)
+    """What a step takes, to scale by until one is fitted; not known: a guess from the batch limits."""
 
     @property
     def parallel(self) -> ParallelPlan:
@@ -139,9 +142,13 @@ class Deployment:
         return Deployment(
             **{
                 **values,
-                "prefill": RolePlan(**values["prefill"]),
-                "decode": RolePlan(**values["decode"]),
+                "prefill": _plan_from(values["prefill"]),
+                "decode": _plan_from(values["decode"]),
                 "limits": RequestLimits(**values["limits"]),
                 "routers": tuple(RouterPlace(**place) for place in values.get("routers", ())),
             }
         )
+
+
+def _plan_from(values: dict[str, Any]) -> RolePlan:
+    return RolePlan(**{**values, "step_time": StepTime(**values.get("step_time", {}))})

@@ -12,6 +12,8 @@ _KEYS = (
     *("kv_transport", "kv_codec", "kv_overlap", "inject_faults"),
 )
 """Of a deployment: what an instance is started with."""
+_NOT_OF_INSTANCES = ("replicas", "step_time")
+"""Of a role's plan: what only the controller looks at."""
 _WEIGHTS = (".gguf", ".safetensors", ".json")
 
 
@@ -20,7 +22,7 @@ def generation_of(deployment: Deployment) -> str:
     values = asdict(deployment)
     said = {key: values[key] for key in _KEYS}
     for role in ("prefill", "decode"):
-        said[role] = {key: value for key, value in values[role].items() if key != "replicas"}
+        said[role] = {key: value for key, value in values[role].items() if key not in _NOT_OF_INSTANCES}
     said["weights"] = _stamp(Path(deployment.model))
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 

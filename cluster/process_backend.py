@@ -24,6 +24,7 @@ from biphase.cluster.ray_node_check import weights_lack, weights_of
 from biphase.cluster.run_dir import RunDir, replace_file, started_ticks
 from biphase.protos.errors import SetupError
 from biphase.protos.process import Announcement
+from biphase.protos.values import Role
 
 LOADING_POLL_S = 0.05
 MAX_IDLE = 64
@@ -71,8 +72,11 @@ class ProcessBackend:
     async def ask_node(self, spec: ProcessSpec) -> str:
         return "backend process has this host alone"
 
-    async def withdraw_node(self, name: str) -> None:
+    async def withdraw_node(self, role: Role) -> None:
         pass
+
+    async def node_came(self, spec: ProcessSpec) -> None:
+        return None
 
     async def check(self, specs: Sequence[ProcessSpec], emptied: Mapping[str, Sequence[str]] | None = None) -> None:
         """One host takes what it is given (threads and memory are the ranks' own defaults to bound), GPUs apart."""

@@ -18,9 +18,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
-from ray._private import state as ray_state
 from ray.experimental import internal_kv
-from ray.util import placement_group, placement_group_table
+from ray.util import placement_group_table
 
 from biphase.cluster.backend import STATE, WAIT_VARIABLE, Handle, NodeView, ProcessSpec
 from biphase.cluster.deployment import Deployment
@@ -29,24 +28,24 @@ from biphase.cluster.rank_group import MissingRank
 from biphase.cluster.ray_actor import ProcessActor
 from biphase.cluster.ray_connect import connect, is_joined
 from biphase.cluster.ray_group import RayGroup
-from biphase.cluster.ray_names import ActorName, group_name, namespace_of, request_name
+from biphase.cluster.ray_names import ActorName, group_name, is_request, namespace_of
 from biphase.cluster.ray_node_check import weights_lack, weights_of
 from biphase.cluster.ray_nodes import NodeBook, hosts_now
 from biphase.cluster.ray_placement import RayPlacement, groups_there, remove_groups
 from biphase.cluster.ray_rank import RayRank
-from biphase.cluster.ray_room import NOTHING, Room, bundles_of, how_many, refusal, room_of, rooms_asked
+from biphase.cluster.ray_requests import NodeRequests
+from biphase.cluster.ray_room import Room, refusal, rooms_asked
 from biphase.cluster.ray_turns import Turn, first_without_room, held_of
 from biphase.cluster.survivors import SERVED
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.process import Announcement
+from biphase.protos.values import Role
 
 KILL_WAIT_S = 5.0
 RELEASE_S, RELEASE_POLL_S = 5.0, 0.1
 ACTOR_CONCURRENCY = 8
 """Long polls of the supervisor, of the controller and of a controller's former life, a stop, and other ranks' looks for
 rank 0, at once."""
-MAX_IDLE = 64
-"""Instances that would find room are counted no further."""
 T = TypeVar("T")
 
 
@@ -67,6 +66,9 @@ class RayBackend:
         self._book = NodeBook(self._call, deployment, self._namespace)
         self._book.on_look = self._tell_waiting
         self._placement = RayPlacement(self._namespace, self._book, self._groups, joined=self._joined)
+        self._requests = NodeRequests(
+            self._call, self._namespace, self._book, self._placement, self._share, joined=self._joined
+        )
 
     async def open(self) -> None:
         if self._owner:
@@ -180,7 +182,6 @@ class RayBackend:
             if group.is_ending:
                 return
             await self._book.settle()
-            await self.withdraw_node(spec.name)  # what was asked for with it is for this one
             await self._book.look(check=True)
             actors = await self._call(partial(self._create, spec))
         except Exception as error:  # noqa: BLE001 -- whatever it was, the life ends by it and another one begins
@@ -274,36 +275,23 @@ class RayBackend:
 
     # -- nodes that an autoscaler may bring -------------------------------------------------------------------------
 
-    async def ask_node(self, spec: ProcessSpec) -> str:
-        """Ask for a node that ``spec`` fits on, by a placement group that waits; returns why that is no use, or nothing."""
-        if not self._joined or self._book.growth is None:
-            return "this cluster has no autoscaler that could add a node"
-        share = await self._call(partial(self._share, spec))
-        name = request_name(self._namespace, spec.name)
-        if name not in (await self._call(groups_there)).values():
-            await self._call(
-                lambda: placement_group(bundles_of(spec, share), strategy="PACK", name=name, lifetime="detached")
-            )
-        return ""
-
-    async def withdraw_node(self, name: str) -> None:
-        """What the new node has is free again, or the autoscaler stops bringing one."""
-        await self._call(partial(remove_groups, {request_name(self._namespace, name)}))
-
-    async def idle(self, spec: ProcessSpec) -> int:
-        share = await self._call(partial(self._share, spec))
-        each = rooms_asked([spec], {spec.name: GpuPart(share=share)})
-        if not self._joined:
-            return how_many(each, await self._call(_all_free), MAX_IDLE)
-        await self._book.look(check=not self._owner)
-        hosts = [host for host in self._book.hosts if host.node_id not in self._placement.shunned(spec)]
-        return how_many(each, [host.free for host in hosts], MAX_IDLE)
-
     @property
     def can_grow(self) -> bool:
-        growth = self._book.growth
-        workers = sum(not host.is_head for host in self._book.hosts)
-        return growth is not None and workers < growth.most_workers
+        return self._requests.can_grow
+
+    async def ask_node(self, spec: ProcessSpec) -> str:
+        return await self._requests.ask(spec)
+
+    async def withdraw_node(self, role: Role) -> None:
+        await self._requests.withdraw(role)
+
+    async def node_came(self, spec: ProcessSpec) -> bool | None:
+        return await self._requests.came(spec)
+
+    async def idle(self, spec: ProcessSpec) -> int:
+        if self._joined:
+            await self._book.look(check=not self._owner)
+        return await self._requests.idle(spec)
 
     async def adopt(self) -> list[Handle]:
         """The lives that have actors, and whatever ranks they still have. Groups of those that have none are given back."""
@@ -335,9 +323,12 @@ class RayBackend:
         return actors
 
     def _remove_forgotten(self, kept: set[str]) -> None:
-        """Placement groups whose lives are over, or had not begun when their controller died."""
+        """Placement groups whose lives are over, or had not begun when their controller died.
+
+        Requests for hosts go on over a controller's lives; whoever starts or ends the deployment withdraws them.
+        """
         ours = {name for name in groups_there().values() if name.startswith(f"{self._namespace}/")}
-        remove_groups(ours - kept)
+        remove_groups({name for name in ours - kept if self._owner or not is_request(name)})
 
     async def watch(self, handle: Handle) -> AsyncIterator[Announcement]:
         assert isinstance(handle, RayGroup)
@@ -409,11 +400,6 @@ class RayBackend:
     async def _call(self, function: Callable[[], T]) -> T:
         """A blocking Ray call, outside the loop."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
-
-
-def _all_free() -> list[Room]:
-    """What is free, host by host."""
-    return [room_of(resources) for resources in ray_state.available_resources_per_node().values()] or [NOTHING]
 
 
 def _actor_of(spec: ProcessSpec, rank: int) -> ActorName:

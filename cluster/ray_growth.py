@@ -1,9 +1,12 @@
 """How far a Ray cluster may grow: its autoscaler's own configuration, read on the head, as values.
 
 `ray up` leaves the configuration on the head and hands it to the autoscaler's monitor, whose command line names it.
-Hosts of provider ``local`` do not say there what they have.
+Hosts of provider ``local`` do not say there what they have. Where the autoscaler is elsewhere (KubeRay runs it in a container
+of its own) a variable says how many workers there may be.
 """
 
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,11 @@ from typing import Any
 import yaml
 
 from biphase.cluster.ray_room import Room, fits, room_of
+from biphase.protos.errors import SetupError
 
+WORKERS_VARIABLE = "BIPHASE_MAX_WORKERS"
+"""Set on the head where an autoscaler's configuration cannot be read there: the most worker hosts that it may bring."""
+MAX_WORKERS = 10_000
 _FLAG = "--autoscaling-config="
 UNKNOWN = Room(2**62, 2**62)
 """Of a host that has not joined yet and does not say what it will have: never the reason for a refusal."""
@@ -93,7 +100,11 @@ def config_named_by(command_lines: Iterable[str], gcs_address: str) -> Path | No
 
 
 def find_growth(gcs_address: str) -> Growth | None:
-    """Of the cluster whose head this host is; None where it has no autoscaler, or another host is the head."""
+    """Of the cluster whose head this host is; None where it has no autoscaler, or another host is the head.
+
+    Raises SetupError for a bad value of the variable, also where a configuration is found.
+    """
+    said = growth_said(os.environ.get(WORKERS_VARIABLE, ""))
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -102,8 +113,18 @@ def find_growth(gcs_address: str) -> Growth | None:
             continue
     found = config_named_by(lines, gcs_address)
     if found is None:
-        return None
+        return said
     try:
         return growth_of(yaml.safe_load(found.read_text()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return said
+
+
+def growth_said(text: str) -> Growth | None:
+    """By so many workers, of which nothing else is known; None for an empty text. Raises SetupError."""
+    if not text:
         return None
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_WORKERS:
+        raise SetupError(f"{WORKERS_VARIABLE} is {text!r}: a number of worker hosts, 1 to {MAX_WORKERS}")
+    most = int(text)
+    return Growth(most_workers=most, types=(NodeType(room=None, least=0, most=most),))

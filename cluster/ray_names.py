@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from typing import cast
 
 from biphase.cluster.backend import Kind
+from biphase.protos.values import Role
 
 _ACTOR = re.compile(r"(?P<kind>[a-z]+)/(?P<name>.+)#(?P<incarnation>\d+)(\.(?P<rank>\d+)of(?P<num_ranks>\d+))?")
+
+
+_REQUEST = "node-for-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,11 @@ def group_name(namespace: str, name: str, incarnation: int) -> str:
     return f"{namespace}/{name}#{incarnation}"
 
 
-def request_name(namespace: str, name: str) -> str:
-    """Of the placement group that asks for a node for instances like the one called ``name``: one for each role."""
-    return f"{namespace}/node-for-{name.partition('-')[0]}"
+def request_name(namespace: str, role: Role) -> str:
+    """Of the placement group that asks for a host for one more instance of a role."""
+    return f"{namespace}/{_REQUEST}{role}"
+
+
+def is_request(name: str) -> bool:
+    """Whether a placement group asks for a host; no process has such a name."""
+    return name.rpartition("/")[2].startswith(_REQUEST)

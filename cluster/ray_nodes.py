@@ -75,6 +75,11 @@ class NodeBook:
         unfit = {key for key in self._seen.hosts if self._verdicts.get((key, weights), "?")}
         return unfit if self._follows else set()
 
+    @property
+    def being_checked(self) -> set[str]:
+        """Ids of hosts that may get something in a moment."""
+        return {node for node, weights in self._checks if weights == self._served[0]} - set(self.refused())
+
     def find(self, name: str) -> RayHost | None:
         return next((host for host in self.hosts if host.is_called(name)), None)
 

@@ -51,8 +51,7 @@ class RayPlacement:
         if wish is not None:
             options = {"strategy": "STRICT_PACK", "_soft_target_node_id": wish}
             self._targets[spec.name, spec.incarnation] = wish
-        if shunned:
-            options["bundle_label_selector"] = [{NODE_ID_LABEL: f"!in({','.join(sorted(shunned))})"} for _ in bundles]
+        options |= avoiding(shunned, len(bundles))
         group = placement_group(
             bundles, name=group_name(self._namespace, spec.name, spec.incarnation), lifetime="detached", **options
         )
@@ -90,6 +89,13 @@ class RayPlacement:
         """Ids of hosts where it may not go."""
         avoided = {host.node_id for host in self._book.hosts if any(host.is_called(name) for name in spec.avoid_nodes)}
         return self._book.shunned(spec.deployment) | avoided
+
+
+def avoiding(shunned: set[str], num_bundles: int) -> dict[str, Any]:
+    """Options of a placement group none of whose bundles may lie on these hosts."""
+    if not shunned:
+        return {}
+    return {"bundle_label_selector": [{NODE_ID_LABEL: f"!in({','.join(sorted(shunned))})"}] * num_bundles}
 
 
 def groups_there() -> dict[str, str]:

@@ -75,6 +75,7 @@ def setup_of(
             gpus=plan.parallel.num_ranks * ((gpus or {}).get(role) or plan.gpus or 1.0),
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
+            step_time=plan.step_time,
             plan=str(plan.parallel),
         )
         for role in ROLES

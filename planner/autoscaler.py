@@ -5,6 +5,7 @@ the stabilization time; ``moves.py`` approaches it. ``now_s`` is seconds since 1
 schedules need it.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from biphase.planner.autoscaler_state import AutoscalerState, Decision, Hold, Recommendation
@@ -12,7 +13,7 @@ from biphase.planner.capacity import Setup, prior_of
 from biphase.planner.fleet import Fleet
 from biphase.planner.moves import Moves
 from biphase.planner.policy import ROLES, Policy
-from biphase.planner.ratio import Outlook, Ratio, choose
+from biphase.planner.ratio import Outlook, Ratio, choose, nearest, outside
 from biphase.planner.schedules import in_force
 from biphase.planner.signals import ClusterSignals
 from biphase.protos.step_time import StepTime, attended
@@ -31,7 +32,7 @@ REFERENCE: dict[Role, tuple[int, int]] = {"prefill": (512, attended(0, 512)), "d
 def decide(
     policy: Policy, signals: ClusterSignals, state: AutoscalerState, now_s: float, *, pinned: Ratio | None = None
 ) -> Decision:
-    """What to do now. ``pinned``: the ratio that somebody asked for; it replaces the choice, not the budget."""
+    """What to do now. ``pinned``: the ratio that somebody asked for; it replaces the choice, not the bounds."""
     before = state
     policy, schedules = in_force(policy, now_s)
     fleet = Fleet(signals, policy, state.given_up)
@@ -41,9 +42,14 @@ def decide(
     moves = Moves(policy, signals, fleet, state, now_s, outlook=outlook, pinned=pinned is not None)
     moves.give_up_late_starts()
     if pinned is not None:
-        moves.say("pin", f"pinned to {pinned}")
-        moves.towards(pinned, pinned)
-        return moves.decision(before, pinned)
+        target = nearest(pinned, policy, signals.setup)
+        if target == pinned:
+            moves.say("pin", f"pinned to {pinned}")
+        else:
+            why = outside(pinned, policy, signals.setup) or f"{target} comes nearest within the bounds"
+            moves.say(f"pin {pinned} {target}", f"pinned to {pinned}, {target} is kept: {why}")
+        moves.towards(target, target)
+        return moves.decision(before, target)
     if 2 * signals.num_heard < signals.num_known:
         reason = f"{signals.num_heard} of {signals.num_known} instances report, under half"
         moves.say("hold", f"hold: {reason}")
@@ -57,16 +63,18 @@ def decide(
     return moves.decision(before, target)
 
 
-def reason_against(ratio: Ratio, policy: Policy, setup: Setup) -> str | None:
-    """Why somebody may not pin this ratio, in one line; None where they may."""
-    if ratio.decode < 1:
-        return f"decode={ratio.decode}: at least 1 decode instance is needed, prefill alone ends no request"
-    if setup.strict and ratio.prefill < 1:
-        return f"prefill={ratio.prefill} with mode strict, whose least is 1: decode instances do not prefill in it"
-    gpus = ratio.gpus(setup)
-    if gpus > policy.gpu_budget.max + 1e-9:
-        return f"{ratio} takes {gpus:g} GPUs, gpu_budget.max is {policy.gpu_budget.max:g}"
-    return None
+def reason_against(
+    ratio: Ratio, policy: Policy, setup: Setup, now_s: float, *, roles: Sequence[Role] = ROLES, total: bool = True
+) -> str | None:
+    """Why somebody may not pin this ratio now, in one line with value and limit; None where they may.
+
+    ``roles``: those whose number they give; ``total``: whether the GPUs of all change.
+    """
+    policy, schedules = in_force(policy, now_s)
+    found = outside(ratio, policy, setup, roles=roles, total=total)
+    if found is None:
+        return None
+    return found + (f" (schedule {', '.join(schedules)} is on)" if schedules else "")
 
 
 def _observed(state: AutoscalerState, signals: ClusterSignals, fleet: Fleet, now_s: float) -> AutoscalerState:
@@ -148,8 +156,10 @@ def _vetoed(policy: Policy, signals: ClusterSignals, outlook: Outlook, current: 
     shrinks = target != current and all(target.of(role) <= current.of(role) for role in ROLES)
     if not shrinks or current.gpus(signals.setup) > policy.gpu_budget.max:
         return []
+    # what was missed before the last change of the ratio says nothing of this one: where there is enough, what is newest
+    newest = signals.recent if sum(signals.recent.counts) >= MIN_REQUESTS else signals.latency
     # what was refused has met neither goal, whosever fault it was
-    shares = replace(signals.latency, missed=0).shares(targets.ttft_ms, targets.tpot_ms)
+    shares = replace(newest, missed=0).shares(targets.ttft_ms, targets.tpot_ms)
     if shares[3] < MIN_REQUESTS or outlook.attainment(current) < targets.attainment:
         return []
     return [

@@ -86,9 +86,10 @@ def _role(values: Mapping[str, Any]) -> RoleState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartInstance:
-    """On idle GPUs, or on the node that was asked for and has come."""
+    """On idle GPUs, or on the node that was asked for and has come: then the request that keeps its room is withdrawn."""
 
     role: Role
+    on_new_node: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

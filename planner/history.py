@@ -68,7 +68,7 @@ def _moments(numbered: Iterator[tuple[int, str]], source: str) -> Iterator[Momen
             moment = Moment(
                 unix_s=float(values["unix_s"]),
                 members=tuple(Member(**member) for member in values["members"]),
-                room=Room(**values.get("room", {})),
+                room=_room(values.get("room", {})),
                 reports=tuple(_report(dict(report)) for report in values["reports"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -91,6 +91,10 @@ def _report(values: dict[str, Any]) -> Report:
 
 def _shape(values: dict[str, Any]) -> RoleShape:
     return RoleShape(**{**values, "step_time": StepTime(**values.get("step_time", {}))})
+
+
+def _room(values: dict[str, Any]) -> Room:
+    return Room(**{**values, "came": tuple(values.get("came", ()))})
 
 
 def _short(values: dict[str, Any]) -> dict[str, Any]:

@@ -222,10 +222,12 @@ class Moves:
             if self._idle[role] < 1:
                 self.say(f"up {role} no room", f"{role} needs {count - started} more: no GPU is idle")
                 break
-            self._actions.append(StartInstance(role=role))
+            # room that was there before is taken first: then the new node is needed for another, or no more
+            on_new_node = role in self._signals.room.came and self._idle[role] == 1
+            self._actions.append(StartInstance(role=role, on_new_node=on_new_node))
             self._changes[role] += 1
-            self._take(role)
-            if not self._policy.dry_run:
+            self._take(role, on_new_node=on_new_node)
+            if on_new_node and not self._policy.dry_run:
                 self.state = self.state.having(role, asked_s=None)
             started += 1
         if started:
@@ -235,6 +237,8 @@ class Moves:
         """Ask for a node for what finds no GPU, one per role at a time; withdraw what is wanted no more or never came."""
         policy, fleet, setup = self._policy, self._fleet, self._signals.setup
         more_gpus = ideal.gpus(setup) > fleet.gpus + fleet.idle_gpus + 1e-9
+        # a request that is made now could take the room that a start of now was meant for
+        starts = any(isinstance(item, StartInstance) for item in self._actions)
         for role in ROLES:
             seen = self.state.of(role)
             lacking = ideal.of(role) - self._fleet.ratio.of(role) - self._changes[role]
@@ -242,10 +246,12 @@ class Moves:
                 waited_s = self._now_s - seen.asked_s
                 if not self._still_wanted(role, ideal):
                     self._withdraw(role, "it is needed no more", 0.0)
+                elif self._budget_left() < -1e-9:
+                    self._withdraw(role, self._held(), 0.0)
                 elif waited_s >= policy.node_wait_s and self._idle[role] < 1:
                     self._withdraw(role, f"none came in {waited_s:.0f} s, node_wait_s is {policy.node_wait_s:g}", 1.0)
                 continue
-            if lacking <= 0 or not more_gpus or self._idle[role] > 0 or seen.start_after_s > self._now_s:
+            if lacking <= 0 or not more_gpus or starts or self._idle[role] > 0 or seen.start_after_s > self._now_s:
                 continue
             if self._budget_left() < setup.shape(role).gpus - 1e-9:
                 continue
@@ -258,7 +264,7 @@ class Moves:
                 self.say(f"ask {role}", f"ask for a node: {self._words(role)}, {lacking} more would fit the budget")
 
     def _still_wanted(self, role: Role, ideal: Ratio) -> bool:
-        recent = [item.ideal.of(role) for item in self.agreeing("down")]
+        recent = [] if self._pinned else [item.ideal.of(role) for item in self.agreeing("down")]
         return max([ideal.of(role), *recent]) > self._fleet.ratio.of(role) + self._changes[role]
 
     def _withdraw(self, role: Role, why: str, waits: float) -> None:
@@ -276,10 +282,11 @@ class Moves:
         return 0.0 if changed_s is None else changed_s + self._policy.rule(direction).cooldown_s - self._now_s
 
     def _step(self, role: Role, direction: Direction) -> int:
-        """Instances of a role per decision: one while nobody knows what they can do."""
+        """Instances of a role per decision: one while nobody knows what they can do, nor has said so."""
         if self._pinned:
             return 1_000_000
-        return 1 if self.state.of(role).step is None else self._policy.rule(direction).max_step
+        is_known = self.state.of(role).step is not None or self._signals.setup.shape(role).step_time.is_known
+        return self._policy.rule(direction).max_step if is_known else 1
 
     def _budget_left(self) -> float:
         """GPUs that nothing holds, nor will by this decision or a node that was asked for."""
@@ -293,10 +300,12 @@ class Moves:
         )
         return self._policy.gpu_budget.max - self._fleet.gpus - asked - starts - turned
 
-    def _take(self, role: Role) -> None:
-        """One start fewer fits, of the other role as many fewer as its GPUs would have held."""
+    def _take(self, role: Role, *, on_new_node: bool) -> None:
+        """One start fewer fits; of the other role as many fewer as its GPUs would have held, were they not kept from it."""
         setup = self._signals.setup
         self._idle[role] -= 1
+        if on_new_node:
+            return
         fewer = -(-setup.shape(role).gpus // max(setup.shape(other(role)).gpus, 1e-9))
         self._idle[other(role)] = max(0, self._idle[other(role)] - int(min(fewer, 1e6)))
 

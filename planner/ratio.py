@@ -5,7 +5,7 @@ does as well; a role keeps its number if that would carry ``KEEP_MARGIN`` less, 
 ``DOWN_MARGIN`` more, so that noise moves nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,6 +119,32 @@ def choose(outlook: Outlook, policy: Policy, current: Ratio, *, most_gpus: float
     best = max(forecasts[ratio][0] for ratio in cheapest)
     alike = [ratio for ratio in cheapest if forecasts[ratio][0] >= best * (1 - SAME)]
     return min(alike, key=lambda ratio: (_distance(ratio, current), -forecasts[ratio][0], ratio))
+
+
+def outside(
+    ratio: Ratio, policy: Policy, setup: Setup, *, roles: Sequence[Role] = ROLES, total: bool = True
+) -> str | None:
+    """Which of the policy's bounds a ratio breaks, in one line with value and limit; ``total``: the budget counts too."""
+    for role in roles:
+        count, bounds = ratio.of(role), policy.bounds(role)
+        if count > bounds.max_replicas:
+            return f"{role} is {count}, more than {role}.max_replicas {bounds.max_replicas} of the policy"
+        if count < bounds.min_replicas:
+            return f"{role} is {count}, less than {role}.min_replicas {bounds.min_replicas} of the policy"
+    gpus, budget = ratio.gpus(setup), policy.gpu_budget
+    if total and gpus > budget.max + 1e-9:
+        return f"{ratio} takes {gpus:g} GPUs, more than gpu_budget.max {budget.max:g} of the policy"
+    if total and gpus < budget.min - 1e-9:
+        return f"{ratio} takes {gpus:g} GPUs, less than gpu_budget.min {budget.min:g} of the policy"
+    return None
+
+
+def nearest(ratio: Ratio, policy: Policy, setup: Setup) -> Ratio:
+    """What comes nearest to a ratio within bounds and budget."""
+    candidates = _candidates(policy, setup, policy.gpu_budget.max)
+    if not candidates:
+        return Ratio(prefill=policy.prefill.min_replicas, decode=policy.decode.min_replicas)
+    return min(candidates, key=lambda candidate: (_distance(candidate, ratio), candidate))
 
 
 def _candidates(policy: Policy, setup: Setup, most_gpus: float) -> list[Ratio]:

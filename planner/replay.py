@@ -99,10 +99,8 @@ class Replay:
         ready = sum(member.phase == "ready" for member in members)
         share = signals.num_heard / signals.num_known if signals.num_known else 1.0
         idle = max(0.0, self._gpus - sum(self._setup.shape(member.role).gpus for member in members))
-        room = Room(
-            **{role: int((idle + 1e-9) // max(self._setup.shape(role).gpus, 1e-9)) for role in ROLES},
-            can_grow=moment.room.can_grow,
-        )
+        fit = {role: int((idle + 1e-9) // max(self._setup.shape(role).gpus, 1e-9)) for role in ROLES}
+        room = Room(prefill=fit["prefill"], decode=fit["decode"], can_grow=moment.room.can_grow)
         return replace(
             signals,
             members=members,

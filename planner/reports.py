@@ -166,12 +166,14 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """``idle``: how many instances of a role would find GPUs now, nodes that were asked for and have come included."""
+    """``idle``: how many instances of a role would find GPUs now, on the node that was asked for and has come too."""
 
     prefill: int = 0
     decode: int = 0
     can_grow: bool = False
     """Whether the cluster has an autoscaler that brings new nodes."""
+    came: tuple[Role, ...] = ()
+    """Roles for whose next instance a node was asked for and has come: one of their idle places is kept for it there."""
 
     def idle(self, role: Role) -> int:
         return self.prefill if role == "prefill" else self.decode

@@ -6,14 +6,13 @@ sudden change of the load, found where the two sides differ most and by more tha
 steady load is averaged over the whole window.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from biphase.planner.capacity import OfferedLoad, Setup
+from biphase.planner.flow import Flow, jump_of, jump_of_answers, shares_of, unended_mean
 from biphase.planner.reports import (
-    Histogram,
     InstanceReport,
     JointHistogram,
     Member,
@@ -38,6 +37,8 @@ class ClusterSignals:
     load: OfferedLoad = field(default_factory=OfferedLoad)
     latency: JointHistogram = field(default_factory=JointHistogram)
     """Of the requests that ended within the window, and of those that run by what they have seen so far."""
+    recent: JointHistogram = field(default_factory=JointHistogram)
+    """The same of the last three intervals."""
     span_s: float = 0.0
     watched_s: float = 0.0
     """For how long anybody has reported, at most the window."""
@@ -82,35 +83,6 @@ class _Source:
         if first_s > begin_s and born_s >= begin_s - 1e-9 and first.uptime_s > 0:
             return last_s - born_s, None, last
         return (last_s - first_s, first, last) if last_s > first_s else None
-
-
-@dataclass(slots=True)
-class _Flow:
-    """What the routers were offered over a stretch of time, and what became of it."""
-
-    seconds: float = 0.0
-    requests_per_s: float = 0.0
-    prompt_tokens_per_s: float = 0.0
-    output_tokens_per_s: float = 0.0
-    num_requests: int = 0
-    num_ended: int = 0
-    prompts: Histogram = field(default_factory=Histogram)
-    outputs: Histogram = field(default_factory=Histogram)
-    latency: list[JointHistogram] = field(default_factory=list)
-
-    def add(self, seconds: float, first: RouterReport | None, last: RouterReport) -> None:
-        before = first or RouterReport(name=last.name)
-        requests = last.offered_requests - before.offered_requests
-        self.seconds = max(self.seconds, seconds)
-        self.num_requests += requests
-        self.requests_per_s += requests / seconds
-        self.prompt_tokens_per_s += (last.offered_prompt_tokens - before.offered_prompt_tokens) / seconds
-        self.output_tokens_per_s += (last.offered_output_tokens - before.offered_output_tokens) / seconds
-        outputs = last.output_tokens.since(before.output_tokens)
-        self.num_ended += outputs.total
-        self.prompts = self.prompts.plus(last.prompt_tokens.since(before.prompt_tokens))
-        self.outputs = self.outputs.plus(outputs)
-        self.latency.append(last.latency.since(before.latency))
 
 
 class SignalWindow:
@@ -169,12 +141,14 @@ class SignalWindow:
         members = tuple(members)
         due = {member.name for member in members if member.phase == "ready"}
         heard = due & {report.name for report in instances}
-        flow, span_s = self._settled(routers, window_s, now_s, interval_s)
-        load = self._load(flow) if routers else self._computed(fresh, window_s, now_s)
+        flow = self._settled(routers, window_s, now_s, interval_s)
+        answers = self._answers(routers, flow, now_s, interval_s)
+        load = self._load(flow, answers) if routers else self._computed(fresh, window_s, now_s)
         return ClusterSignals(
             load=load,
             latency=_joined([*flow.latency, *running]),
-            span_s=span_s if routers else min(window_s, self._age(fresh, now_s)),
+            recent=_joined([*_flow(routers, now_s - stale_s, now_s, latency=True).latency, *running]),
+            span_s=flow.seconds if routers else min(window_s, self._age(fresh, now_s)),
             watched_s=min(window_s, self._age(fresh, now_s)),
             num_requests=flow.num_requests,
             queued_requests=sum(getattr(source.newest[1], "queued_requests", 0) for source in routers),
@@ -194,35 +168,49 @@ class SignalWindow:
     def _age(self, sources: Sequence[_Source], now_s: float) -> float:
         return max((now_s - source.reports[0][0] for source in sources), default=0.0)
 
-    def _settled(
-        self, routers: Sequence[_Source], window_s: float, now_s: float, interval_s: float
-    ) -> tuple[_Flow, float]:
+    def _settled(self, routers: Sequence[_Source], window_s: float, now_s: float, interval_s: float) -> Flow:
         """The flow since the last sudden change within the window, or over all of it."""
-        whole = _flow(routers, now_s - window_s, now_s)
-        best, best_jump = whole, JUMP
+        begin_s, best_jump = now_s - window_s, JUMP
         steps = int(window_s / interval_s + 1e-9)
         for step in _growing(1, steps - 1):
             cut_s = now_s - step * interval_s
             old, new = _flow(routers, now_s - window_s, cut_s), _flow(routers, cut_s, now_s)
             if old.seconds <= 0 or new.seconds <= 0:
                 continue
-            jump = _jump(old, new)
+            jump = jump_of(old, new)
             if jump > best_jump:
-                best, best_jump = new, jump
-        return best, best.seconds
+                begin_s, best_jump = cut_s, jump
+        return _flow(routers, begin_s, now_s, latency=True)
 
-    def _load(self, flow: _Flow) -> OfferedLoad:
+    def _answers(self, routers: Sequence[_Source], flow: Flow, now_s: float, interval_s: float) -> Flow:
+        """The latest part of ``flow`` in which answers are of one kind: those that began before a change of the load end,
+        and draw tokens, long after it."""
+        best, best_jump = flow, JUMP
+        for step in _growing(1, int(flow.seconds / interval_s + 1e-9) - 1):
+            cut_s = now_s - step * interval_s
+            old, new = _flow(routers, now_s - flow.seconds, cut_s), _flow(routers, cut_s, now_s)
+            if old.seconds > 0 and new.seconds > 0:
+                jump = jump_of_answers(old, new)
+                if jump > best_jump:
+                    best, best_jump = new, jump
+        return best
+
+    def _load(self, flow: Flow, answers: Flow) -> OfferedLoad:
+        """``answers``: the part of ``flow`` that says how long answers are."""
         if flow.num_requests <= 0:
             prompt, output = self._lengths or (512.0, 128.0)
             return OfferedLoad(
                 requests_per_s=0.0,
                 prompt_lengths=((prompt, 1.0),),
                 output_mean=output,
-                output_tokens_per_s=flow.output_tokens_per_s,
+                output_tokens_per_s=answers.output_tokens_per_s,
             )
         prompt_mean = flow.prompt_tokens_per_s / max(1e-12, flow.requests_per_s)
-        prompts = _shares(flow.prompts, prompt_mean)
-        output_mean, output_square = self._outputs(flow)
+        prompts = shares_of(flow.prompts, prompt_mean)
+        output_mean, output_square = self._outputs(answers, at_least=unended_mean(flow))
+        drawn = answers.output_tokens_per_s
+        if answers.num_ended > answers.num_requests:  # more end than come: what had piled up is drawn as well
+            drawn = min(drawn, flow.output_tokens_per_s)
         self._lengths = (prompt_mean, output_mean)
         return OfferedLoad(
             requests_per_s=flow.requests_per_s,
@@ -230,19 +218,20 @@ class SignalWindow:
             output_mean=output_mean,
             output_square=output_square,
             # what runs counts at no less than its present length: where old lengths say less, what is drawn counts
-            output_tokens_per_s=max(flow.output_tokens_per_s, flow.requests_per_s * output_mean),
+            output_tokens_per_s=max(drawn, flow.requests_per_s * output_mean),
         )
 
-    def _outputs(self, flow: _Flow) -> tuple[float, float]:
+    def _outputs(self, flow: Flow, *, at_least: float) -> tuple[float, float]:
         """Mean and mean square of output lengths: tokens per ended request, within what its buckets allow."""
+        at_least = max(at_least, 1.0)
         if flow.num_ended <= 0:
             known = self._lengths[1] if self._lengths else 0.0
-            mean = max(known, flow.output_tokens_per_s / max(1e-12, flow.requests_per_s), 1.0)
+            mean = max(known, flow.output_tokens_per_s / max(1e-12, flow.requests_per_s), at_least)
             return mean, mean * mean
         low, high = flow.outputs.mean_within()
         drawn = flow.output_tokens_per_s * flow.seconds / flow.num_ended
-        mean = max(1.0, min(high, max(low, drawn)))
-        shares = _shares(flow.outputs, mean)
+        mean = max(at_least, min(high, max(low, drawn)))
+        shares = shares_of(flow.outputs, mean)
         return mean, sum(share * value * value for value, share in shares)
 
     def _computed(self, sources: Sequence[_Source], window_s: float, now_s: float) -> OfferedLoad:
@@ -276,58 +265,16 @@ def _growing(first: int, last: int) -> list[int]:
     return found
 
 
-def _flow(routers: Sequence[_Source], begin_s: float, end_s: float) -> _Flow:
-    flow = _Flow()
+def _flow(routers: Sequence[_Source], begin_s: float, end_s: float, *, latency: bool = False) -> Flow:
+    """``latency``: with the joint histograms, which are much to sum."""
+    flow = Flow()
     for source in routers:
         found = source.between(begin_s, end_s)
         if found is not None and found[0] > 0:
             seconds, first, last = found
             assert isinstance(last, RouterReport) and not isinstance(first, InstanceReport)
-            flow.add(seconds, first, last)
+            flow.add(seconds, first, last, latency=latency)
     return flow
-
-
-def _jump(old: _Flow, new: _Flow) -> float:
-    """How different two stretches are in requests, prompt tokens and output lengths: squares of standard deviations, summed."""
-    found = [_difference(old.requests_per_s, new.requests_per_s, old.seconds, new.seconds, 1.0)]
-    prompts = old.prompts.plus(new.prompts)
-    if prompts.total:
-        mean = sum(value * count for value, count in prompts.spread()) / prompts.total
-        square = sum(value * value * count for value, count in prompts.spread()) / prompts.total
-        found.append(
-            _difference(
-                old.prompt_tokens_per_s, new.prompt_tokens_per_s, old.seconds, new.seconds, square / max(mean, 1e-12)
-            )
-        )
-    if old.outputs.total >= 5 and new.outputs.total >= 5:
-        (mean_a, variance_a), (mean_b, variance_b) = _moments(old.outputs), _moments(new.outputs)
-        # where all lengths are equal a bucket's width is still unknown
-        spread = variance_a / old.outputs.total + variance_b / new.outputs.total + (0.02 * (mean_a + mean_b)) ** 2
-        found.append(abs(mean_a - mean_b) / math.sqrt(max(spread, 1e-12)))
-    return sum(deviations * deviations for deviations in found)
-
-
-def _difference(rate_a: float, rate_b: float, seconds_a: float, seconds_b: float, size: float) -> float:
-    """Two rates of a compound Poisson flow whose items have mean square / mean ``size``, in standard deviations."""
-    pooled = (rate_a * seconds_a + rate_b * seconds_b + size) / (seconds_a + seconds_b)
-    return abs(rate_a - rate_b) / math.sqrt(max(1e-12, pooled * size * (1 / seconds_a + 1 / seconds_b)))
-
-
-def _moments(histogram: Histogram) -> tuple[float, float]:
-    total = histogram.total
-    mean = sum(value * count for value, count in histogram.spread()) / total
-    return mean, sum((value - mean) ** 2 * count for value, count in histogram.spread()) / total
-
-
-def _shares(histogram: Histogram, mean: float) -> tuple[tuple[float, float], ...]:
-    """(length, share), moved so that their mean is the true one; the mean alone where there is no histogram."""
-    spread = histogram.spread()
-    total = sum(count for _, count in spread)
-    if not total:
-        return ((max(1.0, mean), 1.0),)
-    middle = sum(value * count for value, count in spread) / total
-    scale = mean / middle if middle > 0 else 1.0
-    return tuple((max(1.0, value * scale), count / total) for value, count in spread)
 
 
 def _with_kv(setup: Setup, instances: Sequence[InstanceReport]) -> Setup:

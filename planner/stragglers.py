@@ -4,7 +4,7 @@ Slow: for ``slow_s`` an instance's recent steps took ``slow_factor`` times what 
 work (the median over at least two peers of its role). It is out, then probed, each time after twice the wait: let in for
 ``probe_s``, it stays in if its steps are those of its peers again. Stopped: it holds work and has taken no step, or said
 nothing, for ``stopped_s``; after ``replace_after_s`` it is killed and replaced. Never the last of a role is out, nor more
-than half.
+than half: where others go, those that were out are let back, the least slow first.
 """
 
 import json
@@ -48,6 +48,8 @@ class Record:
     """When its number of steps last rose, or it had nothing to do."""
     heard_s: float = 0.0
     stopped_since_s: float | None = None
+    slowness: float = 0.0
+    """What was last seen of it; 0: nothing yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,8 @@ def judge(
                 or (after.standing == "out" and record.standing == "suspect")
             ):
                 reasons.append(_words(report.name, record, after, ratio, rules))
-            records[report.name] = after
+            records[report.name] = after if ratio is None else replace(after, slowness=ratio)
+        reasons += _let_back([peer.name for peer in peers], records, now_s)
     kill = [name for name, record in records.items() if _is_over(record, now_s, rules)]
     for name in kill:
         stopped_s = now_s - (records[name].stopped_since_s or now_s)
@@ -197,6 +200,20 @@ def _may_go(name: str, peers: Sequence[InstanceReport], records: Mapping[str, Re
     """Whether one more of its role may be out: not the last, and at most half."""
     out = 1 + sum(records[peer.name].standing == "out" for peer in peers if peer.name != name)
     return out < len(peers) and 2 * out <= len(peers)
+
+
+def _let_back(peers: Sequence[str], records: dict[str, Record], now_s: float) -> list[str]:
+    """Let in whom the others that are left can no longer be spared; what is said of it."""
+    out = [name for name in peers if records[name].standing == "out"]
+    out.sort(key=lambda name: (records[name].stopped_since_s is not None, records[name].slowness, name))
+    words = []
+    while len(out) == len(peers) > 0 or 2 * len(out) > len(peers):
+        name = out.pop(0)
+        records[name] = replace(records[name], standing="in", since_s=now_s)
+        why = "nobody else of its role is left" if len(peers) == 1 else f"only {len(peers)} of its role are left"
+        how = "has stopped" if records[name].stopped_since_s is not None else "is slow"
+        words.append(f"{name} gets work again though it {how}: {why}")
+    return words
 
 
 def _is_over(record: Record, now_s: float, rules: Rules) -> bool:

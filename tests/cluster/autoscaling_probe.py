@@ -81,18 +81,35 @@ async def _main() -> dict[str, object]:
     seen["asked"] = await backend.ask_node(spec)
     await backend.ask_node(spec)
     seen["requests"] = states()
+    seen["came"] = await backend.node_came(spec)
 
-    async def came() -> bool:
+    async def joined() -> bool:
         return sum(node["Alive"] for node in ray.nodes()) == 2
 
-    seen["came_s"] = round(await _until(came), 1)
+    seen["came_s"] = round(await _until(joined), 1)
 
     async def granted() -> bool:
         return states() == ["CREATED"]
 
     await _until(granted)
+
+    async def came() -> bool:
+        return await backend.node_came(spec) is True
+
+    await _until(came)
     seen["idle_while_asked"] = await backend.idle(spec)
-    await backend.withdraw_node("decode-wish")
+    controller = RayBackend(deployment, owner=False)  # a controller's next life
+    await controller.open()
+    seen["adopted"] = await controller.adopt()
+
+    async def found_again() -> bool:  # once the host is checked
+        return await controller.node_came(spec) is True
+
+    await _until(found_again)
+    seen["next_life"] = states()
+    await controller.close()
+    await backend.withdraw_node("decode")
+    seen["came_after"] = await backend.node_came(spec)
 
     async def withdrawn() -> bool:
         return [state for state in states() if state != "REMOVED"] == [] and await backend.idle(spec) == 1

@@ -1,6 +1,7 @@
 """The deploy file: what it accepts, and the one line it answers a mistake with."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 
 from biphase.cluster.deploy_schema import deployment_from, load_deployment, merge, parse_bytes
 from biphase.cluster.deployment import Deployment, RolePlan
+from biphase.cluster.generation import generation_of
 from biphase.cluster.router_places import RouterPlace
 from biphase.cluster.wanted import wanted_of
 from biphase.protos.errors import SetupError
+from biphase.protos.step_time import StepTime
 
 EXAMPLES = sorted(
     path for path in (Path(__file__).parents[2] / "examples").glob("*.yaml") if not path.stem.startswith("policy")
@@ -44,10 +47,18 @@ def test_defaults_are_the_values_own() -> None:
 
 def test_a_full_deployment_survives_json() -> None:
     deployment = deployment_from(
-        {"model": "m", "prefill": {"replicas": 3, "kv_memory": "2GiB", "cpus": 0}, "limits": {"max_stop_strings": 4}},
+        {
+            "model": "m",
+            "prefill": {"replicas": 3, "kv_memory": "2GiB", "cpus": 0},
+            "decode": {"step_time": {"fixed_ms": 10, "per_token_us": 2000, "per_context_us": 1.5}},
+            "limits": {"max_stop_strings": 4},
+        },
         source="here",
     )
     assert deployment.prefill == RolePlan(replicas=3, kv_memory_bytes=2 * 2**30, cpus=0)
+    assert deployment.decode.step_time == StepTime(fixed_s=0.01, per_token_s=2e-3, per_context_s=1.5e-6, num_steps=1)
+    assert deployment.decode.step_time.is_known and not deployment.prefill.step_time.is_known
+    assert generation_of(deployment) == generation_of(replace(deployment, decode=RolePlan())), "no instance starts anew"
     assert deployment.limits.max_stop_strings == 4
     assert Deployment.from_json(deployment.to_json()) == deployment
 
@@ -67,6 +78,23 @@ def test_a_full_deployment_survives_json() -> None:
         ({"model": "m", "decode": {"kv_memory": "2XB"}}, "decode.kv_memory is '2XB': give bytes as a number or with"),
         ({"model": "m", "decode": {"kv_memory": 5}}, "5 bytes is less than the least, 1048576 (1MiB)"),
         ({"model": "m", "decode": 3}, "here: decode is 3: it must be a mapping of replicas, tensor"),
+        (
+            {"model": "m", "decode": {"step_time": {"fixed": 1}}},
+            "here: unknown key decode.step_time.fixed: did you mean fixed_ms?",
+        ),
+        (
+            {"model": "m", "decode": {"step_time": 5}},
+            "here: decode.step_time is 5: it must be a mapping of fixed_ms, per_",
+        ),
+        (
+            {"model": "m", "decode": {"step_time": {"fixed_ms": -1}}},
+            "here: decode.step_time.fixed_ms is -1: the least is 0",
+        ),
+        (
+            {"model": "m", "decode": {"step_time": {"per_token_us": 200_000.0}}},
+            "here: decode.step_time.per_token_us is 200000: the most is 100000",
+        ),
+        ({"model": "m", "decode": {"step_time": {}}}, "here: decode.step_time is {}: a step that takes no time"),
         ({"model": "m", "name": "A/../b"}, "here: name is 'A/../b': 1 to 63 characters of a-z"),
         ({"model": "m", "start_timeout_s": 0}, "here: start_timeout_s is 0: it must be above 0"),
         ({"model": "m", "decode": {"replicas": 0}}, "decode.replicas is 0: at least 1 decode instance is needed"),

@@ -156,3 +156,14 @@ def test_another_file_is_no_cluster_file(tmp_path: Path, text: str, line: str) -
         ClusterFile.read(path)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_kuberay_manifest_says_the_sum_of_its_workers() -> None:
+    documents = yaml.safe_load_all((FILES / "kuberay.yaml").read_text())
+    spec = next(each["spec"] for each in documents if each["kind"] == "RayCluster")
+    (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    said = {each["name"]: each.get("value") for each in head["env"]}
+    assert said["BIPHASE_MAX_WORKERS"] == str(sum(group["maxReplicas"] for group in spec["workerGroupSpecs"]))
+    for group in spec["workerGroupSpecs"]:
+        (worker,) = group["template"]["spec"]["containers"]
+        assert {each["name"] for each in worker["env"]} == set(said) - {"BIPHASE_MAX_WORKERS"}

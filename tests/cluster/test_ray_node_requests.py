@@ -43,7 +43,9 @@ def test_a_node_is_asked_for_comes_and_is_asked_for_no_more(tmp_path: Path) -> N
     assert (seen["can_grow"], seen["idle"], seen["asked"]) == (True, 0, "")
     assert "4 instances ask Ray for 8 CPUs" in seen["refused"]
     assert seen["requests"] == ["PENDING"], "asked for twice is asked for once"
+    assert (seen["came"], seen["came_after"]) == (False, None)
     assert (seen["idle_while_asked"], seen["idle_after"]) == (0, 1)
+    assert (seen["adopted"], seen["next_life"]) == ([], ["CREATED"]), "the next life goes on asking"
     assert seen["after_stop"] == [], "a stop asks no more"
 
 

@@ -8,10 +8,20 @@ import pytest
 from biphase.cluster.backend import Kind
 from biphase.cluster.deployment import Placement
 from biphase.cluster.gpus import WHOLE
-from biphase.cluster.ray_growth import Growth, NodeType, config_named_by, growth_of
+from biphase.cluster.ray_growth import (
+    MAX_WORKERS,
+    WORKERS_VARIABLE,
+    Growth,
+    NodeType,
+    config_named_by,
+    find_growth,
+    growth_of,
+    growth_said,
+)
 from biphase.cluster.ray_hosts import HostsSeen, RayHost, hosts_of
 from biphase.cluster.ray_place import choose
 from biphase.cluster.ray_room import Room
+from biphase.protos.errors import SetupError
 
 ONE_CPU = Room(0, WHOLE)
 
@@ -108,3 +118,18 @@ def test_the_monitors_command_line_names_the_file() -> None:
     )
     assert config_named_by(["other\0--autoscaling-config=/no\0", line], "10.0.0.1:6379") == Path("/r/c.yaml")
     assert config_named_by([line], "10.0.0.1:6380") is None
+
+
+def test_where_the_autoscaler_cannot_be_seen_a_variable_says_how_many_workers_there_may_be() -> None:
+    growth = growth_said("4")
+    assert growth is not None
+    assert (growth.most_workers, growth.least_workers, growth.num_gpus(3), len(growth.rooms())) == (4, 0, 3, 4)
+    assert growth_said("") is None
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "four", "1.5", " 4", "10001", "²"])
+def test_a_bad_number_of_workers_is_refused_in_one_line(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKERS_VARIABLE, text)
+    with pytest.raises(SetupError) as refused:
+        find_growth("10.0.0.1:6379")
+    assert str(refused.value) == f"BIPHASE_MAX_WORKERS is {text!r}: a number of worker hosts, 1 to {MAX_WORKERS}"

@@ -50,9 +50,10 @@ def test_what_a_decision_knows_of_a_deployment() -> None:
         model="m",
         mode="strict",
         prefill=RolePlan(tensor_parallel_size=2, max_num_batched_tokens=1024),
-        decode=RolePlan(gpus=0.5, max_num_seqs=8),
+        decode=RolePlan(gpus=0.5, max_num_seqs=8, step_time=StepTime(fixed_s=0.01, num_steps=1)),
     )
     setup = setup_of(deployment)
+    assert (setup.prefill.step_time, setup.decode.step_time) == (StepTime(), StepTime(fixed_s=0.01, num_steps=1))
     assert (setup.prefill.gpus, setup.decode.gpus, setup.strict, setup.colocated) == (2.0, 0.5, True, False)
     assert (setup.prefill.max_num_batched_tokens, setup.decode.max_num_seqs) == (1024, 8)
     assert setup.turn_s == setup.rebuild_s

@@ -21,6 +21,7 @@ from biphase.cluster.router_places import RouterPlace
 from biphase.cluster.updating import FIXED, TAKEN_OVER
 from biphase.protos.errors import InvalidRequest, SetupError
 from biphase.protos.process import Announcement, Announcer
+from biphase.protos.step_time import StepTime
 from biphase.router.config import RequestLimits
 
 OLD = Deployment(model="m", prefill=RolePlan(replicas=2), decode=RolePlan(replicas=2))
@@ -146,10 +147,11 @@ def test_every_key_is_fixed_or_taken_over_or_renews_instances(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", [item.name for item in fields(RolePlan)])
-def test_all_of_a_role_but_its_count_renews_instances(key: str) -> None:
+def test_all_of_a_role_but_what_the_controller_alone_looks_at_renews_instances(key: str) -> None:
     was = getattr(OLD.prefill, key)
-    changed = replace(OLD, prefill=replace(OLD.prefill, **{key: 0.5 if was is None else was + 1}))
-    assert (generation_of(changed) == generation_of(OLD)) == (key == "replicas")
+    other: Any = StepTime(fixed_s=1.0, num_steps=1) if key == "step_time" else 0.5 if was is None else was + 1
+    changed = replace(OLD, prefill=replace(OLD.prefill, **{key: other}))
+    assert (generation_of(changed) == generation_of(OLD)) == (key in ("replicas", "step_time"))
 
 
 @pytest.mark.parametrize("key", FIXED)

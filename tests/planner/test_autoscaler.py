@@ -1,9 +1,20 @@
 """Decisions, one rule at a time: what is done, in which order, and what is said of it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from support.scaling import POLICY, START_S, Cluster, change_of, make_load, make_members, make_signals
+from support.scaling import (
+    DECODE_STEP,
+    POLICY,
+    PREFILL_STEP,
+    START_S,
+    Cluster,
+    change_of,
+    make_load,
+    make_members,
+    make_signals,
+)
 
 from biphase.planner.autoscaler import decide, reason_against
 from biphase.planner.autoscaler_state import (
@@ -16,9 +27,9 @@ from biphase.planner.autoscaler_state import (
     WithdrawNode,
 )
 from biphase.planner.capacity import RoleShape, Setup
-from biphase.planner.policy import GpuBudget, RoleBounds, RoleFlip, Schedule
+from biphase.planner.policy import GpuBudget, Policy, RoleBounds, RoleFlip, Schedule
 from biphase.planner.ratio import Ratio
-from biphase.planner.reports import JointHistogram, Member
+from biphase.planner.reports import JointHistogram, Member, Room
 
 QUIET = make_load(0.2)
 PROMPTS = make_load(10.0, prompt=400, output=10)
@@ -148,6 +159,18 @@ def test_until_a_step_time_is_fitted_it_goes_one_step_at_a_time() -> None:
     assert cluster.ratio.gpus(Setup()) > 2
 
 
+def test_with_a_prior_the_first_decision_moves_at_once_and_what_is_fitted_replaces_it() -> None:
+    slow = replace(PREFILL_STEP, per_token_s=2 * PREFILL_STEP.per_token_s, num_steps=1)
+    for prior, first in ((replace(PREFILL_STEP, num_steps=1), 3), (slow, 5)):
+        setup = Setup(prefill=RoleShape(step_time=prior), decode=RoleShape(step_time=replace(DECODE_STEP, num_steps=1)))
+        cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), fitted=False, setup=setup)
+        moves = [decision.actions for decision in cluster.run(PROMPTS, 30) if decision.actions]
+        assert moves == [(StartInstance(role="prefill"),) * (first - 1)]
+        cluster.fitted = True
+        cluster.run(PROMPTS, 60)
+        assert cluster.ratio == Ratio(prefill=3, decode=1)
+
+
 def test_what_was_fitted_is_kept_while_nobody_can_say_it() -> None:
     cluster = Cluster(POLICY, Ratio(prefill=1, decode=1))
     cluster.run(QUIET, 10)
@@ -183,6 +206,49 @@ def test_nodes_are_asked_for_when_no_gpu_is_idle_and_withdrawn_when_none_comes()
     assert actions(cluster, PROMPTS, 15) == [StartInstance(role="prefill")]
 
 
+def test_a_start_takes_the_new_node_where_it_has_come_and_room_that_was_there_before_it() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
+    cluster.can_grow = True
+    cluster.run(PROMPTS, 30)
+    asked = cluster.state.prefill.asked_s
+    assert asked is not None
+    for idle, came, started in (
+        (1, ("prefill",), [StartInstance(role="prefill", on_new_node=True)]),
+        (2, ("prefill",), [StartInstance(role="prefill"), StartInstance(role="prefill", on_new_node=True)]),
+        (1, (), [StartInstance(role="prefill")]),
+        (2, (), [StartInstance(role="prefill"), StartInstance(role="prefill"), WithdrawNode(role="prefill")]),
+    ):
+        state, now_s = cluster.state, cluster.now_s
+        for _ in range(3):
+            now_s += POLICY.interval_s
+            signals = make_signals(PROMPTS, cluster.members)
+            signals = replace(signals, room=Room(prefill=idle, decode=idle - len(came), can_grow=True, came=came))
+            decision = decide(POLICY, signals, state, now_s)
+            state = decision.state
+            if decision.actions:
+                break
+        assert list(decision.actions) == started
+        kept = not came and idle == 1
+        assert state.prefill.asked_s == (asked if kept else None), "a request is for the instance it was made for"
+
+
+def test_a_request_that_the_budget_has_no_room_for_any_more_is_withdrawn() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
+    cluster.can_grow = True
+    cluster.run(PROMPTS, 30)
+    cluster.policy = replace(POLICY, gpu_budget=GpuBudget(max=2))
+    assert cluster.tick(PROMPTS).actions == (WithdrawNode(role="prefill"),)
+
+
+def test_a_node_is_asked_for_over_a_restart_of_the_controller_for_as_long_as_is_left() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
+    cluster.can_grow = True
+    cluster.run(PROMPTS, 90)
+    cluster.state = AutoscalerState.from_json(cluster.state.to_json())
+    assert actions(cluster, PROMPTS, 40) == []
+    assert actions(cluster, PROMPTS, 25) == [WithdrawNode(role="prefill")]
+
+
 def test_a_node_that_is_needed_no_more_is_withdrawn() -> None:
     cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
     cluster.can_grow = True
@@ -216,12 +282,63 @@ def test_a_pin_is_kept_within_the_budget_and_without_waiting() -> None:
     tight = replace(POLICY, gpu_budget=GpuBudget(max=3))
     decision = decide(tight, signals, AutoscalerState(), START_S, pinned=Ratio(prefill=3, decode=1))
     assert decision.actions == (StartInstance(role="prefill"),)
-    assert reason_against(Ratio(prefill=3, decode=1), tight, Setup()) == "3P:1D takes 4 GPUs, gpu_budget.max is 3"
-    assert reason_against(Ratio(prefill=1, decode=0), tight, Setup()) == (
-        "decode=0: at least 1 decode instance is needed, prefill alone ends no request"
+    assert decision.reasons[0] == (
+        "pinned to 3P:1D, 2P:1D is kept: 3P:1D takes 4 GPUs, more than gpu_budget.max 3 of the policy"
     )
-    assert reason_against(Ratio(prefill=0, decode=1), tight, Setup(strict=True)) is not None
-    assert reason_against(Ratio(prefill=0, decode=1), tight, Setup()) is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "pinned", "kept", "why"),
+    [
+        (
+            replace(POLICY, prefill=RoleBounds(min_replicas=1, max_replicas=2)),
+            Ratio(prefill=4, decode=1),
+            Ratio(prefill=2, decode=1),
+            "prefill is 4, more than prefill.max_replicas 2 of the policy",
+        ),
+        (
+            replace(POLICY, decode=RoleBounds(min_replicas=2, max_replicas=6)),
+            Ratio(prefill=1, decode=1),
+            Ratio(prefill=1, decode=2),
+            "decode is 1, less than decode.min_replicas 2 of the policy",
+        ),
+        (
+            replace(POLICY, gpu_budget=GpuBudget(min=4, max=8)),
+            Ratio(prefill=1, decode=2),
+            Ratio(prefill=1, decode=3),
+            "1P:2D takes 3 GPUs, less than gpu_budget.min 4 of the policy",
+        ),
+    ],
+)
+def test_a_pin_outside_the_bounds_yields_to_them_in_words(policy: Policy, pinned: Ratio, kept: Ratio, why: str) -> None:
+    cluster = Cluster(policy, pinned)
+    for _ in range(3):
+        signals = make_signals(PROMPTS, cluster.members, idle=cluster.idle)
+        decision = decide(policy, signals, cluster.state, cluster.now_s, pinned=pinned)
+        assert (decision.target, decision.reasons[0]) == (kept, f"pinned to {pinned}, {kept} is kept: {why}")
+        cluster.carry_out(decision)
+    assert (cluster.ratio, decision.actions, decision.is_news) == (kept, (), False)
+
+
+def test_who_may_pin_what() -> None:
+    tight = replace(POLICY, gpu_budget=GpuBudget(min=2, max=3), prefill=RoleBounds(min_replicas=1, max_replicas=2))
+
+    def against(prefill: int, decode: int, **words: Any) -> str | None:
+        return reason_against(Ratio(prefill=prefill, decode=decode), tight, Setup(), START_S, **words)
+
+    assert against(2, 1) is None
+    assert against(3, 1) == "prefill is 3, more than prefill.max_replicas 2 of the policy"
+    assert against(2, 2) == "2P:2D takes 4 GPUs, more than gpu_budget.max 3 of the policy"
+    assert against(1, 0) == "decode is 0, less than decode.min_replicas 1 of the policy"
+    assert against(2, 2, total=False) is None, "a flip keeps the total"
+    assert against(3, 1, roles=("decode",), total=False) is None, "what somebody does not name stays"
+    night = Schedule(
+        cron="* * * * *", duration_s=3600, name="night", prefill=RoleBounds(min_replicas=1, max_replicas=1)
+    )
+    asleep = replace(tight, schedules=(night,))
+    assert reason_against(Ratio(prefill=2, decode=1), asleep, Setup(), START_S) == (
+        "prefill is 2, more than prefill.max_replicas 1 of the policy (schedule night is on)"
+    )
 
 
 def test_schedules_set_bounds() -> None:

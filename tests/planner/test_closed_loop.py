@@ -32,10 +32,15 @@ def make_model(load: Callable[[float], Traffic], ratio: Ratio, *, start_s: float
 
 @cache
 def attainment(traffic: Traffic, prefill: int, decode: int) -> float:
-    """Of a fixed ratio, tried in the model."""
-    model = make_model(lambda _: traffic, Ratio(prefill=prefill, decode=decode), seed=9)
-    model.run(100.0)
-    return model.attainment(LOOP.targets.ttft_ms, LOOP.targets.tpot_ms, 5.0, 90.0)
+    """Of a fixed ratio, tried in the model; of several runs, for near the edge of what a ratio carries they differ much."""
+    found = []
+    for seed in (9, 20, 21):
+        model = make_model(lambda _: traffic, Ratio(prefill=prefill, decode=decode), seed=seed)
+        model.run(100.0)
+        found.append(model.attainment(LOOP.targets.ttft_ms, LOOP.targets.tpot_ms, 5.0, 90.0))
+        if len(found) == 1 and found[0] < 0.5:
+            break  # plainly too few
+    return sum(found) / len(found)
 
 
 def best(traffic: Traffic, *, exactly: int | None = None) -> Ratio:
@@ -43,8 +48,15 @@ def best(traffic: Traffic, *, exactly: int | None = None) -> Ratio:
     found = [Ratio(prefill=p, decode=d) for p in range(1, 5) for d in range(1, 5)]
     if exactly is not None:
         return max((r for r in found if r.prefill + r.decode == exactly), key=lambda r: attainment(traffic, *pair(r)))
-    good = [r for r in found if attainment(traffic, *pair(r)) >= LOOP.targets.attainment]
-    return min(good, key=lambda r: (r.prefill + r.decode, -attainment(traffic, *pair(r))))
+    for total in range(2, 9):
+        good = [
+            r
+            for r in found
+            if r.prefill + r.decode == total and attainment(traffic, *pair(r)) >= LOOP.targets.attainment
+        ]
+        if good:
+            return max(good, key=lambda r: attainment(traffic, *pair(r)))
+    raise AssertionError(f"no ratio carries {traffic}")
 
 
 def pair(ratio: Ratio) -> tuple[int, int]:
@@ -65,7 +77,7 @@ def step(before: Traffic, after: Traffic) -> Callable[[float], Traffic]:
     return lambda now_s: before if now_s < TURN_S else after
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(1, 7))
 @pytest.mark.parametrize(
     ("before", "after"), [(LIGHT, PROMPTS), (LIGHT, TOKENS), (LIGHT, BOTH), (PROMPTS, TOKENS), (TOKENS, PROMPTS)]
 )
@@ -98,17 +110,41 @@ def best_of_many(traffic: Traffic) -> Ratio:
     [
         (LIGHT, MANY_PROMPTS, 1),
         (LIGHT, MANY_PROMPTS, 2),
+        (LIGHT, MANY_PROMPTS, 3),
         (LIGHT, MUCH, 1),
         (LIGHT, MUCH, 2),
         (MANY_PROMPTS, MANY_TOKENS, 1),
         (MANY_PROMPTS, MANY_TOKENS, 2),
+        (MANY_PROMPTS, MANY_TOKENS, 9),
         (MANY_TOKENS, MANY_PROMPTS, 1),
+        (MANY_TOKENS, MANY_PROMPTS, 30),
     ],
 )
 def test_a_large_turn_is_made_at_once(before: Traffic, after: Traffic, seed: int) -> None:
     model = make_model(step(before, after), best_of_many(before), seed=seed)
     model.autoscale(LARGE, 130.0)
     assert far(model.ticks, best_of_many(after), SETTLED_S) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "seed", "more_s"),
+    [
+        # prompts that waited for the last change miss their goal long after it, and are no reason to stay
+        (Traffic(5.45, 536, 165, 0.0), Traffic(7.21, 130, 156, 0.0), 104, 0.0),
+        # answers that began before the turn end long after it
+        (Traffic(5.33, 100, 272, 0.6), Traffic(27.77, 69, 24), 209, 10.0),
+        # of answers that pile up those that have ended are the short ones
+        (LIGHT, Traffic(4.17, 263, 225, 0.6), 90, 10.0),
+        (Traffic(13.56, 127, 15, 0.0), Traffic(9.67, 282, 127, 0.6), 118, 10.0),
+    ],
+)
+def test_what_is_left_of_the_load_before_holds_little_up(
+    before: Traffic, after: Traffic, seed: int, more_s: float
+) -> None:
+    """``more_s``: of two loads that differ by how long answers are nobody can tell before some have ended."""
+    model = make_model(step(before, after), best_of_many(before), seed=seed)
+    model.autoscale(replace(LARGE, window_s=60.0), 130.0)
+    assert far(model.ticks, best_of_many(after), SETTLED_S + more_s) == []
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -168,3 +168,31 @@ def test_unknown_step_times_judge_nobody() -> None:
     ]
     verdict, _ = judge([Heard(report=report, at_s=0.0) for report in reports], StragglerState(), 0.0)
     assert verdict == Verdict()
+
+
+def test_where_the_others_die_those_that_are_out_are_let_back_the_least_slow_first() -> None:
+    fleet = Fleet({"decode-0": 1.0, "decode-1": 1.0, "decode-2": 1.0, "decode-3": 4.0, "decode-4": 9.0})
+    assert fleet.look(15).out == ("decode-3", "decode-4")
+    del fleet.factors["decode-0"], fleet.factors["decode-1"]
+    assert fleet.look().out == ("decode-4",)
+    assert fleet.said[-1] == "decode-3 gets work again though it is slow: only 3 of its role are left"
+    del fleet.factors["decode-2"], fleet.factors["decode-3"]
+    verdict = fleet.look()
+    assert (verdict.out, verdict.health) == ((), {})
+    assert fleet.said[-1] == "decode-4 gets work again though it is slow: nobody else of its role is left"
+    said = len(fleet.said)
+    assert fleet.look(60).out == ()
+    assert len(fleet.said) == said
+    fleet.factors |= {"decode-5": 1.0, "decode-6": 1.0}
+    fleet.look(5)
+    assert fleet.look(10).out == ("decode-4",), "judged anew once there is a jury"
+
+
+def test_one_that_is_slow_is_let_back_before_one_that_has_stopped() -> None:
+    fleet = Fleet({"decode-0": 1.0, "decode-1": 1.0, "decode-2": 9.0, "decode-3": 1.0})
+    assert fleet.look(12).out == ("decode-2",)
+    fleet.stopped.add("decode-3")
+    fleet.look(5)
+    assert set(fleet.look().out) == {"decode-2", "decode-3"}
+    del fleet.factors["decode-0"]
+    assert fleet.look().out == ("decode-3",)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from biphase.cluster.backend import STATE, Handle, Kind, NodeView, ProcessSpec
 from biphase.cluster.deployment import Deployment
 from biphase.protos.process import Announcement
+from biphase.protos.values import Role
 
 
 class FakeHandle:
@@ -59,7 +60,10 @@ class FakeBackend:
     async def ask_node(self, spec: ProcessSpec) -> str:
         return ""
 
-    async def withdraw_node(self, name: str) -> None: ...
+    async def withdraw_node(self, role: Role) -> None: ...
+
+    async def node_came(self, spec: ProcessSpec) -> bool | None:
+        return None
 
     async def check(self, specs: Sequence[ProcessSpec], emptied: Mapping[str, Sequence[str]] | None = None) -> None: ...
 

@@ -134,11 +134,16 @@ class Cluster:
         assert decision == decide(self.policy, signals, self.state, self.now_s)
         assert AutoscalerState.from_json(decision.state.to_json()) == decision.state
         self.state = decision.state
-        if obey and not self.policy.dry_run:
+        if obey:
+            self.carry_out(decision)
+        return decision
+
+    def carry_out(self, decision: Decision) -> None:
+        self.state = decision.state
+        if not decision.dry_run:
             for action in decision.actions:
                 self._carry_out(action)
         self._age(0.0)
-        return decision
 
     def run(self, load: OfferedLoad, seconds: float) -> list[Decision]:
         return [self.tick(load) for _ in range(round(seconds / self.policy.interval_s))]

@@ -1,0 +1,186 @@
+"""The autoscaler's shell and pins without processes: a controller that is all up, over a backend that only keeps notes."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+from support.fake_backend import FakeBackend
+from support.scaling import POLICY
+from support.wanted import up
+
+from biphase.cluster.backend import ProcessSpec
+from biphase.cluster.controller import Controller
+from biphase.cluster.deployment import Deployment, RolePlan
+from biphase.planner.autoscaler_state import AskNode, StartInstance, WithdrawNode
+from biphase.planner.policy import GpuBudget, Policy, RoleBounds, Schedule
+from biphase.protos.errors import InvalidRequest
+from biphase.protos.process import Announcer
+from biphase.protos.values import Role
+
+DEPLOYMENT = Deployment(model="m", prefill=RolePlan(replicas=1), decode=RolePlan(replicas=2))
+
+
+class NotingBackend(FakeBackend):
+    """Keeps what it is told over lives of the controller. ``free``: hosts with room for one instance each."""
+
+    can_grow = True
+
+    def __init__(self, *free: str) -> None:
+        super().__init__()
+        self.free = set(free)
+        self.requests: dict[Role, str] = {}
+        """The host that each has got; empty: none yet."""
+        self.checked: list[set[str]] = []
+
+    async def idle(self, spec: ProcessSpec) -> int:
+        return len(self.free - set(spec.avoid_nodes))
+
+    async def ask_node(self, spec: ProcessSpec) -> str:
+        self.requests.setdefault(cast("Role", spec.kind), "")
+        return ""
+
+    async def withdraw_node(self, role: Role) -> None:
+        host = self.requests.pop(role, "")
+        self.free |= {host} - {""}
+
+    async def node_came(self, spec: ProcessSpec) -> bool | None:
+        host = self.requests.get(cast("Role", spec.kind))
+        return None if host is None else bool(host)
+
+    async def check(self, specs: Sequence[ProcessSpec], emptied: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.checked.append(set(self.free))
+
+
+def make_controller(backend: NotingBackend, tmp_path: Path, deployment: Deployment = DEPLOYMENT) -> Controller:
+    spec = ProcessSpec(
+        name="controller",
+        kind="controller",
+        incarnation=1,
+        deployment=deployment,
+        run_dir=str(tmp_path),
+        controller_address="",
+    )
+    controller = Controller(spec, backend, cast("Announcer", None))
+    controller.core.decide(0.0)
+    for name in controller.core.slots:
+        up(controller.core, name, 0.0)
+    controller.autoscaling.policy = POLICY
+    return controller
+
+
+async def test_room_on_a_cordoned_host_is_no_room(tmp_path: Path) -> None:
+    backend = NotingBackend("a", "b")
+    controller = make_controller(backend, tmp_path)
+    assert (await controller.autoscaling._room()).decode == 2
+    controller.core.node_failures.cordon("a", "by hand")
+    room = await controller.autoscaling._room()
+    assert (room.prefill, room.decode) == (1, 1)
+
+
+async def test_the_room_of_a_node_that_has_come_goes_to_the_instance_that_it_was_asked_for(tmp_path: Path) -> None:
+    backend = NotingBackend()
+    shell = make_controller(backend, tmp_path).autoscaling
+    await shell._do(AskNode(role="prefill"))
+    shell._state = shell._state.having("prefill", asked_s=1.0)
+    assert backend.requests == {"prefill": ""}
+    backend.requests["prefill"] = "new"
+    room = await shell._room()
+    assert (room.prefill, room.decode, room.came) == (1, 0, ("prefill",))
+    backend.free.add("old")
+    await shell._do(StartInstance(role="prefill"))
+    assert backend.requests == {"prefill": "new"}, "a start on room that was there before leaves the request alone"
+    await shell._do(StartInstance(role="prefill", on_new_node=True))
+    assert backend.requests == {}
+    assert backend.checked == [{"old"}, {"old", "new"}], "its room is free when the instance is placed"
+    await shell._do(AskNode(role="decode"))
+    await shell._do(WithdrawNode(role="decode"))
+    assert backend.requests == {}
+
+
+async def restart(backend: NotingBackend, tmp_path: Path, policy: Policy | None) -> Controller:
+    controller = make_controller(backend, tmp_path)
+    await controller._restore()
+    controller.autoscaling.policy = policy
+    await controller.autoscaling.keep_requests()
+    return controller
+
+
+@pytest.mark.parametrize("policy", [POLICY, None, replace(POLICY, dry_run=True)])
+async def test_requests_that_the_state_knows_go_on_in_the_next_life_and_others_do_not(
+    tmp_path: Path, policy: Policy | None
+) -> None:
+    backend = NotingBackend(requests={"prefill": "", "decode": ""})
+    first = make_controller(backend, tmp_path)
+    first.autoscaling._state = first.autoscaling._state.having("prefill", asked_s=123.0)
+    first.autoscaler_state = json.loads(first.autoscaling._state.to_json())
+    await first.save()
+    again = (await restart(backend, tmp_path, policy)).autoscaling
+    obeyed = policy is POLICY
+    assert list(backend.requests) == (["prefill"] if obeyed else [])
+    assert again._state.prefill.asked_s == (123.0 if obeyed else None)
+    backend.requests.clear()  # as with a head that was lost
+    await restart(backend, tmp_path, policy)
+    assert list(backend.requests) == (["prefill"] if obeyed else [])
+
+
+NIGHT = Schedule(cron="* * * * *", duration_s=3600, name="night", decode=RoleBounds(min_replicas=1, max_replicas=2))
+BOUNDED = replace(
+    POLICY,
+    gpu_budget=GpuBudget(min=3, max=4),
+    prefill=RoleBounds(min_replicas=1, max_replicas=2),
+    decode=RoleBounds(min_replicas=1, max_replicas=3),
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "wanted", "reason"),
+    [
+        (BOUNDED, {"prefill": 3}, "prefill is 3, more than prefill.max_replicas 2 of the policy"),
+        (BOUNDED, {"decode": 4}, "decode is 4, more than decode.max_replicas 3 of the policy"),
+        (BOUNDED, {"prefill": 2, "decode": 3}, "2P:3D takes 5 GPUs, more than gpu_budget.max 4 of the policy"),
+        (BOUNDED, {"decode": 1}, "1P:1D takes 2 GPUs, less than gpu_budget.min 3 of the policy"),
+        (BOUNDED, {"prefill": 0}, "prefill is 0, less than prefill.min_replicas 1 of the policy"),
+        (
+            replace(BOUNDED, schedules=(NIGHT,)),
+            {"decode": 3},
+            "decode is 3, more than decode.max_replicas 2 of the policy (schedule night is on)",
+        ),
+        (BOUNDED, {"decode": 3}, None),
+        (replace(BOUNDED, dry_run=True), {"decode": 9}, None),
+        (None, {"decode": 9}, None),
+    ],
+)
+async def test_a_pin_outside_the_policy_is_refused_before_anything_changes(
+    tmp_path: Path, policy: Policy | None, wanted: Mapping[Role, int], reason: str | None
+) -> None:
+    controller = make_controller(NotingBackend(), tmp_path)
+    controller.autoscaling.policy = policy
+    if reason is None:
+        await controller.admin.scale(wanted, for_s=0.0)
+        assert controller.pin is not None
+        return
+    with pytest.raises(InvalidRequest) as refused:
+        await controller.admin.scale(wanted, for_s=0.0)
+    assert str(refused.value) == reason
+    assert controller.pin is None and controller.core.counts() == {"prefill": 1, "decode": 2}
+
+
+async def test_a_flip_is_held_to_the_bounds_of_its_roles_and_to_the_budget_only_where_gpus_change(
+    tmp_path: Path,
+) -> None:
+    controller = make_controller(NotingBackend(), tmp_path)
+    controller.autoscaling.policy = replace(BOUNDED, schedules=(NIGHT,), prefill=RoleBounds(min_replicas=0))
+    with pytest.raises(InvalidRequest, match=r"^decode is 3, more than decode.max_replicas 2 of the policy .schedule"):
+        await controller.admin.flip("prefill-0", grace_s=1.0, for_s=0.0)
+    assert controller.core.counts() == {"prefill": 1, "decode": 2}
+    controller.autoscaling.policy = replace(BOUNDED, gpu_budget=GpuBudget(max=2))
+    await controller.admin.flip("decode-0", grace_s=1.0, for_s=0.0)
+    assert controller.core.counts() == {"prefill": 2, "decode": 1}
+    uneven = replace(DEPLOYMENT, prefill=RolePlan(replicas=1, tensor_parallel_size=2))
+    controller = make_controller(NotingBackend(), tmp_path, uneven)
+    controller.autoscaling.policy = BOUNDED
+    with pytest.raises(InvalidRequest, match=r"^2P:1D takes 5 GPUs, more than gpu_budget.max 4 of the policy$"):
+        await controller.admin.flip("decode-0", grace_s=1.0, for_s=0.0)
