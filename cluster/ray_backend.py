@@ -25,16 +25,18 @@ from ray.util import placement_group, placement_group_table
 from biphase.cluster.backend import STATE, WAIT_VARIABLE, Handle, NodeView, ProcessSpec
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.gpus import WHOLE, GpuPart, divide, in_parts, share_of
+from biphase.cluster.log_source import LocalLogs, LogSource
 from biphase.cluster.rank_group import MissingRank
 from biphase.cluster.ray_actor import ProcessActor
 from biphase.cluster.ray_connect import connect, is_joined
 from biphase.cluster.ray_group import RayGroup
+from biphase.cluster.ray_logs import RayLogs
 from biphase.cluster.ray_names import ActorName, group_name, namespace_of, request_name
 from biphase.cluster.ray_nodes import NodeBook
 from biphase.cluster.ray_placement import RayPlacement, groups_there, remove_groups
 from biphase.cluster.ray_rank import RayRank
 from biphase.cluster.ray_room import NOTHING, Room, bundles_of, fits, how_many, refusal, room_of, rooms_asked
-from biphase.protos.errors import SetupError, one_line
+from biphase.protos.errors import InvalidRequest, SetupError, one_line
 from biphase.protos.process import Announcement
 
 KILL_WAIT_S = 5.0
@@ -329,6 +331,17 @@ class RayBackend:
     async def kill(self, handle: Handle) -> None:
         assert isinstance(handle, RayGroup)
         await handle.kill()
+
+    def logs_of(self, node: str) -> LogSource:
+        if not self._joined:
+            return LocalLogs()
+        if not node:
+            raise InvalidRequest("it has no process yet")
+        host = self._book.find(node)
+        if host is None:
+            there = ", ".join(host.address for host in self._book.hosts)
+            raise InvalidRequest(f"it lies on {node}, which is gone; there are {there or 'no hosts'}")
+        return LocalLogs() if host.node_id == ray.get_runtime_context().get_node_id() else RayLogs(self._call, host)
 
     async def save_state(self, text: str, key: str = STATE) -> None:
         kept = self._kept_key(key)
