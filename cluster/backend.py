@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from biphase.cluster.deployment import Deployment
+from biphase.cluster.log_source import LogSource
 from biphase.protos.parallel_plan import ParallelPlan
 from biphase.protos.process import Announcement
 from biphase.protos.values import Role
@@ -187,6 +188,10 @@ class Backend(Protocol):
 
     async def kill(self, handle: Handle) -> None:
         """End it now with all its ranks, stopped (SIGSTOP) or not."""
+        ...
+
+    def logs_of(self, node: str) -> LogSource:
+        """Where logs of that host, as its processes announce it, are read. Raises InvalidRequest for one that is not there."""
         ...
 
     async def save_state(self, text: str, key: str = STATE) -> None:

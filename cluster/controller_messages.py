@@ -175,7 +175,8 @@ def _process_status(controller: "Controller", slot: Slot) -> controller_pb2.Proc
         status.detail = status.detail or said.detail
     if slot.work is not None:
         status.queued_tokens, status.running = slot.work.queued_tokens, slot.work.running
-        status.free_blocks = slot.work.free_blocks
+        status.free_blocks, status.legs = slot.work.free_blocks, slot.work.legs
+    status.drained, status.grace_left_s = slot.is_drained, slot.grace_left_s(controller.now_s())
     return status
 
 

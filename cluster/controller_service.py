@@ -193,7 +193,7 @@ async def serve(spec: ProcessSpec, announcer: Announcer, stop: asyncio.Event) ->
     backend: Backend = make_backend(spec.deployment, spec.run_dir, owner=False)
     await backend.open()
     controller = Controller(spec, backend, announcer)
-    server = grpc.aio.server(options=server_options())
+    server = grpc.aio.server(options=server_options(of_clients=True))  # routers notice its end themselves
     handler = service_handler(controller_pb2.DESCRIPTOR, "Controller", ControllerService(controller), GetMessageClass)
     server.add_generic_rpc_handlers((handler,))
     host, _, port = spec.controller_address.rpartition(":")

@@ -100,9 +100,13 @@ class Life:
             draining=load.draining,
             legs=load.legs,
         )
+        slot = self._controller.core.slots.get(self.handle.name)
+        before = slot.work if slot is not None else None
         self._controller.core.worked(self.handle.name, incarnation, work)
         if load.draining and work.is_idle:
             self._controller.changed()  # it may be asked to stop
+        elif load.draining and (before is None or before.legs != work.legs):
+            self._controller.status.changed()  # somebody may wait for the rest
 
     def signalled(self, incarnation: int, signals: worker_pb2.WorkerSignals) -> None:
         self.signals = incarnation, self._controller.now_s(), signals

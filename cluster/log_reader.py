@@ -1,77 +1,92 @@
-"""Logs of a deployment's processes, read where the controller can see them."""
+"""Logs of a deployment's processes, read where they are written."""
 
 import asyncio
 import difflib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from biphase.protos.errors import InvalidRequest
+from biphase.cluster.local_logs import LocalLogs
+from biphase.cluster.log_source import LogSource
+from biphase.protos.errors import InvalidRequest, one_line
 
 if TYPE_CHECKING:
     from biphase.cluster.controller import Controller
 
-CHUNK_BYTES = 64 * 2**10
-FOLLOW_POLL_S = 0.2
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogPlace:
+    """``node``: the host, as its processes announce it. ``here``: the controller's own host, whatever that is called."""
+
+    path: str
+    node: str = ""
+    here: bool = False
 
 
 async def read_log(controller: "Controller", name: str, *, tail_lines: int, follow: bool) -> AsyncIterator[bytes]:
-    """The log of a process's newest life, its last lines, then what comes. Raises InvalidRequest."""
-    path = _log_file(controller, name)
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        slot = controller.core.slots.get(name)
-        where = f"; it runs on {slot.node}" if slot is not None and slot.node else ""
-        raise InvalidRequest(f"the log of {name} cannot be read here, {path}: {error.strerror}{where}") from error
-    with file:
-        if tail_lines:
-            file.seek(_start_of_tail(path, tail_lines))
-        while True:
-            data = file.read(CHUNK_BYTES)
-            if data:
-                yield data
-            elif not follow:
+    """The log of a process's newest life, its last lines (0: all); with ``follow`` what comes, over its next lives, until it
+    is wanted no more. Holds one part at a time. Raises InvalidRequest."""
+    place = _place_of(controller, name)
+    source, at, data = await _begin(controller, name, place, tail_lines)
+    while True:
+        if data:
+            yield data
+        elif not follow:
+            return
+        else:
+            await asyncio.sleep(source.poll_s)
+            newest = _place_if_known(controller, name)
+            if newest is None:
                 return
-            else:
-                newest = _log_file(controller, name)
-                if newest != path and newest.exists():  # its next life writes another file
-                    async for chunk in read_log(controller, name, tail_lines=0, follow=True):
-                        yield chunk
-                    return
-                await asyncio.sleep(FOLLOW_POLL_S)
+            if newest != place:
+                try:
+                    source, at, data = await _begin(controller, name, newest)
+                except InvalidRequest:
+                    pass  # its next life has written nothing yet
+                else:
+                    place = newest
+                    continue
+        try:
+            at, data = await source.read(place.path, at)
+        except InvalidRequest as error:
+            if not follow or _place_if_known(controller, name) == place:
+                raise _unreadable(name, error) from error
+            data = b""  # its host is gone, and it begins elsewhere
 
 
-def _log_file(controller: "Controller", name: str) -> Path:
+async def _begin(
+    controller: "Controller", name: str, place: LogPlace, tail_lines: int = 0
+) -> tuple[LogSource, int, bytes]:
+    try:
+        source = LocalLogs() if place.here else controller.backend.logs_of(place.node)
+        return source, *await source.read(place.path, 0, tail_lines)
+    except InvalidRequest as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: InvalidRequest) -> InvalidRequest:
+    return InvalidRequest(f"the log of {name} cannot be read: {one_line(error)}")
+
+
+def _place_if_known(controller: "Controller", name: str) -> LogPlace | None:
+    try:
+        return _place_of(controller, name)
+    except InvalidRequest:
+        return None
+
+
+def _place_of(controller: "Controller", name: str) -> LogPlace:
+    """Raises InvalidRequest for a name that nobody has, with the nearest one."""
     own = controller.announcer.current
     if name == own.name:
-        return Path(own.log_file)
+        return LogPlace(path=own.log_file, here=True)
     slot = controller.core.slots.get(name)
     if slot is None:
         known = [*controller.core.slots, own.name]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"processes: {', '.join(known)}"
-        raise InvalidRequest(f"no process is called {name}: {hint}")
+        raise InvalidRequest(f"no process is called {name or '(empty)'}: {hint}")
     if slot.announcement is not None and slot.announcement.log_file:
-        return Path(slot.announcement.log_file)
-    return Path(controller.spec.run_dir) / "logs" / f"{name}-{slot.life}.log"
-
-
-def _start_of_tail(path: Path, lines: int) -> int:
-    """Where the last ``lines`` lines begin."""
-    with path.open("rb") as file:
-        end = file.seek(0, 2)
-        found, at = 0, end
-        while at > 0:
-            size = min(CHUNK_BYTES, at)
-            at -= size
-            file.seek(at)
-            data = file.read(size)
-            if at + size == end and data.endswith(b"\n"):
-                data = data[:-1]
-            for index in range(len(data) - 1, -1, -1):
-                if data[index] == 10:
-                    found += 1
-                    if found == lines:
-                        return at + index + 1
-        return 0
+        return LogPlace(path=slot.announcement.log_file, node=slot.node)
+    return LogPlace(path=str(Path(controller.spec.run_dir) / "logs" / f"{name}-{slot.life}.log"), node=slot.node)

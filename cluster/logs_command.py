@@ -3,8 +3,11 @@
 import argparse
 import sys
 
-from biphase.cluster.controller_call import CALL_S, controller_of
+from biphase.cluster.controller_call import controller_of
 from biphase.protos.errors import SetupError
+
+WHOLE_S = 600.0
+"""A long log of another host may take its time."""
 
 
 def logs(arguments: argparse.Namespace) -> int:
@@ -16,7 +19,7 @@ def logs(arguments: argparse.Namespace) -> int:
         process=arguments.process, tail_lines=arguments.tail, follow=arguments.follow
     )
     with controller_of(arguments) as controller:
-        for chunk in controller.GetLogs(request, timeout=None if arguments.follow else CALL_S):
+        for chunk in controller.GetLogs(request, timeout=None if arguments.follow else WHOLE_S):
             sys.stdout.buffer.write(chunk.data)
             sys.stdout.buffer.flush()
     return 0

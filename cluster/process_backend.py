@@ -18,6 +18,7 @@ from typing import Any
 from biphase.cluster.backend import CONTROLLER, STATE, Handle, NodeView, ProcessSpec
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.gpus import GpuPart, divide, host_gpus, part_of
+from biphase.cluster.local_logs import LocalLogs
 from biphase.cluster.process_rank import ProcessRank
 from biphase.cluster.rank_group import MissingRank, RankGroup
 from biphase.cluster.ray_node_check import weights_lack, weights_of
@@ -220,6 +221,9 @@ class ProcessBackend:
     async def kill(self, handle: Handle) -> None:
         assert isinstance(handle, RankGroup)
         await handle.kill()
+
+    def logs_of(self, node: str) -> LocalLogs:
+        return LocalLogs()
 
     async def save_state(self, text: str, key: str = STATE) -> None:
         replace_file(self._run_dir.kept_file(key), text)

@@ -24,10 +24,13 @@ from ray.util import placement_group_table
 from biphase.cluster.backend import STATE, WAIT_VARIABLE, Handle, NodeView, ProcessSpec
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.gpus import WHOLE, GpuPart, divide, in_parts, share_of
+from biphase.cluster.local_logs import LocalLogs
+from biphase.cluster.log_source import LogSource
 from biphase.cluster.rank_group import MissingRank
 from biphase.cluster.ray_actor import ProcessActor
 from biphase.cluster.ray_connect import connect, is_joined
 from biphase.cluster.ray_group import RayGroup
+from biphase.cluster.ray_logs import RayLogs
 from biphase.cluster.ray_names import ActorName, group_name, is_request, namespace_of
 from biphase.cluster.ray_node_check import weights_lack, weights_of
 from biphase.cluster.ray_nodes import NodeBook, hosts_now
@@ -37,7 +40,7 @@ from biphase.cluster.ray_requests import NodeRequests
 from biphase.cluster.ray_room import Room, refusal, rooms_asked
 from biphase.cluster.ray_turns import Turn, first_without_room, held_of
 from biphase.cluster.survivors import SERVED
-from biphase.protos.errors import SetupError, one_line
+from biphase.protos.errors import InvalidRequest, SetupError, one_line
 from biphase.protos.process import Announcement
 from biphase.protos.values import Role
 
@@ -356,6 +359,17 @@ class RayBackend:
     async def kill(self, handle: Handle) -> None:
         assert isinstance(handle, RayGroup)
         await handle.kill()
+
+    def logs_of(self, node: str) -> LogSource:
+        if not self._joined:
+            return LocalLogs()
+        if not node:
+            raise InvalidRequest("it has no process yet")
+        host = self._book.find(node)
+        if host is None:
+            there = ", ".join(host.address for host in self._book.hosts)
+            raise InvalidRequest(f"it lies on {node}, which is gone; there are {there or 'no hosts'}")
+        return LocalLogs() if host.node_id == ray.get_runtime_context().get_node_id() else RayLogs(self._call, host)
 
     async def save_state(self, text: str, key: str = STATE) -> None:
         kept = self._kept_key(key)

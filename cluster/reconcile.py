@@ -22,6 +22,9 @@ STABLE_S = 10.0
 MAX_FIRST_CRASHES = 3
 STOP_S = 10.0
 """How long an instance may take to end, or to turn, after its legs are gone."""
+LAST_WORDS_S = 1.0
+"""When its grace is over an instance tells the routers what is left, which then goes on elsewhere as an orderly move. It is
+asked to stop only so much later, so that these words are out first whatever its host and the link are busy with."""
 
 
 @dataclass(slots=True)
@@ -257,7 +260,7 @@ class Reconciler:
                 actions.append(TellResume(name=name, incarnation=incarnation))
         if slot.ending and slot.stop_asked_s is None and slot.asked_s is not None:
             drained = slot.work is not None and slot.work.draining and slot.work.is_idle
-            if drained or now_s - slot.asked_s >= slot.grace_s:
+            if drained or now_s >= slot.asked_s + slot.grace_s + LAST_WORDS_S:
                 slot.stop_asked_s = now_s
                 actions.append(AskToStop(name=name, incarnation=incarnation))
         return actions
@@ -276,7 +279,7 @@ class Reconciler:
             elif slot.stop_asked_s is not None:
                 due.append(slot.stop_asked_s + STOP_S)
             elif slot.asked_s is not None and slot.ending:
-                due.append(slot.asked_s + slot.grace_s)
+                due.append(slot.asked_s + slot.grace_s + LAST_WORDS_S)
             elif slot.asked_s is not None and slot.flip is not None:
                 due.append(slot.asked_s + slot.grace_s + STOP_S)
         finite = [at_s for at_s in due if at_s != float("inf")]

@@ -146,6 +146,17 @@ class Slot:
         return self.held or bool(self.ending) or self.flip is not None
 
     @property
+    def is_drained(self) -> bool:
+        """Nothing is aboard and nothing comes any more, by its own word."""
+        return self.is_leaving and self.work is not None and self.work.draining and self.work.is_idle
+
+    def grace_left_s(self, now_s: float) -> float:
+        """Until what is left aboard goes on elsewhere; 0 where it is over, or nothing leaves."""
+        if not self.is_leaving:
+            return 0.0
+        return self.grace_s if self.asked_s is None else max(0.0, self.asked_s + self.grace_s - now_s)
+
+    @property
     def serves(self) -> bool:
         """Takes new work now."""
         return self.is_up and self.phase == "ready" and not self.is_leaving and not self.slow

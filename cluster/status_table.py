@@ -72,8 +72,9 @@ def row_of(process: Any, run_dir: Path | None) -> list[str]:
 
 
 def load_of(process: Any) -> str:
-    """ "3 running, 512 queued, 80 % full", of blocks; "idle"."""
-    words = [f"{process.running} running"] if process.running else []
+    """ "5 aboard, 3 running, 512 tokens queued, 80 % full", of blocks; "idle". Prompts that wait to be pulled are aboard."""
+    words = [f"{process.legs} aboard"] if process.legs > process.running else []
+    words += [f"{process.running} running"] if process.running else []
     words += [f"{process.queued_tokens} tokens queued"] if process.queued_tokens else []
     if process.num_blocks and process.free_blocks < process.num_blocks:
         words.append(f"{1 - process.free_blocks / process.num_blocks:.0%} full")

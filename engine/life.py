@@ -106,13 +106,15 @@ class Life:
         reason = "the instance stops"
         if isinstance(broken, EngineLost):
             reason = lost_line(broken)
+        elif broken is not None:
+            reason = "the instance broke"
         elif orders.retired:
             reason = f"{us.name} retires: {orders.retired}"
         elif turn is not None:
             reason = f"{us.name} turns into a {turn.role} instance"
         self._announcer.update(state="draining", detail="stopping" if turn is None else reason)
         await self._standard.set_serving(False)
-        self._worker.stop(reason)
+        self._worker.stop(reason, "cancelled" if broken is not None or orders.retired else "drained")
         await asyncio.wait({stepping})
         await self._worker.legs_ended(FLUSH_S)
         if isinstance(broken, EngineLost):

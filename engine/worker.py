@@ -2,7 +2,8 @@
 
 Nothing here polls: the step loop runs while the scheduler has a plan and sleeps until something changes otherwise. A
 step's tokens leave in one message per link. What an engine error costs is the legs of that step. A lost engine and a stop
-are no fault of any request: their legs end as cancelled by us, which a router tells as UNAVAILABLE.
+are no fault of any request, and a router goes on with it elsewhere: the legs of a lost engine end as cancelled by us, which
+counts as a loss, those of a stop as drained, which does not.
 """
 
 import asyncio
@@ -193,14 +194,14 @@ class Worker(ABC, Generic[S, L]):
         self.steps.over(self.clock(), failed=True)
         self._totals["failed_steps"] += 1
 
-    def stop(self, reason: str = "the instance stops") -> None:
-        """End every leg and, after the running step, the loop."""
+    def stop(self, reason: str = "the instance stops", outcome: LegOutcome = "drained") -> None:
+        """End every leg, by default as an orderly move, and, after the running step, the loop."""
         self._stopping = True
         self.scheduler.draining = True
         self._end_grace()
         self._reporter.stop()
         for leg in self.legs:
-            self.cancel(leg, "cancelled", reason)
+            self.cancel(leg, outcome, reason)
         self.wake()
 
     async def legs_ended(self, within_s: float | None = None) -> None:

@@ -322,6 +322,9 @@ class ProcessStatus(google.protobuf.message.Message):
     FREE_BLOCKS_FIELD_NUMBER: builtins.int
     NUM_BLOCKS_FIELD_NUMBER: builtins.int
     GENERATION_FIELD_NUMBER: builtins.int
+    LEGS_FIELD_NUMBER: builtins.int
+    DRAINED_FIELD_NUMBER: builtins.int
+    GRACE_LEFT_S_FIELD_NUMBER: builtins.int
     name: builtins.str
     kind: builtins.str
     """prefill, decode, router, controller"""
@@ -351,6 +354,12 @@ class ProcessStatus(google.protobuf.message.Message):
     free_blocks: builtins.int
     num_blocks: builtins.int
     generation: builtins.str
+    legs: builtins.int
+    """requests aboard, prompts that wait to be pulled among them"""
+    drained: builtins.bool
+    """it takes nothing new and has nothing aboard, by its own word"""
+    grace_left_s: builtins.float
+    """of one that drains, until what is left goes on elsewhere"""
     @property
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     @property
@@ -389,8 +398,11 @@ class ProcessStatus(google.protobuf.message.Message):
         free_blocks: builtins.int = ...,
         num_blocks: builtins.int = ...,
         generation: builtins.str = ...,
+        legs: builtins.int = ...,
+        drained: builtins.bool = ...,
+        grace_left_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "device", b"device", "free_blocks", b"free_blocks", "generation", b"generation", "health", b"health", "incarnation", b"incarnation", "kind", b"kind", "kv_bytes", b"kv_bytes", "log_file", b"log_file", "name", b"name", "node", b"node", "num_blocks", b"num_blocks", "pid", b"pid", "plan", b"plan", "progress", b"progress", "queued_tokens", b"queued_tokens", "rank_pids", b"rank_pids", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "threads", b"threads", "transports", b"transports"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "counters", b"counters", "detail", b"detail", "device", b"device", "drained", b"drained", "free_blocks", b"free_blocks", "generation", b"generation", "grace_left_s", b"grace_left_s", "health", b"health", "incarnation", b"incarnation", "kind", b"kind", "kv_bytes", b"kv_bytes", "legs", b"legs", "log_file", b"log_file", "name", b"name", "node", b"node", "num_blocks", b"num_blocks", "pid", b"pid", "plan", b"plan", "progress", b"progress", "queued_tokens", b"queued_tokens", "rank_pids", b"rank_pids", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "threads", b"threads", "transports", b"transports"]) -> None: ...
 
 Global___ProcessStatus: typing_extensions.TypeAlias = ProcessStatus
 

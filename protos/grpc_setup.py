@@ -3,6 +3,8 @@
 Settings and their reasons (measured with grpcio 1.85):
 - ``grpc.so_reuseport=0``: a taken port is an error, not a second listener.
 - keepalive every second *and* ``grpc.http2.ping_timeout_ms``: keepalive alone never notices a stopped peer.
+- a server ends the connections of clients later than those of our own processes: a client's machine may be busy or far away,
+  and nothing waits for the news. How soon a client notices that its router is gone is the client's own channel's.
 - bulk channels use a subchannel pool of their own, so that KV never queues before control messages.
 - request bytes are decoded inside the handler: an undecodable message is INVALID_ARGUMENT, where gRPC would say INTERNAL.
 """
@@ -24,17 +26,26 @@ CONNECT_MS = 1000
 """What gRPC's name for it hides: so long an attempt to connect may take, until the far end has sent its SETTINGS. At 100 ms
 an instance hard at work was called unreachable."""
 
-_KEEPALIVE: list[tuple[str, Any]] = [
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.http2.ping_timeout_ms", 1000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-]
+PING_MS = 1000
+ANSWER_MS, CLIENT_ANSWER_MS = 1000, 10_000
+"""How long the other end may take to answer a ping before the connection is ended: a process of ours, a client."""
 
 
-def server_options(max_message_bytes: int = MAX_CONTROL_MESSAGE_BYTES) -> list[tuple[str, Any]]:
-    """Options of every server; ``max_message_bytes`` bounds what it receives."""
+def _keepalive(answer_ms: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.keepalive_time_ms", PING_MS),
+        ("grpc.keepalive_timeout_ms", answer_ms),
+        ("grpc.http2.ping_timeout_ms", answer_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def server_options(
+    max_message_bytes: int = MAX_CONTROL_MESSAGE_BYTES, *, of_clients: bool = False
+) -> list[tuple[str, Any]]:
+    """Options of every server; ``max_message_bytes`` bounds what it receives. ``of_clients``: people's programs and commands
+    connect to it, not processes of ours alone."""
     return [
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -42,7 +53,7 @@ def server_options(max_message_bytes: int = MAX_CONTROL_MESSAGE_BYTES) -> list[t
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
         ("grpc.http2.max_ping_strikes", 0),
-        *_KEEPALIVE,
+        *_keepalive(CLIENT_ANSWER_MS if of_clients else ANSWER_MS),
     ]
 
 
@@ -55,7 +66,7 @@ def channel_options(*, bulk: bool = False, max_message_bytes: int = MAX_CONTROL_
         ("grpc.min_reconnect_backoff_ms", CONNECT_MS),
         ("grpc.max_reconnect_backoff_ms", 1000),
         ("grpc.enable_http_proxy", 0),
-        *_KEEPALIVE,
+        *_keepalive(ANSWER_MS),
     ]
     if bulk:
         options.append(("grpc.use_local_subchannel_pool", 1))

@@ -52,7 +52,7 @@ async def serve(config: RouterConfig, announcer: Announcer, stop: asyncio.Event)
 @contextlib.asynccontextmanager
 async def _listening(config: RouterConfig, front: Front) -> AsyncIterator[tuple[int, Any]]:
     """The gRPC server with health and reflection; yields its port and the health servicer."""
-    server = grpc.aio.server(options=server_options(config.limits.max_message_bytes))
+    server = grpc.aio.server(options=server_options(config.limits.max_message_bytes, of_clients=True))
     handler = service_handler(router_pb2.DESCRIPTOR, "Router", RouterServicer(front), GetMessageClass)
     server.add_generic_rpc_handlers((handler,))
     checks = health.aio.HealthServicer()

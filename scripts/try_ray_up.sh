@@ -253,6 +253,11 @@ nodes = {it["name"]: it["node"] for it in json.load(open(sys.argv[1]))["processe
 print(nodes["prefill-0"], nodes["decode-0"])' "$base/status.json")
 [ "$p_node" != "$d_node" ] || die "P and D are both on $p_node"
 step "P is on $p_node, D on $d_node"
+far=decode-0 far_node=$d_node # of the two at most one is on the head
+[ "$d_node" != "$(host_ip 1)" ] || far=prefill-0 far_node=$p_node
+on 1 "bash --login -c 'biphase logs $far'" >"$base/far.log" 2>&1 && grep "$far serves as a" "$base/far.log" >/dev/null ||
+  { tail "$base/far.log" >&2; die "\`biphase logs $far\` on the head does not read its log on $far_node"; }
+step "\`biphase logs $far\` on the head reads the log that is on $far_node"
 ask check "$door" "$base/expected.json"
 step "a client outside the cluster gets the tokens of the local run"
 

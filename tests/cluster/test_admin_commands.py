@@ -3,11 +3,12 @@
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.served import Served, is_ready, pid_of, run_biphase
+from support.served import BIPHASE, Served, is_ready, pid_of, run_biphase
 
 from biphase.protos import controller_pb2
 
@@ -87,6 +88,7 @@ def test_scale_flip_drain_cordon_and_what_is_refused(serve: Serve, environment: 
     for word in ("role", "idle", "1P:2D", "last decisions:", "scaled by hand"):
         assert word in table
     document = json.loads(biphase("status", "--json"))
+    assert {it["legs"] for it in document["processes"]} == {0}
     assert {it["role"] for it in document["processes"]} == {"prefill", "decode", ""}
     assert document["decisions"] and document["epoch"] == 1
     events = biphase("events")
@@ -107,7 +109,14 @@ def test_a_controller_killed_in_a_drain_and_in_a_scale_goes_on(
     served.wait_ready()
     for name in ("decode-0", "decode-1", "decode-2"):
         (work / name).touch()  # each has a request that runs
-    assert run_biphase(environment, "drain", "decode-0", "--grace", "300").returncode == 0
+    waiting = subprocess.Popen(
+        [*BIPHASE, "drain", "decode-0", "--grace", "300", "--wait"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    served.wait_for(state_of("decode-0", "draining"))
     assert run_biphase(environment, "scale", "prefill=1", "decode=2", "--for", "1h").returncode == 0
     before = served.wait_for(lambda status: state_of("decode-0", "draining")(status) and _num(status, "draining") == 2)
     leaving = [it.name for it in before.processes if it.state == "draining"]
@@ -119,8 +128,12 @@ def test_a_controller_killed_in_a_drain_and_in_a_scale_goes_on(
     assert after.pinned.startswith("scaled by hand")
     for name in ("prefill-0", "decode-0", "decode-1", "decode-2"):
         assert pid_of(after, name) == pid_of(before, name), "nothing is reverted, nothing is started anew"
+    assert waiting.poll() is None, "a request is aboard still"
     for name in leaving:
         (work / name).unlink()
+    output, progress = waiting.communicate(timeout=30)
+    assert waiting.returncode == 0 and "nothing runs on decode-0 any more" in output, progress
+    assert "decode-0 has 1 request aboard; what is left in " in progress
     served.wait_for(
         lambda status: status.state == "ready" and "decode-2" not in roles(status) and _num(status, "draining") <= 1
     )

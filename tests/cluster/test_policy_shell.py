@@ -112,7 +112,8 @@ async def restart(backend: NotingBackend, tmp_path: Path, policy: Policy | None)
 async def test_requests_that_the_state_knows_go_on_in_the_next_life_and_others_do_not(
     tmp_path: Path, policy: Policy | None
 ) -> None:
-    backend = NotingBackend(requests={"prefill": "", "decode": ""})
+    backend = NotingBackend()
+    backend.requests = {"prefill": "", "decode": ""}
     first = make_controller(backend, tmp_path)
     first.autoscaling._state = first.autoscaling._state.having("prefill", asked_s=123.0)
     first.autoscaler_state = json.loads(first.autoscaling._state.to_json())

@@ -66,6 +66,61 @@ def test_stages_spread_over_hosts_and_places_stay_together(address: str, tmp_pat
     assert [pid for pid in decode.rank_pids if started_ticks(pid) is not None] == []
 
 
+READ_LOGS = f"""
+import asyncio, sys
+import ray
+from biphase.cluster.deployment import Deployment
+from biphase.cluster.local_logs import LocalLogs
+from biphase.cluster.ray_backend import RayBackend
+from biphase.protos.errors import InvalidRequest
+
+async def refusal(read):
+    try:
+        return await read()
+    except InvalidRequest as error:
+        return str(error)
+
+async def main():
+    backend = RayBackend(Deployment(name="logs", model="smollm2"), owner=False)
+    await backend.open()
+    there = backend.logs_of({SECOND!r})
+    end, stat = await there.read("/proc/self/stat", 0)
+    print("parent", stat.decode().rpartition(")")[2].split()[1])
+    first = await there.read(sys.argv[1], 0, 3)
+    print("tail", first[1].decode().split(), await there.read(sys.argv[1], first[0]))
+    print("missing", await refusal(lambda: there.read("/nowhere", 0)))
+    print("gone", await refusal(lambda: backend.logs_of("127.0.0.9").read("/nowhere", 0)))
+    print("unplaced", await refusal(lambda: backend.logs_of("").read("/nowhere", 0)))
+    print("here", type(backend.logs_of(ray.util.get_node_ip_address())).__name__)
+    await backend.close()
+
+ray.init(log_to_driver=False)
+asyncio.run(main())
+"""
+
+
+def test_a_log_is_read_by_its_own_host(address: str, tmp_path: Path) -> None:
+    log = tmp_path / "decode-0-1.log"
+    log.write_text("one\ntwo\nthree\nfour\n")
+    done = subprocess.run(
+        [sys.executable, "-c", READ_LOGS, str(log)],
+        env={**os.environ, **TOKEN, "RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    assert done.returncode == 0, done.stderr
+    assert SECOND in Path(f"/proc/{said['parent']}/cmdline").read_text(), (
+        "the raylet of that host has started who reads"
+    )
+    assert said["tail"] == "['two', 'three', 'four'] (19, b'')"
+    assert said["missing"] == f"/nowhere on {SECOND}: No such file or directory"
+    assert said["gone"].startswith("it lies on 127.0.0.9, which is gone; there are ")
+    assert (said["unplaced"], said["here"]) == ("it has no process yet", "LocalLogs")
+
+
 def _is_on_second(pid: int) -> bool:
     """By the raylet that started it."""
     parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]

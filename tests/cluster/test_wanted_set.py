@@ -7,7 +7,7 @@ from biphase.cluster import wanted_set
 from biphase.cluster.actions import Abandon, AskToStop, Kill, Start, TellDrain, TellFlip, TellResume
 from biphase.cluster.controller_state import ControllerState, restore, slots_of
 from biphase.cluster.planner_view import members_of
-from biphase.cluster.reconcile import STOP_S, Reconciler
+from biphase.cluster.reconcile import LAST_WORDS_S, STOP_S, Reconciler
 from biphase.cluster.slot import FlipTo, Wanted, Work
 from biphase.cluster.start_failures import MAX_FAILED_STARTS
 from biphase.protos.errors import InvalidRequest
@@ -39,16 +39,28 @@ def test_a_stop_drains_then_asks_then_forgets() -> None:
     assert core.counts() == {"prefill": 1, "decode": 1}
 
 
-def test_what_does_not_drain_is_asked_at_the_end_of_its_grace_and_killed_later() -> None:
+def test_what_does_not_drain_has_its_last_words_after_the_grace_then_is_asked_and_killed_later() -> None:
     core = made()
     wanted_set.stop(core, "decode-1", 30.0, 10.0)
     core.decide(10.0)
     core.worked("decode-1", 1, Work(draining=True, running=1))
-    assert core.next_due_s() == 40.0
-    assert core.decide(40.0) == [AskToStop(name="decode-1", incarnation=1)]
-    assert core.next_due_s() == 40.0 + STOP_S
-    kills = core.decide(40.0 + STOP_S)
+    asked_s = 40.0 + LAST_WORDS_S
+    assert core.next_due_s() == asked_s
+    assert core.decide(asked_s - 0.01) == [], "the routers hear of what is left before it is told to end"
+    assert core.decide(asked_s) == [AskToStop(name="decode-1", incarnation=1)]
+    assert core.next_due_s() == asked_s + STOP_S
+    kills = core.decide(asked_s + STOP_S)
     assert [type(action) for action in kills] == [Kill]
+
+
+def test_what_is_drained_by_its_last_words_is_asked_to_stop_at_once() -> None:
+    core = made()
+    wanted_set.stop(core, "decode-1", 30.0, 10.0)
+    core.decide(10.0)
+    core.worked("decode-1", 1, Work(draining=True, legs=1))
+    assert core.decide(40.1) == [], "a prompt that waits to be pulled neither queues nor runs"
+    idle(core, "decode-1")
+    assert core.decide(40.2) == [AskToStop(name="decode-1", incarnation=1)]
 
 
 def test_a_name_that_comes_back_uses_no_incarnation_twice() -> None:

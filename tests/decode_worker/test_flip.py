@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 BLOCKS = 24
 LONG = Sampling(max_tokens=400, ignore_eos=True)
+ENDLESS = Sampling(max_tokens=16_000, ignore_eos=True)
+"""For an instance of ``long_model``: no machine is through with it before a signal has come."""
 TURNS_WITHIN_S = 20.0
 BOOKS = ("legs", "sequences", "queued", "running", "blocks_used", "queued_tokens")
 
@@ -28,8 +30,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_directory(tmp_path_factory.mktemp("model"), tiny_config(), tiny_weights())
 
 
-def flags(model: Path) -> list[str]:
-    sizes = ["--num-kv-blocks", str(BLOCKS), "--max-model-len", "512", "--max-num-batched-tokens", "32"]
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_directory(tmp_path_factory.mktemp("long"), tiny_config(max_position_embeddings=16_384), tiny_weights())
+
+
+def flags(model: Path, blocks: int = BLOCKS, max_model_len: int = 512) -> list[str]:
+    sizes = ["--num-kv-blocks", str(blocks), "--max-model-len", str(max_model_len), "--max-num-batched-tokens", "32"]
     return ["--model", str(model), "--device", "cpu", "--threads", "1", "--weights-cache", str(model / "cache"), *sizes]
 
 
@@ -217,12 +224,12 @@ async def test_flips_that_make_no_sense_are_refused_and_change_nothing(pair: lis
         assert await leg.end() == "done"
 
 
-async def test_sigterm_drains_and_a_second_one_ends_at_once(tmp_path: Path, model: Path) -> None:
+async def test_sigterm_drains_and_a_second_one_ends_at_once(tmp_path: Path, long_model: Path) -> None:
     deployment = Deployment(tmp_path)
     try:
         for name in ("patient", "hasty", "short"):
-            command = [sys.executable, "-m", "biphase.decode_worker", *flags(model)]
-            command += ["--drain-s", "0.3" if name == "short" else "60"]
+            command = [sys.executable, "-m", "biphase.decode_worker", *flags(long_model, 520, 16_384)]
+            command += ["--drain-s", "0.05" if name == "short" else "60"]
             deployment.decode.append(deployment.spawn(name, command))
         for running in deployment.decode:
             await asyncio.to_thread(running.wait_ready)
@@ -233,8 +240,8 @@ async def test_sigterm_drains_and_a_second_one_ends_at_once(tmp_path: Path, mode
             LinkClient(short.address) as three,
         ):
             done = await one.open_decode(prompt(20), Sampling(max_tokens=100, ignore_eos=True))
-            cut = await two.open_decode(prompt(20), LONG)
-            drained = await three.open_decode(prompt(20), LONG)
+            cut = await two.open_decode(prompt(20), ENDLESS)
+            drained = await three.open_decode(prompt(20), ENDLESS)
             for leg in (done, cut, drained):
                 await leg.until(lambda leg: leg.tokens)
             for running in deployment.decode:
@@ -242,7 +249,7 @@ async def test_sigterm_drains_and_a_second_one_ends_at_once(tmp_path: Path, mode
             await two.until_heard(lambda link: link.load.draining)
             hasty.signal(signal.SIGTERM)
             ends = [await done.end(), await cut.end(), await drained.end()]
-            assert ends == ["done", "cancelled", "drained"]
+            assert ends == ["done", "drained", "drained"]
             assert cut.detail == "the instance stops"
         for running in deployment.decode:
             assert await asyncio.to_thread(running.process.wait, 15) == 0
@@ -252,14 +259,43 @@ async def test_sigterm_drains_and_a_second_one_ends_at_once(tmp_path: Path, mode
         deployment.stop()
 
 
-async def test_a_retired_instance_ends_at_once(tmp_path: Path, model: Path) -> None:
+async def test_what_is_left_when_a_process_of_a_deployment_is_told_to_end_is_drained_before_it_does(
+    tmp_path: Path, long_model: Path
+) -> None:
     deployment = Deployment(tmp_path)
     try:
-        retired = deployment.spawn("retired", [sys.executable, "-m", "biphase.decode_worker", *flags(model)])
+        for role in ("prefill", "decode"):
+            command = [sys.executable, "-m", f"biphase.{role}_worker", *flags(long_model, 520, 16_384)]
+            command += ["--drain-s", "0"]
+            deployment.decode.append(deployment.spawn(role, command))
+        for running in deployment.decode:
+            await asyncio.to_thread(running.wait_ready)
+        prefill, decode = deployment.decode
+        async with LinkClient(prefill.address) as one, LinkClient(decode.address) as two:
+            unpulled = await one.open_prefill(prompt(20), ENDLESS)
+            running_leg = await two.open_decode(prompt(20), ENDLESS)
+            for leg in (unpulled, running_leg):
+                await leg.until(lambda leg: leg.tokens)
+            for running in deployment.decode:
+                running.signal(signal.SIGTERM)
+            for leg in (unpulled, running_leg):
+                assert await leg.end() == "drained" and leg.detail == "the instance stops"
+        for running in deployment.decode:
+            assert await asyncio.to_thread(running.process.wait, 15) == 0
+    finally:
+        deployment.stop()
+
+
+async def test_a_retired_instance_ends_at_once(tmp_path: Path, long_model: Path) -> None:
+    deployment = Deployment(tmp_path)
+    try:
+        retired = deployment.spawn(
+            "retired", [sys.executable, "-m", "biphase.decode_worker", *flags(long_model, 520, 16_384)]
+        )
         deployment.decode.append(retired)
         await asyncio.to_thread(retired.wait_ready)
         async with LinkClient(retired.address) as link:
-            running = await link.open_decode(prompt(20), LONG)
+            running = await link.open_decode(prompt(20), ENDLESS)
             await running.until(lambda leg: leg.tokens)
             async with LinkClient(retired.address, kind="controller", epoch=1) as controller:
                 await controller.send(retire=worker_pb2.Retire(reason="incarnation 7 has taken its place"))

@@ -211,5 +211,5 @@ async def test_a_stop_books_the_steps_in_flight(model_dir: Path) -> None:
         decode.pipelined.hold()
         decode.worker.stop()
         decode.pipelined.let_go()
-        assert await leg.end() == "cancelled" and leg.detail == "the instance stops"
+        assert await leg.end() == "drained" and leg.detail == "the instance stops"
         await decode.all_back()

@@ -1,6 +1,10 @@
 """Servers and channels as every process makes them, on real loopback sockets."""
 
+import asyncio
+import contextlib
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -115,6 +119,47 @@ async def test_an_address_of_another_host_is_an_error() -> None:
     with pytest.raises(SetupError, match="cannot listen on 192.0.2.1:0"):
         bind(server, "192.0.2.1", 0)
     await server.stop(grace=None)
+
+
+async def test_a_client_may_be_slow_to_answer_a_ping_and_a_process_of_ours_may_not() -> None:
+    async with silent_peer(server_options()) as ours, silent_peer(server_options(of_clients=True)) as client:
+        began_s = time.monotonic()
+        async with asyncio.timeout(10):
+            while await ours.read(4096):
+                pass
+        assert 1.0 < time.monotonic() - began_s < 5.0
+        with pytest.raises(TimeoutError):  # what it was sent until now, and no end
+            async with asyncio.timeout(1.0):
+                while await client.read(4096):
+                    pass
+                raise AssertionError("the client's connection was ended as well")
+
+
+@contextlib.asynccontextmanager
+async def silent_peer(options: list[tuple[str, Any]]) -> AsyncIterator[asyncio.StreamReader]:
+    """What comes from a server to a peer that has opened its connection and answers nothing any more."""
+    server = grpc.aio.server(options=options)
+    port = bind(server, "127.0.0.1", 0)
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    empty_settings, acknowledged = b"\0\0\0\4\0\0\0\0\0", b"\0\0\0\4\1\0\0\0\0"
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + empty_settings + acknowledged)
+    try:
+        yield reader
+    finally:
+        writer.close()
+        await server.stop(grace=None)
+
+
+def test_how_soon_a_lost_peer_is_noticed_on_each_side() -> None:
+    names = ("grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
+    for options, answer_ms in (
+        (channel_options(), 1000),  # of clients too: they are to hear of a dead router within 3 s
+        (channel_options(bulk=True), 1000),
+        (server_options(), 1000),
+        (server_options(of_clients=True), 10_000),
+    ):
+        assert [dict(options)[name] for name in names] == [answer_ms, answer_ms]
 
 
 def test_bulk_channels_have_a_connection_of_their_own() -> None:

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from biphase.cluster.backend import STATE, Handle, Kind, NodeView, ProcessSpec
 from biphase.cluster.deployment import Deployment
+from biphase.cluster.local_logs import LocalLogs
+from biphase.cluster.log_source import LogSource
 from biphase.protos.process import Announcement
 from biphase.protos.values import Role
 
@@ -71,6 +73,9 @@ class FakeBackend:
         return []
 
     def check_for(self, deployments: Sequence[Deployment]) -> None: ...
+
+    def logs_of(self, node: str) -> LogSource:
+        return LocalLogs()
 
     async def start(self, spec: ProcessSpec) -> FakeHandle:
         self.started.append(spec)

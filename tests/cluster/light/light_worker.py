@@ -89,7 +89,7 @@ class LightWorker(worker_pb2_grpc.WorkerServicer):
 
     def _load(self) -> worker_pb2.LinkUp:
         running = 1 if work_file(self._config.name).exists() else 0
-        load = worker_pb2.Load(running=running, free_blocks=100 - running, draining=self._draining)
+        load = worker_pb2.Load(running=running, legs=running, free_blocks=100 - running, draining=self._draining)
         return worker_pb2.LinkUp(incarnation=self._incarnation, load=load)
 
     async def _drain(self, grace_s: float) -> None:
