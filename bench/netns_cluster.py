@@ -42,9 +42,11 @@ NAME = "netns"
 class NetnsCluster:
     """One deployment on ``net``. Owns its plan of hosts and its `biphase serve`."""
 
-    def __init__(self, net: Network, folder: Path, deploy: Mapping[str, Any], num_routers: int) -> None:
+    def __init__(
+        self, net: Network, folder: Path, deploy: Mapping[str, Any], num_routers: int, env: Mapping[str, str]
+    ) -> None:
         self.net, self.folder, self.num_routers = net, folder, num_routers
-        self._deploy = dict(deploy)
+        self._deploy, self._env = dict(deploy), dict(env)
         self._plan_file = folder / "hosts.json"
         self._serve: subprocess.Popen[str] | None = None
         self.run_dir = RunDir(folder / "run" / NAME)
@@ -63,7 +65,8 @@ class NetnsCluster:
             for index in range(self.num_routers)
         ]
         (self.folder / "deploy.yaml").write_text(yaml.safe_dump(deploy))
-        env = {**os.environ, "BIPHASE_RUN_DIR": str(self.folder / "run"), "BIPHASE_NETNS": str(self._plan_file)}
+        own = {"BIPHASE_RUN_DIR": str(self.folder / "run"), "BIPHASE_NETNS": str(self._plan_file)}
+        env = {**os.environ, **self._env, **own}
         env["PYTHONPATH"] = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", "biphase.cluster.cli", "serve", str(self.folder / "deploy.yaml")]
         with open(self.folder / "serve.err", "w") as errors:
@@ -205,11 +208,17 @@ def hosts_for(num_instances: int, num_routers: int, spares: int) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def netns_cluster(
-    folder: Path, deploy: Mapping[str, Any], *, num_instances: int, num_routers: int = 2, spares: int = 3
+    folder: Path,
+    deploy: Mapping[str, Any],
+    *,
+    num_instances: int,
+    num_routers: int = 2,
+    spares: int = 3,
+    env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[NetnsCluster]:
-    """A deployment for a while. Nothing of it is left afterwards: no process, no namespace, no device."""
+    """A deployment for a while, with more of ``env`` (``cpu_shares.py``) in its processes'. Nothing of it is left afterwards: no process, no namespace, no device."""
     with network(hosts_for(num_instances, num_routers, spares)) as net:
-        cluster = NetnsCluster(net, folder, deploy, num_routers)
+        cluster = NetnsCluster(net, folder, deploy, num_routers, env or {})
         try:
             await asyncio.to_thread(cluster.start)
             yield cluster

@@ -1,12 +1,13 @@
 """What is lost when something dies: every fault on a deployment under load, whose processes have hosts of their own.
 
-    python bench/recovery.py [--faults kill:decode stop:prefill ...] [--repeat 3] [--kills 10] [--model smollm2]
+    python bench/recovery.py [--faults kill:decode stop:prefill ...] [--repeat 3] [--kills 10] [--model smollm2] [--cores 0.5]
                              [--tokens FILE] [--json FILE] [--check]
 
 1 prefill and 2 decode instances, 2 routers, mode auto, float32 and codec raw, each process in a network namespace (root).
 Faults: kill -9, SIGSTOP and partition (packets dropped, no end is told) of a prefill instance, a decode instance, the
 controller and one of two routers, and a partition of prefill and decode instance from each other alone; stops and partitions
-heal after 10 s. Answers are compared with recorded ones (``record_tokens.py``; tests/reference has SmolLM2's).
+heal after 10 s. Each life of an instance has a share of the processors of its own (--cores, by cgroup quota), as on a host of
+its own: else the start of a replacement takes its time from the instance that prefills what was displaced. Answers are compared with recorded ones (``record_tokens.py``; tests/reference has SmolLM2's).
 
 A request is *lost* when it is not done, save UNAVAILABLE of streams at the faulted router. *Seen*: every router has the
 instance as not ready, by the routers' own clocks; of a router: its last stream has ended at the client. The gap is the longest
@@ -16,16 +17,19 @@ under the same load (``prefill_work.py``) + 1 s. A *former* life was replaced an
 
 import argparse
 import asyncio
+import contextlib
 import math
+import os
 import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cpu_shares
 import report
 from fault_case import STREAMS_ON_VICTIM, Load, load_of, run_case
 from fault_outcome import Fault, Kind, Outcome, worst
@@ -143,6 +147,19 @@ def deploy_of(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def own_cores(cores: float) -> Iterator[dict[str, str]]:
+    """The environment that gives each instance so many; empty where 0 is asked for. SetupError where it cannot be."""
+    if not cores:
+        yield {}
+        return
+    if reason := cpu_shares.lacking():
+        raise SetupError(f"--cores {cores:g}: {reason}; --cores 0 lets all instances share what there is")
+    with cpu_shares.cpu_shares(cores) as env:
+        # `ip netns exec` hides the cgroups of this mount namespace behind a /sys of its own
+        yield {**env, "BIPHASE_CGROUP": f"/proc/{os.getpid()}/root{env['BIPHASE_CGROUP']}"}
+
+
 async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
     found = report.Report("recovery", COLUMNS)
     outcomes: list[tuple[Outcome, float]] = []
@@ -156,8 +173,9 @@ async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
     output = parse_lengths(OUTPUT_LEN, "output", read_lengths)
     deploy = deploy_of(arguments)
     while due:  # a deployment that does not come back is replaced, and what it did is in the table
-        with tempfile.TemporaryDirectory() as folder:
-            async with netns_cluster(Path(folder), deploy, num_instances=sum(INSTANCES.values())) as cluster:
+        with tempfile.TemporaryDirectory() as folder, own_cores(arguments.cores) as env:
+            num_instances = sum(INSTANCES.values())
+            async with netns_cluster(Path(folder), deploy, num_instances=num_instances, env=env) as cluster:
                 async with load_of(cluster, prompts) as load:
                     capacity = await capacity_of(load, arguments.seed, output)
                     rate = await prefill_rate_at(load, capacity / 2, arguments.seed, output)
@@ -257,6 +275,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10, help="of prefill and decode instance, each")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--kv-memory", default="256MiB", help="of each instance")
+    parser.add_argument("--cores", type=float, default=0.5, help="of each instance (0: all share what there is)")
     parser.add_argument("--tokens", type=Path, metavar="FILE", help="recorded answers of at least 256 tokens")
     parser.add_argument("--seed", type=int, default=1)
     report.add_arguments(parser)

@@ -6,7 +6,7 @@ backend watches, kills and adopts the process as always. ``BIPHASE_NETNS`` names
 instance takes the first free host that the controller reaches and that it is not told to avoid, and waits while there is none,
 as for room on another machine; the controller's backend is that of several hosts (``other_hosts.py``).
 
-With ``BIPHASE_CGROUP`` (a folder) an instance joins a cgroup of its name there, of ``BIPHASE_CGROUP_CORES`` cores.
+With ``BIPHASE_CGROUP`` (a folder) each life of an instance joins a cgroup of its own there, of ``BIPHASE_CGROUP_CORES`` cores.
 """
 
 import ctypes
@@ -57,7 +57,10 @@ def _share(root, spec_file):
         spec = json.load(file)
     if spec["kind"] not in ("prefill", "decode"):
         return
-    group, cores = os.path.join(root, spec["name"]), float(os.environ["BIPHASE_CGROUP_CORES"])
+    group, cores = (
+        os.path.join(root, f"{spec['name']}-{spec['incarnation']}"),
+        float(os.environ["BIPHASE_CGROUP_CORES"]),
+    )
     os.makedirs(group, exist_ok=True)
     if os.path.exists(os.path.join(group, "cpu.max")):
         settings = {"cpu.max": f"{int(cores * _PERIOD_US)} {_PERIOD_US}"}
