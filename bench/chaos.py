@@ -3,16 +3,17 @@
     python bench/chaos.py [--minutes 2] [--seed 1] [--every 10] [--heal 3] [--tokens FILE] [--model smollm2] [--json FILE] [--check]
 
 1 prefill and 2 decode instances and 2 routers on hosts of their own (``netns_cluster.py``). The load is half of what the
-deployment does without a fault, measured first. Faults are drawn by the seed: kill -9, SIGSTOP, partition, and a partition of
-one pair, of whatever lives at that moment, healed after --heal seconds. One client knows both routers: what has no token yet
-when its router goes is sent to the other.
+deployment does without a fault, measured first. Every --every seconds a fault begins, healed after --heal seconds; the seed says which: kill
+-9, SIGSTOP or partition of an instance, a router or the controller, or a partition of one pair. One client knows both routers:
+what has no token yet when its router goes is sent to the other.
 
 Goals: at least 80 % of the offered requests done and token-exact, the rest refused with a clear status; full strength within
-30 s of the last fault; every counter back to zero.
+30 s of the end of the last fault; every counter back to zero, no former life left.
 """
 
 import argparse
 import asyncio
+import contextlib
 import math
 import random
 import statistics
@@ -20,13 +21,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import report
-from fault_case import KINDS_OF, Fault, Load, inject, load_of
+from fault_case import Load, inject, load_of
+from fault_outcome import KINDS_OF, Fault
 from idle_counters import wait_idle
-from netns_cluster import CONTROLLER, NetnsCluster, netns_cluster
-from recovery import INSTANCES, baseline, deploy_of, recording_of
+from netns_cluster import CONTROLLER, netns_cluster
+from recovery import INSTANCES, capacity_of, deploy_of, recording_of
 
 from biphase.client import AsyncClient
 from biphase.client.bench.arrivals import Phase, arrivals
@@ -37,43 +40,59 @@ from biphase.client.bench.tokens_file import Recording
 from biphase.protos.errors import SetupError, one_line
 
 DONE_SHARE, STRONG_WITHIN_S = 0.8, 30.0
-CLEAR = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED")
-"""What a request may end with that is not done: the client knows what to think of it."""
+CLEAR = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED")
+"""What a request may end with that is not done: the client knows what to think of it. A deadline says nothing."""
+NUM_ROUTERS = 2
+LATE_S = 2.0
+"""A victim that is between two lives when it is due is hit this late at most."""
 OUTPUT_LEN = "uniform:16:64"
 
 
-def drawn_fault(draws: random.Random, cluster: NetnsCluster) -> Fault:
-    """Of whatever lives now."""
-    lives = sorted(cluster.lives())
-    kind = draws.choice(KINDS_OF)
-    if kind == "pair":
-        prefill = [name for name in lives if name.startswith("prefill")]
-        decode = [name for name in lives if name.startswith("decode")]
-        if prefill and decode:
-            return Fault(kind="pair", victim=draws.choice(decode), other=draws.choice(prefill))
-        kind = "kill"
-    victims = [name for name in lives if name != CONTROLLER or kind != "partition"] or [CONTROLLER]
-    return Fault(kind=kind, victim=draws.choice(victims))
+def schedule(seed: int, seconds: float, every_s: float, heal_s: float) -> list[tuple[float, Fault]]:
+    """(when it begins, the fault), all of them healed within ``seconds``. Pure."""
+    draws = random.Random(seed)
+    of_role = {role: [f"{role}-{index}" for index in range(count)] for role, count in INSTANCES.items()}
+    routers = [f"router-{index}" for index in range(NUM_ROUTERS)]
+    victims = [*of_role["prefill"], *of_role["decode"], *routers, CONTROLLER]
+    found, number = [], 1
+    while number * every_s + heal_s <= seconds:
+        kind = draws.choice(KINDS_OF)
+        if kind == "pair":
+            fault = Fault(kind=kind, victim=draws.choice(of_role["decode"]), other=draws.choice(of_role["prefill"]))
+        else:
+            fault = Fault(kind=kind, victim=draws.choice(victims))
+        found.append((number * every_s, fault))
+        number += 1
+    return found
 
 
-async def fault_loop(load: Load, arguments: argparse.Namespace, until_s: float, found: report.Report) -> float:
-    """Until ``until_s`` (monotonic); returns when the last fault was healed."""
-    draws = random.Random(arguments.seed)
-    healed_at = time.monotonic()
-    while time.monotonic() + arguments.every <= until_s:
-        await asyncio.sleep(arguments.every)
-        fault = drawn_fault(draws, load.cluster)
-        try:
-            heal = inject(load.cluster, fault)
-        except (KeyError, RuntimeError) as error:  # it has died meanwhile
-            print(f"{fault.label}: {one_line(error)}", file=sys.stderr, flush=True)
+async def fault_loop(load: Load, arguments: argparse.Namespace, began_s: float, found: report.Report) -> float:
+    """All faults of the schedule, counted from ``began_s`` (monotonic); returns when the last one was over."""
+    over_s, done = began_s, found.extra.setdefault("faults", [])
+    for at_s, fault in schedule(arguments.seed, 60.0 * arguments.minutes, arguments.every, arguments.heal):
+        await asyncio.sleep(began_s + at_s - time.monotonic())
+        heal = await _hit(load, fault)
+        if heal is None:
+            print(f"{fault.label} ({fault.victim}): it has not been there", file=sys.stderr, flush=True)
             continue
-        print(f"fault: {fault.label} ({fault.victim})", file=sys.stderr, flush=True)
-        await asyncio.sleep(arguments.heal)
+        hit_s = over_s = time.monotonic()
+        print(f"fault at {hit_s - began_s:.1f} s: {fault.label} ({fault.victim})", file=sys.stderr, flush=True)
+        done.append([hit_s - began_s, fault.kind, fault.victim, fault.other])
+        await asyncio.sleep(began_s + at_s + arguments.heal - time.monotonic())
         heal()
-        healed_at = time.monotonic()
-        found.extra.setdefault("faults", []).append([fault.kind, fault.victim, fault.other])
-    return healed_at
+        if fault.kind != "kill":
+            over_s = time.monotonic()
+    return over_s
+
+
+async def _hit(load: Load, fault: Fault) -> Callable[[], None] | None:
+    """What heals it; None where the victim, or its other end, has not lived in time."""
+    deadline = time.monotonic() + LATE_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(KeyError, RuntimeError):
+            return inject(load.cluster, fault)
+        await asyncio.sleep(0.05)
+    return None
 
 
 async def strong_after(load: Load, since: float) -> float:
@@ -89,9 +108,11 @@ async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
     prompts = RecordedPrompts(recording.usable, seed=arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         deploy = deploy_of(arguments)
-        async with netns_cluster(Path(folder), deploy, num_instances=sum(INSTANCES.values()), spares=4) as cluster:
+        async with netns_cluster(
+            Path(folder), deploy, num_instances=sum(INSTANCES.values()), num_routers=NUM_ROUTERS, spares=4
+        ) as cluster:
             async with load_of(cluster, prompts) as load:
-                capacity, _ = await baseline(load, arguments.seed, parse_lengths(OUTPUT_LEN, "output", read_lengths))
+                capacity = await capacity_of(load, arguments.seed, parse_lengths(OUTPUT_LEN, "output", read_lengths))
                 seconds = 60.0 * arguments.minutes
                 phase = Phase(
                     name="chaos",
@@ -105,12 +126,12 @@ async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
                 async with AsyncClient(cluster.addresses) as client:
                     runner = load.runner(timeout_s=arguments.deadline, through=client)
                     running = asyncio.create_task(runner.run(arrivals([phase], random.Random(arguments.seed))))
-                    healed_at = await fault_loop(load, arguments, time.monotonic() + seconds, found)
-                    strong_s = await strong_after(load, healed_at)
+                    over_s = await fault_loop(load, arguments, time.monotonic(), found)
+                    strong_s = await strong_after(load, over_s)
                     measured = await running
-                left = await wait_idle(cluster, within_s=10.0)
-                if math.isinf(strong_s) or left:
-                    print(f"left: {left}\n{cluster.logs()}", file=sys.stderr)
+                left, former = await wait_idle(cluster, within_s=10.0), cluster.former_lives()
+                if math.isinf(strong_s) or left or former:
+                    print(f"left: {left}, former lives: {former}\n{cluster.logs()}", file=sys.stderr)
     kinds = Counter("wrong" if one.wrong else one.kind for one in measured)
     for kind, count in kinds.most_common():
         example = next((one.detail for one in measured if one.kind == kind), "")
@@ -124,18 +145,22 @@ async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
         "longest_gap_ms_max": max(gaps, default=None),
         "left": left,
     }
+    due = len(schedule(arguments.seed, seconds, arguments.every, arguments.heal))
+    found.goal("offered_of_half_capacity", len(measured) / (seconds * capacity / 2), 0.8, at_least=True)
+    found.goal("faults_of_those_due", len(found.extra["faults"]) / due if due else math.nan, 0.9, at_least=True)
     found.goal("done_and_exact_share", kinds["DONE"] / max(len(measured), 1), DONE_SHARE, at_least=True)
     found.goal("wrong_answers", kinds["wrong"], 0)
     found.goal("unclear_ends", sum(kinds[kind] for kind in kinds if kind not in (*CLEAR, "DONE", "wrong")), 0)
     found.goal("full_strength_s", strong_s, STRONG_WITHIN_S)
     found.goal("left_behind", sum(left.values()), 0)
+    found.goal("former_lives_left", len(former), 0)
     return found.finish(arguments)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--every", type=float, default=10.0, metavar="S", help="from one fault to the next")
+    parser.add_argument("--every", type=float, default=10.0, metavar="S", help="from the begin of a fault to the next")
     parser.add_argument("--heal", type=float, default=3.0, metavar="S")
     parser.add_argument("--deadline", type=float, default=60.0, metavar="S", help="of each request")
     parser.add_argument("--seed", type=int, default=1)

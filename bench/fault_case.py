@@ -1,6 +1,7 @@
-"""One fault under load, and what it did: to the requests, to the tokens, to what the instances hold, and for how long.
+"""One fault under load: when to hit, what heals it, and what is looked at until all is back.
 
-Used by bench/recovery.py, which says which faults, and by bench/chaos.py, which draws them.
+Used by bench/recovery.py, which says which faults, and by bench/chaos.py, which draws them; what comes out of it is a
+``fault_outcome.Outcome``.
 """
 
 import asyncio
@@ -8,109 +9,28 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
+from fault_outcome import Fault, Outcome, View, seen_unix_s
 from idle_counters import wait_idle
-from netns_cluster import CONTROLLER, NetnsCluster
+from netns_cluster import NetnsCluster
 
 from biphase.client import AsyncClient
 from biphase.client.bench.arrivals import Arrival
-from biphase.client.bench.measured import Measured
 from biphase.client.bench.prompts import Prompts
 from biphase.client.bench.runner import Runner
 from biphase.protos.errors import BiphaseError
 
-Kind = Literal["kill", "stop", "partition", "pair"]
-KINDS_OF: tuple[Kind, ...] = ("kill", "stop", "partition", "pair")
 HEAL_AFTER_S = 10.0
 SEEN_WITHIN_S = 15.0
 STRONG_WITHIN_S = 90.0
+FORMER_WITHIN_S = 10.0
 POLL_S = 0.01
 STREAMS_ON_VICTIM = 4
+AT_WORK_WITHIN_S, ONE_MORE_WITHIN_S = 30.0, 5.0
+"""How long to wait for so many, and at first for one more: one of them may end just before it is hit."""
 TIMEOUT_S = 180.0
 """Of each request: far above what any fault may cost, so that one that hangs is a lost one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """``victim`` is the name of a process; of a ``pair`` the decode instance, cut off from ``other``."""
-
-    kind: Kind
-    victim: str
-    other: str = ""
-
-    @property
-    def role(self) -> str:
-        return self.victim.partition("-")[0]
-
-    @property
-    def label(self) -> str:
-        if self.kind == "pair":
-            return "partition prefill-decode"
-        return {"kill": "kill -9", "stop": "SIGSTOP", "partition": "partition"}[self.kind] + f" {self.role}"
-
-
-@dataclass(slots=True, kw_only=True)
-class Outcome:
-    """Seconds count from the fault; NaN where there is nothing to measure or it was not seen in time."""
-
-    fault: Fault
-    at_s: float = math.nan
-    """On the load's own clock."""
-    seen_s: float = math.nan
-    """When every router alive had the instance as not ready; of a router, when its last stream had ended at the client."""
-    strong_s: float = math.nan
-    """When everything was ready again."""
-    stopped_s: float = math.nan
-    """Of a router: when the instances held no more of its work."""
-    measured: list[Measured] = field(default_factory=list)
-    left: dict[str, int] = field(default_factory=dict)
-    """Counters that were not back after the last end."""
-    address: str = ""
-    """Of the faulted router."""
-
-    @property
-    def excused(self) -> list[Measured]:
-        """Failed as they may: at the faulted router, with UNAVAILABLE."""
-        if self.fault.role != "router":
-            return []
-        return [one for one in self.measured if one.kind == "UNAVAILABLE" and one.address == self.address]
-
-    @property
-    def lost(self) -> list[Measured]:
-        excused = {one.index for one in self.excused}
-        return [one for one in self.measured if not one.done and one.index not in excused]
-
-    @property
-    def wrong(self) -> int:
-        return sum(one.wrong for one in self.measured)
-
-    @property
-    def replays(self) -> int:
-        return sum(one.replays for one in self.measured)
-
-    @property
-    def displaced(self) -> list[Measured]:
-        """Done requests that were running when the fault came and went on elsewhere."""
-        return [one for one in self.measured if one.done and one.replays and one.sent_s < self.at_s < one.ended_s]
-
-    @property
-    def displaced_tokens(self) -> int:
-        """Prompts and what was emitted: what has to be prefilled again."""
-        return sum(one.input_tokens + sum(at_s <= self.at_s for at_s in one.token_at_s) for one in self.displaced)
-
-    @property
-    def gap_s(self) -> float:
-        """The longest silence of a displaced stream that ended after the fault."""
-        gaps = [
-            later - max(earlier, one.sent_s)
-            for one in self.displaced
-            for earlier, later in zip((one.sent_s, *one.token_at_s), one.token_at_s, strict=False)
-            if later > self.at_s
-        ]
-        return max(gaps, default=math.nan)
 
 
 class Load:
@@ -123,13 +43,22 @@ class Load:
         """To each router in turn by a client of its own; or ``through`` one that knows all of them."""
         return Runner([through] if through else self.clients, self._prompts, timeout_s=timeout_s)
 
-    async def states(self, client: AsyncClient) -> dict[str, tuple[int, str, int]] | None:
-        """(incarnation, state, running) of every instance as a router sees it; None when it does not answer."""
+    async def views(self, client: AsyncClient) -> dict[str, View] | None:
+        """Every instance as a router sees it; None when it does not answer."""
         try:
             info = await client.server_info(timeout_s=1.0)
         except BiphaseError:
             return None
-        return {one.name: (one.incarnation, one.state, one.running) for one in info.instances}
+        return {
+            one.name: View(incarnation=one.incarnation, state=one.state, since_unix_s=one.since_unix_s, legs=one.legs)
+            for one in info.instances
+        }
+
+    async def legs_on(self, name: str) -> int | None:
+        """Requests aboard an instance, of all routers; None unless every router has it as ready."""
+        views = [(await self.views(client) or {}).get(name) for client in self.clients]
+        found = [view.legs for view in views if view is not None and view.state == "ready"]
+        return sum(found) if len(found) == len(self.clients) else None
 
     async def strong(self, instances: Mapping[str, int]) -> bool:
         """Whether every router has so many ``instances`` of each role as ready, and the controller calls all ready."""
@@ -154,36 +83,39 @@ async def load_of(cluster: NetnsCluster, prompts: Prompts) -> AsyncIterator[Load
 
 async def run_case(load: Load, fault: Fault, arrivals: Sequence[Arrival], instances: Mapping[str, int]) -> Outcome:
     """Start the load, wait until the victim is at work, hit it, heal it, wait for full strength and for every end."""
-    outcome, runner = Outcome(fault=fault), load.runner()
+    outcome, runner, cluster = Outcome(fault=fault), load.runner(), load.cluster
+    if fault.role == "router":
+        outcome.address = cluster.addresses[int(fault.victim.partition("-")[2])]
     running = asyncio.create_task(runner.run(arrivals))
     try:
-        await _at_work(load, fault, runner)
-        life = load.cluster.lives()[fault.victim][1]
-        hit_at = time.monotonic()
-        outcome.at_s = runner.now_s()
-        heal = inject(load.cluster, fault)
-        if fault.role == "router":
-            outcome.address = load.cluster.addresses[int(fault.victim.partition("-")[2])]
-            doomed = [index for index, live in runner.live.items() if live.address == outcome.address]
-            seen = asyncio.create_task(_streams_ended(runner, doomed, hit_at))
-            stopped = asyncio.create_task(_work_stopped(load, fault, hit_at))
-        else:
-            seen = asyncio.create_task(_seen(load, fault, life, hit_at))
-            stopped = None
+        before = cluster.lives()
+        outcome.life = f"{fault.victim}#{before[fault.victim][1]}"
+        outcome.on_victim = await _at_work(load, outcome, runner)
+        hit_at, hit_unix_s, outcome.at_s = time.monotonic(), time.time(), runner.now_s()
+        outcome.doomed = [index for index, live in runner.live.items() if live.address == outcome.address]
+        heal = inject(cluster, fault)
+        seen = asyncio.create_task(_seen(load, fault, hit_unix_s))
+        replaced = asyncio.create_task(_strong_after(load, instances, hit_at, seen))
+        stopped = asyncio.create_task(_work_stopped(load, fault, hit_at))
         if fault.kind != "kill":
             await asyncio.sleep(HEAL_AFTER_S - (time.monotonic() - hit_at))
         heal()
-        outcome.seen_s = await seen
-        outcome.stopped_s = await stopped if stopped else math.nan
-        outcome.strong_s = await _strong_again(load, instances, hit_at)
+        former = asyncio.create_task(_former_lives(cluster, time.monotonic()))
+        outcome.detected_s, outcome.stopped_s = await seen, await stopped
+        healed_s = await _strong_again(load, instances, hit_at)
+        outcome.strong_s = healed_s if math.isnan(healed_s) or math.isnan(outcome.detected_s) else await replaced
+        outcome.former = sorted({*await former, *cluster.former_lives()})
+        spared = () if fault.kind == "pair" else (fault.victim,)
+        after = cluster.lives()
+        outcome.restarted = [name for name in before if name not in spared and after.get(name) != before[name]]
     finally:
         runner.stop()
     outcome.measured = list(await running)
-    outcome.left = await wait_idle(load.cluster, within_s=5.0)
+    outcome.left = await wait_idle(cluster, within_s=5.0)
     return outcome
 
 
-def inject(cluster: NetnsCluster, fault: Fault):  # type: ignore[no-untyped-def]
+def inject(cluster: NetnsCluster, fault: Fault) -> Callable[[], None]:
     """Do it; returns what heals it, which for a kill does nothing."""
     match fault.kind:
         case "kill":
@@ -200,60 +132,76 @@ def inject(cluster: NetnsCluster, fault: Fault):  # type: ignore[no-untyped-def]
             return lambda: cluster.heal_pair(hosts)
 
 
-async def _at_work(load: Load, fault: Fault, runner: Runner) -> None:
-    """A decode instance has its streams, others have seen some of the load; or a while has passed."""
-    deadline = time.monotonic() + 30.0
-    while time.monotonic() < deadline:
-        busy = sum(len(live.tokens) >= 3 for live in runner.live.values())
+async def _at_work(load: Load, outcome: Outcome, runner: Runner) -> int:
+    """Wait until an instance has its requests, a router its streams, others see some of the load; returns how much it is.
+    After a while it is what it is, and the goals tell."""
+    began, fault = time.monotonic(), outcome.fault
+    while True:
+        waited_s = time.monotonic() - began
+        streams = [live for live in runner.live.values() if len(live.tokens) >= 3]
         if fault.role == "decode":
-            states = [await load.states(client) for client in load.clients]
-            on_victim = max((found[fault.victim][2] for found in states if found and fault.victim in found), default=0)
-            if on_victim >= STREAMS_ON_VICTIM and busy >= STREAMS_ON_VICTIM:
-                return
-        elif busy >= STREAMS_ON_VICTIM:
-            return
-        await asyncio.sleep(0.05)
+            found = await load.legs_on(fault.victim) or 0
+        else:
+            found = sum(live.address == outcome.address or not outcome.address for live in streams)
+        enough = STREAMS_ON_VICTIM + (waited_s < ONE_MORE_WITHIN_S)
+        if min(found, len(streams)) >= enough or waited_s > AT_WORK_WITHIN_S:
+            return min(found, len(streams))
+        await asyncio.sleep(POLL_S)
 
 
-async def _seen(load: Load, fault: Fault, life: int, hit_at: float) -> float:
-    """Until every router has the victim's ``life`` as not ready. What the routers cannot see by themselves is NaN."""
-    if fault.victim == CONTROLLER or fault.kind == "pair":
+async def _seen(load: Load, fault: Fault, hit_unix_s: float) -> float:
+    """Seconds until every router had the victim as not ready, by their own clocks; asking has no part in it. NaN for what
+    the routers cannot see by themselves."""
+    if fault.role not in ("prefill", "decode") or fault.kind == "pair":
         return math.nan
 
     async def one(client: AsyncClient) -> float:
-        while time.monotonic() - hit_at < SEEN_WITHIN_S:
-            states = await load.states(client)
-            if states is not None:
-                incarnation, state, _ = states.get(fault.victim, (0, "absent", 0))
-                if state != "ready" or incarnation > life:
-                    return time.monotonic() - hit_at
+        while time.time() - hit_unix_s < SEEN_WITHIN_S:
+            asked_unix_s = time.time()
+            views = await load.views(client)
+            if views is not None:
+                seen = seen_unix_s(views.get(fault.victim), hit_unix_s, asked_unix_s)
+                if seen is not None:
+                    return seen - hit_unix_s
             await asyncio.sleep(POLL_S)
         return math.nan
 
-    return max(await asyncio.gather(*(one(client) for client in load.clients)))
-
-
-async def _streams_ended(runner: Runner, doomed: Sequence[int], hit_at: float) -> float:
-    while any(index in runner.live for index in doomed):
-        if time.monotonic() - hit_at > SEEN_WITHIN_S:
-            return math.nan
-        await asyncio.sleep(POLL_S)
-    return time.monotonic() - hit_at if doomed else math.nan
+    found = await asyncio.gather(*(one(client) for client in load.clients))
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 async def _work_stopped(load: Load, fault: Fault, hit_at: float) -> float:
-    """Until the instances hold no more legs than the other routers have."""
+    """Of a router: seconds until the instances, all of which answer, hold no more legs than the other routers have."""
+    if fault.role != "router":
+        return math.nan
     others = [client for index, client in enumerate(load.clients) if f"router-{index}" != fault.victim]
+
+    async def theirs() -> int:
+        return sum([(await client.server_info(timeout_s=1.0)).counters["legs"] for client in others])
+
     while time.monotonic() - hit_at < SEEN_WITHIN_S:
-        held = sum(counters.get("legs", 0) for counters in (await load.cluster.worker_counters()).values())
-        theirs = 0
-        for client in others:
-            with contextlib.suppress(BiphaseError):
-                theirs += (await client.server_info(timeout_s=1.0)).counters.get("legs", 0)
-        if held <= theirs:
-            return time.monotonic() - hit_at
+        with contextlib.suppress(BiphaseError):
+            before = await theirs()
+            counters = await load.cluster.worker_counters()
+            held = [of.get("legs", math.inf) for of in counters.values()]
+            if held and sum(held) <= min(before, await theirs()):
+                return time.monotonic() - hit_at
         await asyncio.sleep(0.05)
     return math.nan
+
+
+async def _former_lives(cluster: NetnsCluster, healed_at: float) -> list[str]:
+    """Those that a newer life has replaced and that have not ended in time, counted from the heal."""
+    while time.monotonic() - healed_at < FORMER_WITHIN_S:
+        await asyncio.sleep(0.1)
+        if not cluster.former_lives():
+            return []
+    return cluster.former_lives()
+
+
+async def _strong_after(load: Load, instances: Mapping[str, int], hit_at: float, seen: "asyncio.Task[float]") -> float:
+    """An instance may be replaced before it is healed; what was strong before the fault was seen says nothing."""
+    return math.nan if math.isnan(await seen) else await _strong_again(load, instances, hit_at)
 
 
 async def _strong_again(load: Load, instances: Mapping[str, int], hit_at: float) -> float:

@@ -42,8 +42,9 @@ LIVE = (
 
 
 def held(counters: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-    """What is not back to zero."""
-    return {f"{name}.{key}": of[key] for name, of in counters.items() for key in LIVE if of.get(key)}
+    """What is not back to zero; an instance that does not answer may hold anything."""
+    silent = {f"{name} does not answer": 1 for name, of in counters.items() if not of}
+    return silent | {f"{name}.{key}": of[key] for name, of in counters.items() for key in LIVE if of.get(key)}
 
 
 async def wait_idle(cluster: Counted, within_s: float) -> dict[str, int]:

@@ -1,25 +1,26 @@
 """The P:D ratio following a load that turns: the autoscaler beside both fixed ratios, on real processes.
 
-    python bench/live_shift.py [--phase 150] [--rate 1.5] [--model smollm2] [--arms auto 2P1D 1P2D] [--plot FILE.svg]
+    python bench/live_shift.py [--phase 150] [--rate 1.7] [--model smollm2] [--arms auto 2P1D 1P2D] [--plot FILE.svg]
                                [--json FILE] [--check]
 
 Mode strict (in auto a decode instance would repair a wrong ratio by prefilling itself), 3 instances under a fixed budget, each
 with half a core of its own (cgroup quota, as root), so that an idle one's time flows to nobody. The load turns from long
 prompts with short answers to short prompts with long answers, and back. First the unloaded times are measured, whose medians
 x 5 are the goals, then what one prefill and one decode instance can do; lengths are chosen so that the right ratio has a
-quarter of headroom. Attainment counts refused and failed requests as misses; it is taken from 60 s after each turn to its end.
+quarter of headroom and a little more, and each fixed ratio shows before its run what of its capacity the load leaves.
+Attainment counts refused and failed requests as misses; it is taken from 60 s after each turn to its end.
 """
 
 import argparse
 import asyncio
-import math
 import random
 import re
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,35 @@ import cpu_shares
 import report
 import shift_plot
 from local_cluster import LocalCluster, local_cluster
+from shift_judge import (
+    COOLDOWN_S,
+    FEWEST_IN_WINDOW,
+    FLIP_GRACE_S,
+    HEADROOM,
+    INSTANCES,
+    PHASE_S,
+    RIGHT,
+    WINDOW_S,
+    Arm,
+    Look,
+    fewest_in_window,
+    judge,
+    turn_of,
+)
 
 from biphase.client import AsyncClient
-from biphase.client.bench.arrivals import Arrival, Phase, arrivals
+from biphase.client.bench.arrivals import Arrival, Phase, arrivals, total_s
 from biphase.client.bench.goals import Metric
 from biphase.client.bench.lengths import fixed
 from biphase.client.bench.measured import Measured
 from biphase.client.bench.prompts import RandomPrompts
 from biphase.client.bench.runner import Runner
-from biphase.client.bench.summary import spread_of, summarize, windows
+from biphase.protos.errors import BiphaseError
 
-CORES_EACH, INSTANCES = 0.5, 3
-GOAL_FACTOR, HEADROOM = 5.0, 0.25
-SETTLE_S, WINDOW_S, COOLDOWN_S = 60.0, 30.0, 30.0
-FLIP_GRACE_S, TURN_S = 10.0, 1.0
+CORES_EACH = 0.5
+GOAL_FACTOR = 5.0
+CHOSEN_HEADROOM = HEADROOM + 0.05
+LOOK_EVERY_S, STATUS_EVERY_S = 0.1, 0.5
 FLIP = re.compile(r"\bflip ([\w-]+) to ")
 PREFILL_HEAVY_OUTPUT, DECODE_HEAVY_INPUT = 4, 16
 RATIOS = {"2P1D": (2, 1), "1P2D": (1, 2)}
@@ -56,20 +72,6 @@ class Shape:
     goals: dict[Metric, float]
     prefill_rate: float
     decode_rate: float
-
-
-@dataclass(kw_only=True)
-class Arm:
-    """One run over the whole load."""
-
-    name: str
-    measured: list[Measured] = field(default_factory=list)
-    ratios: list[tuple[float, int, int]] = field(default_factory=list)
-    """(seconds, ready prefill instances, ready decode instances), at every change."""
-    decisions: list[str] = field(default_factory=list)
-    flips: list[tuple[str, float]] = field(default_factory=list)
-    """(instance, seconds from the decision to serving in the new role: what ran there had to end or go elsewhere first);
-    infinite where it had not turned at the end."""
 
 
 def phases_of(shape: Shape, rate: float, seconds: float) -> list[Phase]:
@@ -151,7 +153,7 @@ async def calibrate(arguments: argparse.Namespace) -> Shape:
                 began_s = statistics.median(one.token_at_s[0] for one in loaded)
                 tokens = sum(sum(at_s >= began_s for at_s in one.token_at_s) for one in loaded)
                 decode_rate = tokens / (max(one.ended_s for one in loaded) - began_s) / 2
-                usable = (1 - HEADROOM) * 2 / arguments.rate
+                usable = (1 - CHOSEN_HEADROOM) * 2 / arguments.rate
                 input_tokens, output_tokens = int(usable * prefill_rate), int(usable * decode_rate)
                 longest = (await client.model_info()).model.max_model_len - DECODE_HEAVY_INPUT
                 if max(input_tokens, output_tokens) > longest:
@@ -176,33 +178,79 @@ async def calibrate(arguments: argparse.Namespace) -> Shape:
     return found
 
 
-async def follow(cluster: LocalCluster, runner: Runner, arm: Arm) -> None:
-    """Note every change of the ratio, the controller's decisions, and how long a flip took; until cancelled."""
-    ordered: dict[str, float] = {}
-    try:
-        await _follow(cluster, runner, arm, ordered)
-    finally:
-        arm.flips += [(name, math.inf) for name in ordered]
+class Following:
+    """Notes, until cancelled, every change of the ratio, the controller's decisions, and how instances turn."""
+
+    def __init__(self, cluster: LocalCluster, client: AsyncClient, runner: Runner, arm: Arm) -> None:
+        self._cluster, self._client, self._runner, self._arm = cluster, client, runner, arm
+        self._orders: list[tuple[str, float]] = []
+        self._looks: dict[str, list[Look]] = defaultdict(list)
+
+    async def run(self) -> None:
+        try:
+            await asyncio.gather(self._follow_status(), self._follow_instances())
+        finally:
+            self._arm.turns = [self._turn(index) for index in range(len(self._orders))]
+
+    def _turn(self, index: int) -> Any:
+        name, ordered_unix_s = self._orders[index]
+        next_unix_s = min((at for other, at in self._orders[index + 1 :] if other == name), default=float("inf"))
+        return turn_of(name, ordered_unix_s, [one for one in self._looks[name] if one.asked_unix_s < next_unix_s])
+
+    async def _follow_status(self) -> None:
+        arm, runner = self._arm, self._runner
+        while True:
+            status = await self._cluster.status()
+            if status is not None:
+                ready = [process.role for process in status.processes if process.state == "ready" and process.role]
+                now = ready.count(1), ready.count(2)
+                if sum(now) and (not arm.ratios or arm.ratios[-1][1:] != now):
+                    arm.ratios.append((runner.now_s(), *now))
+                for event in status.decisions:
+                    line = f"{event.kind} {event.subject}: {event.text}"
+                    if line not in arm.decisions:
+                        arm.decisions.append(line)
+                        if (flip := FLIP.search(event.text)) is not None:
+                            self._orders.append((flip[1], event.unix_s))
+                        print(f"{arm.name} at {runner.now_s():.0f} s: {line}", file=sys.stderr, flush=True)
+            await asyncio.sleep(STATUS_EVERY_S)
+
+    async def _follow_instances(self) -> None:
+        while True:
+            asked_unix_s = time.time()
+            try:
+                instances = (await self._client.server_info(timeout_s=1.0)).instances
+            except BiphaseError:
+                instances = ()
+            for one in instances:
+                look = Look(
+                    asked_unix_s=asked_unix_s,
+                    role=one.role,
+                    state=one.state,
+                    since_unix_s=one.since_unix_s,
+                    legs=one.legs,
+                )
+                self._looks[one.name].append(look)
+            await asyncio.sleep(LOOK_EVERY_S)
 
 
-async def _follow(cluster: LocalCluster, runner: Runner, arm: Arm, ordered: dict[str, float]) -> None:
-    while True:
-        status = await cluster.status()
-        if status is not None:
-            ready = [process.role for process in status.processes if process.state == "ready" and process.role]
-            now = ready.count(1), ready.count(2)
-            if sum(now) and (not arm.ratios or arm.ratios[-1][1:] != now):
-                arm.ratios.append((runner.now_s(), *now))
-            for event in status.decisions:
-                line = f"{event.kind} {event.subject}: {event.text}"
-                if line not in arm.decisions:
-                    arm.decisions.append(line)
-                    if (flip := FLIP.search(event.text)) is not None:
-                        ordered[flip[1]] = event.unix_s
-                    if event.subject in ordered and "has turned" in event.text:
-                        arm.flips.append((event.subject, event.unix_s - ordered.pop(event.subject)))
-                    print(f"{arm.name} at {runner.now_s():.0f} s: {line}", file=sys.stderr, flush=True)
-        await asyncio.sleep(0.5)
+def check_shares(env: dict[str, str]) -> None:
+    """SystemExit unless every instance is in a group of its own."""
+    groups = [path for path in Path(env["BIPHASE_CGROUP"]).iterdir() if path.is_dir()]
+    taken = [path.name for path in groups if (path / "cgroup.procs").read_text().split()]
+    if len(taken) != INSTANCES:
+        raise SystemExit(f"{len(taken)} instances have a share of the processors, not {INSTANCES}: {', '.join(taken)}")
+
+
+async def headroom_of(client: AsyncClient, shape: Shape, ratio: str, rate: float) -> float:
+    """The share of what the ratio can do with the load that it is right for, that ``rate`` leaves."""
+    of = {
+        "prefill-heavy": (shape.input_tokens, PREFILL_HEAVY_OUTPUT),
+        "decode-heavy": (DECODE_HEAVY_INPUT, shape.output_tokens),
+    }
+    lengths = next(of[name] for name, right in RIGHT.items() if right == ratio)
+    found = await burst(client, NUM_LOADED, *lengths, 0.0)
+    return 1.0 - rate / (len(found) / max(one.ended_s for one in found))
 
 
 async def run_arm(arguments: argparse.Namespace, name: str, shape: Shape, phases: Sequence[Phase]) -> Arm:
@@ -212,76 +260,18 @@ async def run_arm(arguments: argparse.Namespace, name: str, shape: Shape, phases
     with cpu_shares.cpu_shares(CORES_EACH) as env:
         async with local_cluster(deploy_of(arguments, ratio, policy), env) as cluster:
             async with AsyncClient(cluster.address) as client:
+                check_shares(env)
                 await burst(client, 4, 64, 8, 0.5)
+                if policy is None:
+                    arm.headroom = await headroom_of(client, shape, name, arguments.rate)
                 model = (await client.model_info()).model
                 prompts = RandomPrompts(vocab_size=model.vocab_size, max_model_len=model.max_model_len, seed=7)
                 runner = Runner([client], prompts, timeout_s=120.0)
-                following = asyncio.create_task(follow(cluster, runner, arm))
+                following = asyncio.create_task(Following(cluster, client, runner, arm).run())
                 arm.measured = list(await runner.run(arrivals(phases, random.Random(arguments.seed))))
                 following.cancel()
                 await asyncio.wait([following])
     return arm
-
-
-def attained(measured: Sequence[Measured], goals: dict[Metric, float], since_s: float, until_s: float) -> float:
-    share = summarize([one for one in measured if since_s <= one.due_s < until_s], goals).attainment
-    return math.nan if share is None else share
-
-
-def judge(found: report.Report, arms: Sequence[Arm], shape: Shape, phases: Sequence[Phase]) -> None:
-    turns = [index * phases[0].seconds for index in range(len(phases))]
-    for arm in arms:
-        for index, (phase, turn_s) in enumerate(zip(phases, turns, strict=True)):
-            until_s = turn_s + phase.seconds
-            mine = [one for one in arm.measured if turn_s + SETTLE_S <= one.due_s < until_s]
-            settled = attained(arm.measured, shape.goals, turn_s + SETTLE_S, until_s)
-            whole = [*windows(mine, WINDOW_S, until_s)][math.ceil((turn_s + SETTLE_S) / WINDOW_S) :]
-            shares = [summarize(window, shape.goals).attainment for window in whole if window]
-            worst = min((share for share in shares if share is not None), default=math.nan)
-            ttft = spread_of([one.ttft_ms for one in mine if one.ttft_ms is not None])
-            tpot = spread_of([one.tpot_ms for one in mine if one.tpot_ms is not None])
-            failed = sum(not one.done for one in arm.measured if turn_s <= one.due_s < until_s)
-            found.row(
-                arm.name,
-                phase.name,
-                len(mine),
-                settled,
-                worst,
-                ttft.percentiles[90] if ttft else math.nan,
-                tpot.percentiles[90] if tpot else math.nan,
-                failed,
-            )
-            if arm.name == "auto":
-                found.goal(f"auto_attainment_{index}_{phase.name}", settled, 0.9, at_least=True)
-                found.goal(f"auto_worst_window_{index}_{phase.name}", worst, 0.75, at_least=True)
-            else:
-                right = (arm.name == "2P1D") == (phase.name == "prefill-heavy")
-                name = f"{arm.name}_{'right' if right else 'wrong'}_{index}_{phase.name}"
-                found.goal(name, settled, 0.9 if right else 0.5, at_least=right)
-        if arm.name == "auto":
-            found.goal("auto_failed", sum(not one.done for one in arm.measured), 0)
-            found.goal("auto_reversals_within_cooldown", reversals(arm.ratios), 0)
-            longest_s = max((seconds for _, seconds in arm.flips), default=math.nan)
-            found.goal("auto_flip_worst_s", longest_s, FLIP_GRACE_S + TURN_S)
-            found.goal("auto_changes_of_ratio", len(settled_ratios(arm.ratios)) - 1, 2, at_least=True)
-
-
-def settled_ratios(ratios: Sequence[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
-    """Those with every instance ready: an instance that turns is away for a moment."""
-    found: list[tuple[float, int, int]] = []
-    for one in ratios:
-        if sum(one[1:]) == INSTANCES and (not found or found[-1][1:] != one[1:]):
-            found.append(one)
-    return found
-
-
-def reversals(ratios: Sequence[tuple[float, int, int]]) -> int:
-    """Changes that take back the one before within the cooldown."""
-    found = settled_ratios(ratios)
-    return sum(
-        later[1:] == earlier[1:] and later[0] - between[0] < COOLDOWN_S
-        for earlier, between, later in zip(found, found[1:], found[2:], strict=False)
-    )
 
 
 async def measure(arguments: argparse.Namespace) -> int:
@@ -289,6 +279,10 @@ async def measure(arguments: argparse.Namespace) -> int:
     found = report.Report("live_shift", columns)
     shape = await calibrate(arguments)
     phases = phases_of(shape, arguments.rate, arguments.phase)
+    due = list(arrivals(phases, random.Random(arguments.seed)))
+    if (fewest := fewest_in_window(due, total_s(phases))) < FEWEST_IN_WINDOW:
+        least = f"a window of {WINDOW_S:g} s must hold {FEWEST_IN_WINDOW}"
+        raise SystemExit(f"--rate {arguments.rate:g} has {fewest} requests in some window, {least}: raise it")
     arms = []
     for name in arguments.arms:
         arms.append(await run_arm(arguments, name, shape, phases))
@@ -297,7 +291,8 @@ async def measure(arguments: argparse.Namespace) -> int:
                 "name": arm.name,
                 "ratios": arm.ratios,
                 "decisions": arm.decisions,
-                "flips": arm.flips,
+                "headroom": arm.headroom,
+                "turns": [asdict(turn) for turn in arm.turns],
                 "requests": len(arm.measured),
                 "replays": sum(one.replays for one in arm.measured),
             }
@@ -312,7 +307,7 @@ async def measure(arguments: argparse.Namespace) -> int:
         "decode_tokens_per_s": shape.decode_rate,
         "rate": arguments.rate,
     }
-    judge(found, arms, shape, phases)
+    judge(found, arms, shape.goals, phases)
     if arguments.plot:
         _draw(Path(arguments.plot), arms, phases, shape)
     return found.finish(arguments)
@@ -324,8 +319,8 @@ def _draw(path: Path, arms: Sequence[Arm], phases: Sequence[Phase], shape: Shape
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phase", type=float, default=150.0, metavar="S", help="length of each of the three phases")
-    parser.add_argument("--rate", type=float, default=1.5, help="requests/s: 40 in a window of 30 s need 1.34")
+    parser.add_argument("--phase", type=float, default=PHASE_S, metavar="S", help="length of each of the three phases")
+    parser.add_argument("--rate", type=float, default=1.7, help="requests/s: a window of 30 s must hold 40")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--kv-memory", default="256MiB", help="of each instance")
     parser.add_argument("--arms", nargs="+", choices=["auto", *RATIOS], default=["auto", *RATIOS])

@@ -2,20 +2,18 @@
 
 `biphase serve` runs as always, on the controller's host; ``netns_site`` on its PYTHONPATH moves each process that it starts to
 a host. Routers and controller keep theirs for all their lives; an instance's next life begins on a free host, so that it is
-out of a cut's reach as on another machine. Faults are real: signals by pid, packets dropped at the bridge.
+out of a cut's reach as on another machine. Faults are real: signals by pid, packets dropped at the bridge. What the controller
+cannot reach it cannot kill either: it gives it up, and a life that comes back to the network is a former one.
 """
 
 import asyncio
 import contextlib
-import fcntl
-import json
 import os
 import select
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,7 @@ import grpc.aio
 import yaml
 from idle_counters import counters_at
 
-from biphase.cluster.deployment import Deployment
-from biphase.cluster.run_dir import RunDir, started_ticks
+from biphase.cluster.run_dir import RunDir
 from biphase.protos import controller_pb2, controller_pb2_grpc
 from biphase.protos.grpc_setup import channel_options
 
@@ -33,24 +30,23 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from support.netns import Network, network
 
 SITE = Path(__file__).resolve().parent / "netns_site"
+sys.path.append(str(SITE))
+from host_plan import HostPlan, changing_plan, is_alive, read_plan, write_plan
+
 CONTROLLER, CONTROLLER_HOST = "controller", "c"
 FIRST_PORT = 8700
 START_S, STOP_S = 180.0, 60.0
 NAME = "netns"
 
 
-def routers_supported() -> bool:
-    """Whether a deployment can have several routers."""
-    return any(one.name == "routers" for one in fields(Deployment))
-
-
 class NetnsCluster:
     """One deployment on ``net``. Owns its plan of hosts and its `biphase serve`."""
 
-    def __init__(self, net: Network, folder: Path, deploy: Mapping[str, Any], num_routers: int) -> None:
-        self.net, self.folder = net, folder
-        self.num_routers = num_routers if routers_supported() else 1
-        self._deploy = dict(deploy)
+    def __init__(
+        self, net: Network, folder: Path, deploy: Mapping[str, Any], num_routers: int, env: Mapping[str, str]
+    ) -> None:
+        self.net, self.folder, self.num_routers = net, folder, num_routers
+        self._deploy, self._env = dict(deploy), dict(env)
         self._plan_file = folder / "hosts.json"
         self._serve: subprocess.Popen[str] | None = None
         self.run_dir = RunDir(folder / "run" / NAME)
@@ -64,13 +60,13 @@ class NetnsCluster:
         """Return when all is ready; RuntimeError with the logs when that is not so in time."""
         self._write_plan()
         deploy = {"backend": "process", "name": NAME, "host": "0.0.0.0", "port": FIRST_PORT, **self._deploy}
-        if routers_supported():
-            deploy["routers"] = [
-                {"name": f"router-{index}", "host": "0.0.0.0", "port": FIRST_PORT + index}
-                for index in range(self.num_routers)
-            ]
+        deploy["routers"] = [
+            {"name": f"router-{index}", "host": "0.0.0.0", "port": FIRST_PORT + index}
+            for index in range(self.num_routers)
+        ]
         (self.folder / "deploy.yaml").write_text(yaml.safe_dump(deploy))
-        env = {**os.environ, "BIPHASE_RUN_DIR": str(self.folder / "run"), "BIPHASE_NETNS": str(self._plan_file)}
+        own = {"BIPHASE_RUN_DIR": str(self.folder / "run"), "BIPHASE_NETNS": str(self._plan_file)}
+        env = {**os.environ, **self._env, **own}
         env["PYTHONPATH"] = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", "biphase.cluster.cli", "serve", str(self.folder / "deploy.yaml")]
         with open(self.folder / "serve.err", "w") as errors:
@@ -88,7 +84,7 @@ class NetnsCluster:
         """Heal everything and end every process, stopped ones too."""
         self.net.heal_all()
         if self._serve is not None:
-            for pid in self.pids().values():
+            for pid in self._all_pids():
                 _signal(pid, signal.SIGCONT)
             for _ in range(2):  # the second asks for an end at once
                 self._serve.send_signal(signal.SIGINT)
@@ -100,7 +96,7 @@ class NetnsCluster:
                 self._serve.kill()
             self._serve.communicate()
             self._serve = None
-        for pid in self.pids().values():  # whom a broken supervisor has left
+        for pid in self._all_pids():  # whom a broken supervisor has left
             _signal(pid, signal.SIGKILL)
 
     def logs(self) -> str:
@@ -114,35 +110,26 @@ class NetnsCluster:
         hosts = {
             host: {"address": self.net.address(host), "namespace": self.net.namespace(host)} for host in self.net.hosts
         }
-        unused = [host for host in hosts if host.startswith("r") and host not in fixed.values()]
-        plan = {"hosts": hosts, "fixed": fixed, "controller": self.net.address(CONTROLLER_HOST)}
-        self._plan_file.write_text(json.dumps({**plan, "lives": {}, "cut": unused}))
-
-    def _plan(self) -> dict[str, Any]:
-        if not self._plan_file.exists():
-            return {"lives": {}}
-        with open(self._plan_file) as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            plan: dict[str, Any] = json.load(file)
-            return plan
+        spare = [host for host in hosts if host.startswith("r") and host not in fixed.values()]
+        write_plan(self._plan_file, HostPlan({"hosts": hosts, "fixed": fixed, "spare": spare}))
 
     def _note_cut(self, host: str, cut: bool) -> None:
-        """No life begins on a host that is cut."""
-        with open(self._plan_file, "r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            plan = json.load(file)
-            plan["cut"] = [other for other in plan["cut"] if other != host] + ([host] if cut else [])
-            file.seek(0)
-            file.truncate()
-            json.dump(plan, file)
+        with changing_plan(self._plan_file) as plan:
+            plan.note_cut(host, cut)
 
     def lives(self) -> dict[str, tuple[str, int, int]]:
         """(host, incarnation, pid) of the newest living life of every process, by its name."""
-        found: dict[str, tuple[str, int, int]] = {}
-        for host, (name, incarnation, pid, ticks) in self._plan()["lives"].items():
-            if started_ticks(pid) == ticks and (name not in found or found[name][1] < incarnation):
-                found[name] = (host, incarnation, pid)
+        found: dict[str, tuple[str, int, int]] = read_plan(self._plan_file).newest(is_alive)
         return found
+
+    def former_lives(self) -> list[str]:
+        """Those that still run though a newer one of their name does."""
+        found: list[str] = read_plan(self._plan_file).former(is_alive)
+        return found
+
+    def _all_pids(self) -> list[int]:
+        lives = read_plan(self._plan_file).lives if self._plan_file.exists() else []
+        return [life[3] for life in lives if is_alive(life[3], life[4])]
 
     def pids(self) -> dict[str, int]:
         return {name: pid for name, (_, _, pid) in self.lives().items()}
@@ -221,11 +208,17 @@ def hosts_for(num_instances: int, num_routers: int, spares: int) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def netns_cluster(
-    folder: Path, deploy: Mapping[str, Any], *, num_instances: int, num_routers: int = 2, spares: int = 3
+    folder: Path,
+    deploy: Mapping[str, Any],
+    *,
+    num_instances: int,
+    num_routers: int = 2,
+    spares: int = 3,
+    env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[NetnsCluster]:
-    """A deployment for a while. Nothing of it is left afterwards: no process, no namespace, no device."""
+    """A deployment for a while, with more of ``env`` (``cpu_shares.py``) in its processes'. Nothing of it is left afterwards: no process, no namespace, no device."""
     with network(hosts_for(num_instances, num_routers, spares)) as net:
-        cluster = NetnsCluster(net, folder, deploy, num_routers)
+        cluster = NetnsCluster(net, folder, deploy, num_routers, env or {})
         try:
             await asyncio.to_thread(cluster.start)
             yield cluster

@@ -151,6 +151,7 @@ def _instance(view: router_pb2.InstanceView) -> Instance:
         state=view.state,
         pid=view.pid,
         queued_tokens=view.queued_tokens,
+        since_unix_s=view.since_unix_s,
         legs=view.legs,
         running=view.running,
         free_blocks=view.free_blocks,

@@ -98,14 +98,16 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """A prefill or decode instance as the router sees it. ``state`` is connecting, ready, lost or draining; ``legs``: what
-    this router has there now of its requests, where the other counts are the instance's own of all routers."""
+    """A prefill or decode instance as the router sees it. ``state`` is connecting, ready, lost or draining, since
+    ``since_unix_s``; ``legs``: what this router has there now of its requests, where the other counts are the instance's own
+    of all routers."""
 
     name: InstanceName
     role: Role
     incarnation: Incarnation
     address: str
     state: str
+    since_unix_s: float
     pid: int
     queued_tokens: int
     running: int

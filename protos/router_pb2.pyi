@@ -457,6 +457,7 @@ class InstanceView(google.protobuf.message.Message):
     THREADS_FIELD_NUMBER: builtins.int
     KV_BYTES_FIELD_NUMBER: builtins.int
     LEGS_FIELD_NUMBER: builtins.int
+    SINCE_UNIX_S_FIELD_NUMBER: builtins.int
     name: builtins.str
     role: biphase.protos.common_pb2.Role.ValueType
     incarnation: builtins.int
@@ -473,6 +474,8 @@ class InstanceView(google.protobuf.message.Message):
     kv_bytes: builtins.int
     legs: builtins.int
     """of this router's requests, what it has there now"""
+    since_unix_s: builtins.float
+    """Unix time since when this router has it in that state"""
     def __init__(
         self,
         *,
@@ -490,8 +493,9 @@ class InstanceView(google.protobuf.message.Message):
         threads: builtins.int = ...,
         kv_bytes: builtins.int = ...,
         legs: builtins.int = ...,
+        since_unix_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "block_size", b"block_size", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "kv_bytes", b"kv_bytes", "legs", b"legs", "name", b"name", "num_blocks", b"num_blocks", "pid", b"pid", "queued_tokens", b"queued_tokens", "role", b"role", "running", b"running", "state", b"state", "threads", b"threads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "block_size", b"block_size", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "kv_bytes", b"kv_bytes", "legs", b"legs", "name", b"name", "num_blocks", b"num_blocks", "pid", b"pid", "queued_tokens", b"queued_tokens", "role", b"role", "running", b"running", "since_unix_s", b"since_unix_s", "state", b"state", "threads", b"threads"]) -> None: ...
 
 Global___InstanceView: typing_extensions.TypeAlias = InstanceView
 

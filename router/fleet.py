@@ -102,6 +102,8 @@ class Fleet:
         self._refresh()
 
     def _refresh(self) -> None:
+        for link in self.links.values():
+            link.note_state()
         for role in self._none_since_s:
             if any(link.state == "ready" and link.member.role == role for link in self.links.values()):
                 self._none_since_s[role] = None

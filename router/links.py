@@ -32,7 +32,7 @@ from biphase.protos.values import KvTicket, Load, ModelInfo, Role, Sampling
 from biphase.router.account import Account
 from biphase.router.config import Waits
 from biphase.router.events import LegEvent, Lost, Token
-from biphase.router.view import InstanceView, LinkState, Member
+from biphase.router.view import InstanceView, InState, LinkState, Member, ShownState
 from biphase.router.wire import ended_from_proto, handed_off_from_proto, refused_from_proto, started_from_proto
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Link:
         self._observer = observer
         self._waits = waits
         self._loop = asyncio.get_running_loop()
-        self.since_s = self._loop.time()
+        self.shown = InState(state="connecting", since_s=self._loop.time())
         self._outbox: deque[worker_pb2.LinkDown] = deque()
         self._outbox_filled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -151,14 +151,18 @@ class Link:
             self._task = None
         self._set_lost(reason, on_purpose=True)
 
+    @property
+    def draining(self) -> bool:
+        return self.member.draining or self.retiring or self.account.draining
+
     def view(self) -> InstanceView:
         info, account = self.info, self.account
         return InstanceView(
             key=self.member.key,
             role=self.member.role,
             state=self.state,
-            since_s=self.since_s,
-            draining=self.member.draining or self.retiring or account.draining,
+            since_s=self.shown.since_s,
+            draining=self.draining,
             full=account.full,
             queued_tokens=account.queued_tokens,
             requests=account.requests,
@@ -372,8 +376,13 @@ class Link:
     def _set_state(self, state: LinkState) -> None:
         if state != self.state:
             self.state = state
-            self.since_s = self._loop.time()
+            self.note_state()
             self._observer.link_changed(self)
+
+    def note_state(self) -> None:
+        """Keep since when it is what it is; to be called when that may have changed."""
+        state: ShownState = "draining" if self.state == "ready" and self.draining else self.state
+        self.shown = self.shown.then(state, self._loop.time())
 
     def _set_lost(self, reason: str, *, on_purpose: bool = False) -> None:
         """From here on nothing is dispatched to it; every leg on it is over."""

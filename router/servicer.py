@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -79,18 +80,20 @@ class RouterServicer:
         self, message: router_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> router_pb2.ServerInfoReply:
         front = self._front
+        now_s, unix_s = asyncio.get_running_loop().time(), time.time()
         return router_pb2.ServerInfoReply(
             name=front.config.name,
             version=version(),
             pid=os.getpid(),
             mode=front.config.mode,
-            uptime_s=asyncio.get_running_loop().time() - front.started_s,
-            instances=[_instance(link) for link in front.fleet.links.values()],
+            uptime_s=now_s - front.started_s,
+            instances=[_instance(link, unix_s - now_s) for link in front.fleet.links.values()],
             counters=front.snapshot(),
         )
 
 
-def _instance(link: Link) -> router_pb2.InstanceView:
+def _instance(link: Link, to_unix_s: float) -> router_pb2.InstanceView:
+    """``to_unix_s``: what makes Unix time of the loop's."""
     view, info = link.view(), link.info
     known: dict[str, Any] = {}
     if info is not None:
@@ -100,7 +103,8 @@ def _instance(link: Link) -> router_pb2.InstanceView:
         role=role_to_proto(link.member.role),
         incarnation=info.incarnation if info else link.member.incarnation,
         address=link.member.address,
-        state="draining" if view.state == "ready" and view.draining else view.state,
+        state=link.shown.state,
+        since_unix_s=link.shown.since_s + to_unix_s,
         queued_tokens=link.account.load.queued_tokens,
         running=link.account.load.running,
         free_blocks=link.account.load.free_blocks,

@@ -10,6 +10,19 @@ InstanceKey = NewType("InstanceKey", str)
 """Names a member within one router: its name, or its address when that is all we were told."""
 
 LinkState = Literal["connecting", "ready", "lost"]
+ShownState = Literal["connecting", "ready", "lost", "draining"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InState:
+    """What an instance is for people and benches, and since when."""
+
+    state: ShownState
+    since_s: float
+
+    def then(self, state: ShownState, now_s: float) -> "InState":
+        """Seen in ``state`` at ``now_s``; the same state again is no change."""
+        return self if state == self.state else InState(state=state, since_s=now_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +41,7 @@ class InstanceView:
     role: Role
     state: LinkState = "ready"
     since_s: float = 0.0
-    """When it came into ``state``."""
+    """When it came into ``state``, or began to drain."""
     draining: bool = False
     full: bool = False
     """It answered BUSY, and nothing it said since shows room."""

@@ -1,31 +1,46 @@
 """What the benches of faults make of what they measured."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
-from fault_case import Fault, Outcome
-from live_shift import reversals, settled_ratios
+import pytest
+from fault_outcome import Fault, Outcome, View, seen_unix_s, worst
+from idle_counters import held
+from prefill_work import covered_s, gap_bound_s, prefill_rate, tokens_again
+from recovery import judge
+from report import Report
 
 from biphase.client.bench.measured import DONE, Measured
 
 
-def one(index: int, *token_at_s: float, kind: str = DONE, replays: int = 0, address: str = "a:1") -> Measured:
+def one(index: int, *token_at_s: float, kind: str = DONE, replays: int = 0, **values: Any) -> Measured:
     return Measured(
-        index=index,
-        phase=0,
-        due_s=0.0,
-        sent_s=0.5,
-        ended_s=max((0.5, *token_at_s)),
-        token_at_s=token_at_s,
-        input_tokens=10,
-        asked_tokens=4,
-        kind=kind,
-        replays=replays,
-        address=address,
+        **{
+            "index": index,
+            "phase": 0,
+            "due_s": 0.0,
+            "sent_s": 0.5,
+            "ended_s": max((0.5, *token_at_s)),
+            "token_at_s": token_at_s,
+            "input_tokens": 10,
+            "asked_tokens": 4,
+            "kind": kind,
+            "replays": replays,
+            "address": "a:1",
+            "prefill_instance": "prefill-0#1 (pid 7)",
+            "decode_instance": "decode-1#1 (pid 8)",
+            **values,
+        }
     )
 
 
-def outcome(victim: str, *measured: Measured) -> Outcome:
-    return Outcome(fault=Fault(kind="kill", victim=victim), at_s=2.0, measured=list(measured), address="a:1")
+def outcome(victim: str, *measured: Measured, **values: Any) -> Outcome:
+    fault = Fault(kind="kill", victim=victim)
+    return Outcome(fault=fault, life=f"{victim}#1", at_s=2.0, measured=list(measured), **{"address": "a:1", **values})
+
+
+# -- displaced streams and their pause
 
 
 def test_gap_and_displaced_tokens_are_those_of_replayed_streams() -> None:
@@ -35,8 +50,15 @@ def test_gap_and_displaced_tokens_are_those_of_replayed_streams() -> None:
     assert (len(found.lost), found.replays) == (0, 2)
 
 
+def test_a_stream_that_ended_on_the_life_that_was_hit_was_not_displaced_from_it() -> None:
+    stayed = one(0, 1.0, 9.0, replays=1, decode_instance="decode-0#1 (pid 3)")
+    assert outcome("decode-0", stayed).displaced == []
+    came_back = replace(stayed, decode_instance="decode-0#2 (pid 4)")
+    assert outcome("decode-0", came_back).displaced == [came_back]
+
+
 def test_a_first_token_that_came_late_counts_from_the_sending() -> None:
-    assert outcome("prefill-0", one(0, 4.0, replays=1)).gap_s == 3.5
+    assert outcome("prefill-0", one(0, 4.0, replays=1, prefill_instance="")).gap_s == 3.5
 
 
 def test_without_displaced_streams_there_is_no_gap() -> None:
@@ -54,8 +76,117 @@ def test_only_streams_of_the_faulted_router_are_excused() -> None:
     assert [lost.index for lost in outcome("decode-0", *streams).lost] == [0, 1, 2]
 
 
-def test_a_change_that_is_taken_back_at_once_is_a_reversal() -> None:
-    there_and_back = [(0.0, 2, 1), (40.0, 1, 1), (41.0, 1, 2), (60.0, 1, 1), (61.0, 2, 1)]
-    assert settled_ratios(there_and_back) == [(0.0, 2, 1), (41.0, 1, 2), (61.0, 2, 1)]
-    assert reversals(there_and_back) == 1
-    assert reversals([(0.0, 2, 1), (41.0, 1, 2), (90.0, 2, 1)]) == 0
+def test_a_router_is_seen_to_be_gone_when_the_last_of_its_streams_has_ended() -> None:
+    streams = (one(0, 2.5), one(1, ended_s=4.5, kind="UNAVAILABLE"), one(2, 9.0))
+    assert outcome("router-0", *streams, doomed=[0, 1]).seen_s == 2.5
+    assert math.isnan(outcome("router-0", *streams, doomed=[]).seen_s)
+    assert math.isnan(outcome("router-0", *streams, doomed=[0, 7]).seen_s)
+
+
+# -- how fast prompts are prefilled
+
+
+def prefilled(first_s: float, seconds: float, tokens: int, instance: str = "prefill-0#1 (pid 7)") -> Measured:
+    return one(0, first_s, prefill_ms=1e3 * seconds, input_tokens=tokens, prefill_instance=instance)
+
+
+def test_seconds_that_prompts_share_count_once_and_idle_ones_never() -> None:
+    assert covered_s([(0.0, 2.0), (1.0, 3.0), (1.5, 1.6), (10.0, 11.0)]) == pytest.approx(4.0)
+    together = [prefilled(2.0, 2.0, 100), prefilled(3.0, 2.0, 100), prefilled(11.0, 1.0, 100)]
+    assert prefill_rate(together) == pytest.approx(300 / 4)
+
+
+def test_the_rate_is_that_of_one_instance() -> None:
+    beside = [prefilled(2.0, 2.0, 100), prefilled(2.0, 2.0, 300, "prefill-1#1 (pid 9)")]
+    assert prefill_rate(beside) == pytest.approx(400 / 4)
+
+
+def test_what_waited_in_a_queue_or_failed_is_no_slow_prefill() -> None:
+    waited = replace(prefilled(9.0, 1.0, 50), sent_s=0.0)
+    assert prefill_rate([waited, one(1, 99.0, kind="UNAVAILABLE", prefill_ms=1e3)]) == pytest.approx(50)
+    assert math.isnan(prefill_rate([]))
+
+
+def test_the_bound_is_detection_what_is_prefilled_again_and_a_second() -> None:
+    displaced = [one(0, 1.0, 1.5, 4.0), one(1, 3.0)]
+    assert tokens_again(displaced, 2.0) == 10 + 2 + 10
+    assert gap_bound_s(2.0, 22, 11.0) == 5.0
+    assert math.isnan(gap_bound_s(2.0, 22, math.nan))
+
+
+# -- when a fault was seen
+
+
+def test_detection_is_the_routers_own_word() -> None:
+    def at(state: str, since_unix_s: float, incarnation: int = 1) -> float | None:
+        view = View(incarnation=incarnation, state=state, since_unix_s=since_unix_s)
+        return seen_unix_s(view, 100.0, 103.0)
+
+    assert at("ready", 40.0) is None
+    assert at("lost", 40.0) is None, "it was lost before the fault: this is not its detection"
+    assert at("lost", 101.5) == 101.5
+    assert at("connecting", 102.0, 2) == 102.0 and at("ready", 102.5, 2) == 102.5
+    assert at("ready", 101.7) == 101.7, "it was away between two looks"
+    assert seen_unix_s(None, 100.0, 103.0) == 103.0
+
+
+def test_what_was_not_measured_is_as_bad_as_can_be() -> None:
+    assert worst([0.5, math.nan]) == worst([]) == math.inf
+    assert worst([0.5, 2.0]) == 2.0
+
+
+def test_an_instance_that_does_not_answer_may_hold_anything() -> None:
+    assert held({"decode-0": {"legs": 0}, "decode-1": {"legs": 2}}) == {"decode-1.legs": 2}
+    assert list(held({"decode-0": {}})) == ["decode-0 does not answer"]
+
+
+# -- goals
+
+
+def missed(*cases: Outcome) -> set[str]:
+    found = Report("recovery", ())
+    judge(found, [(case, 3.0) for case in cases])
+    return {goal.name for goal in found.goals if not goal.met}
+
+
+def good(victim: str = "decode-0", kind: str = "kill") -> Outcome:
+    """Ten requests, four of them displaced, in time."""
+    streams = [one(index, 1.0, 3.0, replays=int(index < 4)) for index in range(10)]
+    found = outcome(victim, *streams, on_victim=4, detected_s=0.05, strong_s=5.0, stopped_s=1.0, doomed=[0])
+    found.fault = Fault(kind=kind, victim=victim, other="prefill-0" if kind == "pair" else "")  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0", "controller", "router-0"])
+@pytest.mark.parametrize("kind", ["kill", "stop", "partition"])
+def test_a_good_case_meets_every_goal(victim: str, kind: str) -> None:
+    assert missed(good(victim, kind)) == set()
+    assert missed(good(kind="pair")) == set()
+
+
+@pytest.mark.parametrize(
+    ("harm", "goal"),
+    [
+        ({"measured": []}, "requests_fewest"),
+        ({"on_victim": 3}, "on_victim_fewest"),
+        ({"detected_s": math.nan}, "kill_decode_seen_worst_s"),
+        ({"detected_s": 0.11}, "kill_decode_seen_worst_s"),
+        ({"measured": [one(index, 1.0, 3.0) for index in range(10)]}, "kill_decode_displaced_fewest"),
+        ({"measured": [one(index, 1.0, 3.0) for index in range(10)]}, "kill_decode_gap_over_bound_worst_s"),
+        ({"measured": [one(index, 1.0, 5.0, replays=1) for index in range(10)]}, "kill_decode_gap_over_bound_worst_s"),
+        ({"measured": [one(0, kind="INTERNAL")]}, "lost_requests"),
+        ({"measured": [one(0, 1.0, wrong=True)]}, "wrong_tokens"),
+        ({"left": {"decode-0.legs": 1}}, "leaked"),
+        ({"former": ["decode-0#1 on n1"]}, "former_lives_left"),
+        ({"restarted": ["prefill-0"]}, "others_restarted"),
+        ({"strong_s": math.nan}, "not_back_at_full_strength"),
+    ],
+)
+def test_each_harm_is_a_goal_missed_among_good_cases(harm: dict[str, Any], goal: str) -> None:
+    assert goal in missed(good(), replace(good(), **harm), good())
+
+
+def test_a_router_without_streams_shows_nothing() -> None:
+    assert "kill_router_streams_ended_worst_s" in missed(good("router-0"), replace(good("router-0"), doomed=[]))
+    late = replace(good("router-0"), stopped_s=math.nan)
+    assert missed(good("router-0"), late) == {"kill_router_work_stopped_worst_s"}

@@ -103,4 +103,5 @@ async def test_the_other_calls(client: AsyncClient, router: ScriptedRouter) -> N
     with pytest.raises(RequestNotFound):
         await client.abort("gone")
     assert (await client.model_info()).model.name == "m"
-    assert (await client.server_info()).instances[0].name == "prefill-0"
+    (instance,) = (await client.server_info()).instances
+    assert (instance.name, instance.state, instance.since_unix_s) == ("prefill-0", "ready", 5.5)

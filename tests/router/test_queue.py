@@ -1,6 +1,9 @@
 """Who waits for an instance, for how long and in which order, over real loopback gRPC with scripted instances."""
 
+import time
+
 import grpc
+import pytest
 
 from biphase.protos import worker_pb2
 from biphase.router.config import RequestLimits, Waits
@@ -128,6 +131,18 @@ async def test_what_an_instance_calls_invalid_ends_the_request(stage):
         assert code == grpc.StatusCode.INVALID_ARGUMENT
         assert detail.endswith("prompt + max_tokens - 1 is 9 blocks, it has 8")
         assert (await s.door.until_idle())["failed_invalid_argument"] == 1
+
+
+async def test_server_info_tells_since_when_an_instance_is_in_its_state(stage):
+    async with stage(prefill=2) as s:
+        before_s = time.time()
+        s.prefill[0].load(draining=True)
+        info = await s.door.until(lambda info: info.instances[0].state == "draining")
+        draining, ready = (one.since_unix_s for one in info.instances[:2])
+        assert ready < before_s < draining < time.time()
+        s.prefill[0].load(draining=True, running=1)  # the same state again
+        info = await s.door.until(lambda info: info.instances[0].running == 1)
+        assert [one.since_unix_s for one in info.instances[:2]] == pytest.approx([draining, ready], abs=0.005)
 
 
 async def test_a_draining_instance_gets_nothing_new(stage):
