@@ -1,4 +1,4 @@
-"""The hosts of a joined Ray cluster, followed: the list is read every few seconds, whoever joins is checked once.
+"""The hosts of a joined Ray cluster, followed: the list is read every few seconds, whoever joins is checked.
 
 Owned by the backend of the controller. Instances wait here until the hosts that the cluster begins with are there, so that
 prefill and decode are not packed on the first one to come; who is refused or gone gets nothing.
@@ -17,14 +17,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from biphase.cluster.backend import NodeView
 from biphase.cluster.deployment import Deployment
+from biphase.cluster.host_checks import HostChecks
 from biphase.cluster.ray_growth import Growth, find_growth
 from biphase.cluster.ray_hosts import HostsSeen, RayHost, hosts_of
-from biphase.cluster.ray_node_check import installed, reason_against, reason_of_failure
+from biphase.cluster.ray_node_check import has_answered, installed, reason_against, reason_of_failure
 from biphase.protos.errors import one_line
 
 LOOK_EVERY_S = 3.0
 CHECK_S = 120.0
-"""A hub name's files may have to come first."""
+"""How long a check may take, and how long instances wait at the beginning until more is known of a host."""
+SOON_S = 5.0
+"""How long, later on, an instance that finds no room waits until more is known of a host that has just joined."""
 JOIN_S = 300.0
 """How long instances wait for the hosts that the cluster begins with."""
 logger = logging.getLogger("biphase.cluster.nodes")
@@ -47,11 +50,12 @@ class NodeBook:
         self._settled_key = f"{namespace}:settled".encode()
         self._seen = HostsSeen()
         self._checks: dict[str, asyncio.Task[None]] = {}
+        """Those that run."""
+        self._known: HostChecks[str] = HostChecks()
         self._began_s = time.monotonic()
         self._settled = False
         self._watch: asyncio.Task[None] | None = None
         self.growth: Growth | None = None
-        self.refused: dict[str, str] = {}
         self.changed = asyncio.Condition()
         self.on_look: Callable[[], Awaitable[None]] | None = None
 
@@ -60,9 +64,19 @@ class NodeBook:
         return list(self._seen.hosts.values())
 
     @property
+    def refused(self) -> dict[str, str]:
+        """Why hosts get nothing, by their ids."""
+        return self._known.refused
+
+    @property
     def shunned(self) -> set[str]:
         """Ids of hosts that get nothing: refused, or not checked yet."""
-        return {key for key in self._seen.hosts if key in self.refused or key in self._checks}
+        return self._known.barred
+
+    @property
+    def unknown(self) -> set[str]:
+        """Ids of hosts that are being checked, for the first time or because that failed."""
+        return self._known.unknown(time.monotonic())
 
     def find(self, name: str) -> RayHost | None:
         return next((host for host in self.hosts if host.is_called(name)), None)
@@ -90,11 +104,13 @@ class NodeBook:
         joined, gone = self._seen.look(await self._call(hosts_now))
         for host in gone:
             logger.warning("%s is gone", host.address)
-            self.refused.pop(host.node_id, None)
+            self._known.leave(host.node_id)
         for host in joined:
             logger.info("%s is there", host)
             if check and host.node_id != ray.get_runtime_context().get_node_id():
-                self._checks[host.node_id] = asyncio.create_task(self._check(host))
+                self._known.join(host.node_id, time.monotonic())
+        for key in self._known.due(time.monotonic()):
+            self._checks[key] = asyncio.create_task(self._check(self._seen.hosts[key]))
         await self._tell()
 
     def reason_to_hold(self) -> str:
@@ -105,10 +121,13 @@ class NodeBook:
         least = self.growth.least_workers if self.growth is not None else 0
         if workers < least and time.monotonic() - self._began_s < JOIN_S:
             return f"waits for the nodes that the cluster begins with: {workers} of {least} workers have joined"
-        if self._checks:
-            checked = [host.address for host in self.hosts if host.node_id in self._checks]
-            return f"waits until it is known what is installed on {', '.join(checked)}"
-        return ""
+        return self.reason_to_wait_for_checks(CHECK_S)
+
+    def reason_to_wait_for_checks(self, within_s: float) -> str:
+        """Which hosts are still being checked, for less than ``within_s``; empty: none."""
+        unknown = self._known.unknown(time.monotonic(), within_s)
+        checked = [host.address for host in self.hosts if host.node_id in unknown]
+        return f"waits until it is known what is installed on {', '.join(checked)}" if checked else ""
 
     async def settle(self) -> None:
         """From now on instances go to what is there."""
@@ -128,16 +147,18 @@ class NodeBook:
 
     async def _check(self, host: RayHost) -> None:
         here = installed(self._deployment.model, True)
+        before = self.refused.get(host.node_id, "")
         try:
             there = await asyncio.wait_for(
                 asyncio.wrap_future(await self._call(lambda: _ask(host.node_id, self._deployment))), CHECK_S
             )
-            reason = reason_against(host.address, there, here)
+            self._known.answered(host.node_id, reason_against(host.address, there, here), time.monotonic())
         except Exception as error:  # noqa: BLE001 -- Ray's many, each of them a reason to give it nothing
-            reason = reason_of_failure(host.address, error, here)
-        if reason and host.node_id in self._seen.hosts:
+            note = self._known.answered if has_answered(error) else self._known.failed
+            note(host.node_id, reason_of_failure(host.address, error, here), time.monotonic())
+        reason = self.refused.get(host.node_id, "")
+        if reason and reason != before:
             logger.error("%s", reason)
-            self.refused[host.node_id] = reason
         self._checks.pop(host.node_id, None)
         await self._tell()
 
@@ -149,5 +170,6 @@ class NodeBook:
 def _ask(node_id: str, deployment: Deployment) -> Any:
     """A future of what is installed on a host."""
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task = ray.remote(installed).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+    once = ray.remote(max_calls=1)(installed)  # a process used again would not see what was installed since
+    task = once.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
     return task.remote(deployment.model, deployment.load_format == "dummy").future()
