@@ -40,6 +40,8 @@ class NodeWatch:
                 controller.events.add("node", name, f"refused: {view.refused}")
             if before is not None and before.refused and not view.refused:
                 controller.events.add("node", name, f"{name} passes the check now, and is refused no more")
+            if view.remark and (before is None or before.remark != view.remark):
+                controller.events.add("node", name, view.remark)
         for name in self._seen.keys() - now.keys():
             controller.events.add("node", name, f"{name} is gone")
         refused = [view.refused for view in now.values() if view.refused]

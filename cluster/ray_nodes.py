@@ -7,7 +7,7 @@ prefill and decode are not packed on the first one to come; who is refused or go
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import ray
@@ -15,7 +15,7 @@ from ray._private import state as ray_state
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from biphase.cluster.backend import NodeView
+from biphase.cluster.backend import Kind, NodeView
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.host_checks import HostChecks
 from biphase.cluster.ray_growth import Growth, find_growth
@@ -81,9 +81,16 @@ class NodeBook:
     def find(self, name: str) -> RayHost | None:
         return next((host for host in self.hosts if host.is_called(name)), None)
 
-    def views(self) -> list[NodeView]:
+    def views(self, takes: Mapping[str, tuple[Kind, ...]], remarks: Mapping[str, str]) -> list[NodeView]:
+        """``takes``, ``remarks``: of hosts by their ids."""
         return [
-            NodeView(name=host.address, refused=self.refused.get(host.node_id, ""), what=str(host))
+            NodeView(
+                name=host.address,
+                refused=self.refused.get(host.node_id, ""),
+                what=str(host),
+                takes=takes.get(host.node_id, ()),
+                remark=remarks.get(host.node_id, ""),
+            )
             for host in self.hosts
         ]
 
