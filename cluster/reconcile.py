@@ -149,7 +149,7 @@ class Reconciler:
         else:
             self.notes.append(("end", slot.name, f"{slot.name}#{slot.incarnation} is gone: {slot.reason}"))
         if ready_since_s is None and not by_wish and slot.is_instance:
-            problem = self.node_failures.failed(slot.node)
+            problem = self.node_failures.failed(slot.node, slot.kind)
             if problem:
                 self.notes.append(("node", slot.node, problem))
         stable = by_wish or (ready_since_s is not None and now_s - ready_since_s >= STABLE_S)
