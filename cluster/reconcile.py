@@ -218,7 +218,7 @@ class Reconciler:
         if slot.phase in ("starting", "loading"):
             if slot.ending and not slot.adopted:
                 self._lose(slot, "wanted no more" if slot.ending == "remove" else "to be started anew", now_s)
-            elif slot.is_placed and now_s - slot.since_s >= self.start_timeout_s:
+            elif slot.is_placed and slot.lasted_s(now_s) >= self.start_timeout_s:
                 doing = slot.announcement.detail if slot.announcement is not None else ""
                 said = f", its last word: {doing}" if doing else ""
                 self._lose(slot, f"not ready within {self.start_timeout_s:g} s{said}", now_s)
@@ -271,7 +271,7 @@ class Reconciler:
             elif slot.killed:
                 due.append(self._unreachable_at_s(slot))
             elif slot.phase in ("starting", "loading"):
-                if slot.is_placed:
+                if slot.is_placed and slot.since_s is not None:
                     due.append(slot.since_s + self.start_timeout_s)
             elif slot.stop_asked_s is not None:
                 due.append(slot.stop_asked_s + STOP_S)

@@ -81,8 +81,8 @@ class Slot:
     phase: Phase = "waiting"
     incarnation: int = 0
     life: int = 0
-    since_s: float = 0.0
-    """When the phase began."""
+    since_s: float | None = None
+    """When the phase began; None: none has."""
     ready_since_s: float | None = None
     down_since_s: float | None = None
     """Since when it is wanted and does not serve, over all tries; None: it serves."""
@@ -158,6 +158,10 @@ class Slot:
     @property
     def killed(self) -> bool:
         return self.killed_s is not None
+
+    def lasted_s(self, now_s: float) -> float:
+        """How long the phase has lasted; 0 where none has begun."""
+        return 0.0 if self.since_s is None else max(0.0, now_s - self.since_s)
 
     def begin_life(self, incarnation: int, now_s: float) -> None:
         if self.next_kind is not None:

@@ -1,8 +1,9 @@
 """The controller's decisions, under a clock that the test turns."""
 
 from biphase.cluster.actions import GiveUp, Kill, Start
+from biphase.cluster.planner_view import members_of
 from biphase.cluster.reconcile import FIRST_BACKOFF_S, MAX_BACKOFF_S, STABLE_S, Reconciler
-from biphase.cluster.slot import Wanted
+from biphase.cluster.slot import Slot, Wanted
 from biphase.protos.process import Announcement, ProcessState
 
 WANTED = (
@@ -195,6 +196,18 @@ def test_draining_stays_a_member_that_says_so() -> None:
     say(core, "decode-0", 1, "draining", 3.0)
     assert [(member.name, member.draining) for member in core.members] == [("prefill-0", False), ("decode-0", True)]
     assert not core.all_up
+
+
+def test_a_phase_that_began_at_0_has_an_age_and_one_that_never_began_has_none() -> None:
+    fresh = Slot(name="decode-1", kind="decode")
+    assert (fresh.since_s, fresh.lasted_s(5.0)) == (None, 0.0)
+    core = make()
+    bring_up(core, 0.0)
+    held, turning = core.slots["prefill-0"], core.slots["decode-0"]
+    assert (held.since_s, held.lasted_s(5.0)) == (0.0, 5.0)
+    held.held, held.asked_s, held.since_s = True, 0.0, 3.0
+    ages = {member.name: (member.phase, member.age_s) for member in members_of([fresh, held, turning], 5.0)}
+    assert ages == {"decode-1": ("starting", 0.0), "prefill-0": ("draining", 5.0), "decode-0": ("ready", 5.0)}
 
 
 def test_repr_tells_the_counts() -> None:
