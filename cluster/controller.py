@@ -261,7 +261,7 @@ class Controller:
         try:
             self._hold(await self.backend.start(spec))
         except SetupError as error:
-            if not self.core.was_ready:
+            if not (self.core.was_ready or slot.ever_ready):
                 raise
             self.core.no_room(slot.name, slot.life, f"cannot be started: {one_line(error)}", self.now_s())
 

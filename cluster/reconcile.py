@@ -3,7 +3,8 @@
 The slots are the wanted set: one per process, added, removed, flipped and drained by ``wanted_set``. A life
 whose link is lost is killed first, and the next one starts when the old process is seen gone, or, where its host cannot
 be reached, once that is plain. Death drops an instance from the membership at once. Repeated deaths wait longer and
-longer; until the deployment has been ready once, a bad set-up or the third crash of a process ends it with the reason.
+longer; until the deployment has been ready once, a bad set-up or the third crash of a process that has never been ready
+ends it with the reason.
 """
 
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ class Reconciler:
         if phase is not None and phase != slot.phase:
             slot.phase, slot.since_s = phase, now_s
             if phase == "ready" and slot.ready_since_s is None:
-                slot.ready_since_s, slot.down_since_s = now_s, None
+                slot.ready_since_s, slot.down_since_s, slot.ever_ready = now_s, None, True
                 self.node_failures.started(slot.node)
                 self.notes.append(("ready", slot.name, f"{slot.name}#{slot.incarnation} is ready as {slot.kind}"))
         self._refresh(now_s)
@@ -151,11 +152,11 @@ class Reconciler:
                 self.notes.append(("node", slot.node, problem))
         stable = by_wish or (ready_since_s is not None and now_s - ready_since_s >= STABLE_S)
         slot.failures = 0 if stable else slot.failures + 1
+        if failed_setup and not by_wish:  # the same again may fail the same
+            slot.failures = max(1, slot.failures) if self.was_ready or slot.ever_ready else MAX_FIRST_CRASHES
         # the first death of a process that had been ready is repaired at once
-        tries = slot.failures - (1 if ready_since_s is not None else 0)
+        tries = slot.failures - (1 if ready_since_s is not None and not failed_setup else 0)
         delay_s = 0.0 if tries <= 0 else min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (tries - 1))
-        if failed_setup and not self.was_ready:
-            slot.failures = MAX_FIRST_CRASHES  # the same again would fail the same
         if slot.ending == "remove":
             self.forget(slot)
         else:
@@ -191,7 +192,7 @@ class Reconciler:
         actions: list[Action] = []
         for slot in list(self.slots.values()):
             if slot.phase == "waiting":
-                if not self.was_ready and slot.failures >= MAX_FIRST_CRASHES:
+                if not (self.was_ready or slot.ever_ready) and slot.failures >= MAX_FIRST_CRASHES:
                     return [GiveUp(reason=f"{slot.name}: {slot.reason}")]
                 if slot.ending == "remove":
                     self.forget(slot)

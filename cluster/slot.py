@@ -84,6 +84,8 @@ class Slot:
     since_s: float | None = None
     """When the phase began; None: none has."""
     ready_since_s: float | None = None
+    ever_ready: bool = False
+    """In this life or an earlier one."""
     down_since_s: float | None = None
     """Since when it is wanted and does not serve, over all tries; None: it serves."""
     no_room: bool = False
