@@ -24,6 +24,7 @@ from biphase.cluster.events import EventLog
 from biphase.cluster.generation import generation_of
 from biphase.cluster.life import Life
 from biphase.cluster.node_watch import NodeWatch
+from biphase.cluster.reach_watch import ReachWatch
 from biphase.cluster.reconcile import STOP_S, Reconciler
 from biphase.cluster.router_reports import RouterReports
 from biphase.cluster.routers_confirmed import RoutersConfirmed
@@ -66,6 +67,7 @@ class Controller:
         self.admin = Admin(self)
         self.autoscaling = Autoscaling(self)
         self._stragglers = StragglerWatch(self)
+        self.reach_watch = ReachWatch(self)
         self.updating = Updating(self)
         self.membership = Broadcast(lambda: membership_of(self))
         self.status = Broadcast(lambda: status_of(self))
@@ -111,6 +113,7 @@ class Controller:
         self.spawn(NodeWatch(self).run())
         self.spawn(self.autoscaling.run())
         self.spawn(self._stragglers.run())
+        self.spawn(self.reach_watch.run())
         ended = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(self._ended.wait())]
         try:
             while not stop.is_set() and not self._ended.is_set():

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.events import Event
+from biphase.cluster.reach import CUT_OFF
 from biphase.cluster.slot import Slot
 from biphase.cluster.version import version
 from biphase.protos import common_pb2, controller_pb2
@@ -109,6 +110,8 @@ def pinned_line(controller: "Controller") -> str:
 
 def warnings_of(controller: "Controller") -> list[str]:
     warnings = list(controller.warnings)
+    if controller.core.reach.is_cut_off:
+        warnings.append(CUT_OFF)
     open_ports = _open_ports(controller.deployment, controller)
     if open_ports:
         warnings.append(f"not on loopback and without protection: {', '.join(open_ports)}")

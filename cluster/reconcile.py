@@ -7,11 +7,12 @@ longer; until the deployment has been ready once, a bad set-up or the third cras
 ends it with the reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from biphase.cluster.actions import Abandon, Action, AskToStop, GiveUp, Kill, Start, TellDrain, TellFlip, TellResume
-from biphase.cluster.backend import Kind
+from biphase.cluster.backend import CONTROLLER, Kind
+from biphase.cluster.reach import AGAIN_S, CUT_OFF, Reach
 from biphase.cluster.slot import MemberView, Phase, Slot, Wanted, Work
 from biphase.cluster.start_failures import StartFailures
 from biphase.protos.process import Announcement
@@ -40,6 +41,7 @@ class Reconciler:
     """Whether all was up at once, ever (also in an earlier life of the controller)."""
     version: int = 0
     node_failures: StartFailures = field(default_factory=StartFailures)
+    reach: Reach = field(default_factory=Reach)
     notes: list[tuple[str, str, str]] = field(default_factory=list)
     """(kind, subject, text): what has happened, for people; whoever reads them takes them away."""
     _members: tuple[MemberView, ...] = ()
@@ -107,6 +109,18 @@ class Reconciler:
         slot = self._current(name, incarnation)
         if slot is not None:
             slot.work = work
+
+    def looked(self, answered: Mapping[str, bool], now_s: float) -> None:
+        """Which other hosts have answered. While none of several does, this one is cut off, and no patience runs out."""
+        since_s = self.reach.cut_off_since_s
+        self.reach.looked(answered, now_s)
+        if since_s is None and self.reach.is_cut_off:
+            self.notes.append(("warning", CONTROLLER, CUT_OFF))
+        elif since_s is not None and not self.reach.is_cut_off:
+            for slot in self.slots.values():
+                slot.discount(since_s, now_s)
+            words = f"this host reaches others again after {now_s - since_s:.0f} s"
+            self.notes.append(("warning", CONTROLLER, f"{words}: who does not answer for {AGAIN_S:g} s is given up"))
 
     def lost(self, name: str, incarnation: int, reason: str, now_s: float) -> None:
         """The instance's link broke and it does not answer: to be killed."""
@@ -200,7 +214,7 @@ class Reconciler:
                     slot.begin_life(self._next_incarnation(slot), now_s)
                     actions.append(Start(name=slot.name, incarnation=slot.incarnation))
                 continue
-            if slot.phase != "lost":
+            if slot.phase != "lost" and not self.reach.is_cut_off:
                 self._time_out(slot, now_s)
             if slot.phase != "lost":
                 actions += self._bring_out(slot, now_s)
@@ -269,6 +283,8 @@ class Reconciler:
         for slot in self.slots.values():
             if slot.phase == "waiting":
                 due.append(slot.not_before_s)
+            elif self.reach.is_cut_off:
+                continue
             elif slot.killed:
                 due.append(self._unreachable_at_s(slot))
             elif slot.phase in ("starting", "loading"):
@@ -284,7 +300,7 @@ class Reconciler:
         return min(finite, default=None)
 
     def _unreachable_at_s(self, slot: Slot) -> float:
-        if slot.killed_s is None or self.kill_patience_s is None:
+        if slot.killed_s is None or self.kill_patience_s is None or self.reach.is_cut_off:
             return float("inf")
         return slot.killed_s + self.kill_patience_s
 

@@ -165,6 +165,16 @@ class Slot:
         """How long the phase has lasted; 0 where none has begun."""
         return 0.0 if self.since_s is None else max(0.0, now_s - self.since_s)
 
+    def discount(self, from_s: float, to_s: float) -> None:
+        """It could not be heard then: that is no part of the time that it has been given."""
+
+        def later(at_s: float | None) -> float | None:
+            return None if at_s is None else at_s + to_s - max(at_s, from_s)
+
+        if self.phase in ("starting", "loading"):
+            self.since_s = later(self.since_s)
+        self.asked_s, self.stop_asked_s, self.killed_s = map(later, (self.asked_s, self.stop_asked_s, self.killed_s))
+
     def begin_life(self, incarnation: int, now_s: float) -> None:
         if self.next_kind is not None:
             self.kind, self.next_kind = self.next_kind, None
