@@ -216,7 +216,8 @@ class Autoscaling:
 
     def _spec(self, role: Role) -> ProcessSpec:
         controller = self._controller
-        return spec_of(controller.spec, f"{role}-wish", 0, kind=role, deployment=controller.deployment)
+        avoid = sorted(controller.core.avoided)
+        return spec_of(controller.spec, f"{role}-wish", 0, kind=role, deployment=controller.deployment, avoid=avoid)
 
     async def _room(self) -> Room:
         backend = self._controller.backend

@@ -235,10 +235,10 @@ class Controller:
                 case Kill(name=name, incarnation=incarnation, reason=reason):
                     logger.warning("killing %s#%d: %s", name, incarnation, reason)
                     await self.backend.kill(self.lives[name].handle)
-                case Abandon(name=name, incarnation=incarnation):
+                case Abandon(name=name, incarnation=incarnation, node=node):
                     life = self.lives.pop(name)
                     self.events.add("end", name, f"{name}#{incarnation} cannot be reached, its place is given away")
-                    self.spawn(self._retire(life, incarnation))
+                    self.spawn(self._retire(life, incarnation, node))
                 case AskToStop(name=name):
                     await self.backend.ask_to_stop(self.lives[name].handle)
                 case TellDrain(name=name, grace_s=grace_s):
@@ -257,7 +257,7 @@ class Controller:
             self.changed()
 
     async def _start(self, slot: Slot) -> None:
-        avoid = [*self.core.node_failures.cordoned, *([slot.avoid_node] if slot.avoid_node else [])]
+        avoid = sorted(slot.avoids or ())
         deployment = self.deployments.get(slot.generation, self.deployment)
         spec = spec_of(self.spec, slot.name, slot.incarnation, kind=slot.kind, deployment=deployment, avoid=avoid)
         logger.info("starting %s#%d", slot.name, slot.incarnation)
@@ -295,7 +295,7 @@ class Controller:
             self.events.add(kind, subject, text)
         self.core.notes.clear()
 
-    async def _retire(self, life: Life, incarnation: int) -> None:
+    async def _retire(self, life: Life, incarnation: int, node: str) -> None:
         """A life whose place was given away is told to end, and killed, as soon as it can be reached again."""
         handle, address = life.handle, life.address
         life.let_go()
@@ -307,6 +307,9 @@ class Controller:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(handle.ended(), RETIRE_EVERY_S)
         logger.info("%s#%d is gone at last: %s", handle.name, handle.incarnation, handle.end)
+        if node and node not in self.core.unreachable.silent:  # whether a silent host is back, only its own word tells
+            self.core.reached(node)
+            self.changed()
 
     def _publish(self) -> None:
         if self.core.version != self._published_version:

@@ -1,6 +1,6 @@
 """The controller's view as messages: the membership for routers, the status for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from biphase.cluster.deployment import Deployment
@@ -99,6 +99,11 @@ def _why_away(slot: Slot) -> str:
     return slot.phase if slot.phase != "ready" else "its link is not up"
 
 
+def avoided_line(nodes: Iterable[str], cordoned: Mapping[str, str]) -> str:
+    """Where an instance that waits for room may not go, and why."""
+    return ", ".join(f"{node} ({'cordoned' if node in cordoned else 'could not be reached'})" for node in sorted(nodes))
+
+
 def pinned_line(controller: "Controller") -> str:
     pin = controller.pin
     if pin is None:
@@ -176,6 +181,8 @@ def _process_status(controller: "Controller", slot: Slot) -> controller_pb2.Proc
         status.kv_bytes, status.log_file, status.progress = said.kv_bytes, said.log_file, said.progress
         status.device = said.device
         status.detail = status.detail or said.detail
+    if slot.avoids and (slot.no_room or not slot.is_placed):
+        status.detail += f"; not on {avoided_line(slot.avoids, controller.core.node_failures.cordoned)}"
     if slot.work is not None:
         status.queued_tokens, status.running = slot.work.queued_tokens, slot.work.running
         status.free_blocks = slot.work.free_blocks

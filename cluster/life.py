@@ -67,7 +67,10 @@ class Life:
             slot = controller.core.slots.get(name)
             if slot is not None and slot.stop_asked_s is None:
                 logger.warning("%s#%d is lost: %s", name, slot.incarnation, reason)
-                controller.core.lost(name, slot.incarnation, f"link lost: {reason}", controller.now_s())
+                unreached = not link.refused and reach.is_silent(link.address)
+                controller.core.lost(
+                    name, slot.incarnation, f"link lost: {reason}", controller.now_s(), unreached=unreached
+                )
                 controller.changed()
 
     @property

@@ -1,5 +1,5 @@
-"""Asks other hosts whether they can be reached: before an instance is given up for its silence, and while none answers.
-What follows from it the pure ``reach`` and ``reconcile`` decide.
+"""Asks other hosts whether they can be reached: before an instance is given up for its silence, while none answers, and
+where one could not be reached. What follows from it the pure ``reach`` and ``reconcile`` decide.
 """
 
 import asyncio
@@ -25,13 +25,15 @@ class ReachWatch:
         self._ask = ask or answers
         self._looking: asyncio.Task[None] | None = None
         self._began_s = float("-inf")
+        self._answered: dict[str, bool] = {}
 
     async def run(self) -> None:
-        """While this host is cut off, ask the others again and again."""
+        """While this host is cut off, and while others could not be reached, ask them again and again."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             if self._controller.core.reach.is_cut_off:
                 await self.look()
+            await self.look_for_silent()
 
     def suspect(self) -> None:
         """A link has broken: ask all others now."""
@@ -54,11 +56,26 @@ class ReachWatch:
             await self.look()
         return self._controller.core.reach.may_be_lost(self._controller.now_s())
 
+    def is_silent(self, address: str) -> bool:
+        """Whether its host did not answer when it was asked last."""
+        return not self._answered.get(host_of(address), True)
+
     def heard(self, address: str) -> None:
         """An instance there has answered on its link."""
         host = host_of(address)
         if not is_here(host):
             self._note({host: True})
+
+    async def look_for_silent(self) -> None:
+        """Whether hosts that could not be reached answer again: instances may start there again."""
+        core = self._controller.core
+        silent = list(core.unreachable.silent.items())
+        for (node, _), answered in zip(
+            silent, await asyncio.gather(*(self._ask(address) for _, address in silent)), strict=True
+        ):
+            if answered:
+                core.reached(node)
+                self._controller.changed()
 
     async def _look(self) -> None:
         addresses = self._others()
@@ -66,6 +83,7 @@ class ReachWatch:
         answered: dict[str, bool] = {}
         for address, answer in zip(addresses, found, strict=True):
             answered[host_of(address)] = answered.get(host_of(address), False) or answer
+        self._answered = answered
         self._note(answered)
 
     def _note(self, answered: dict[str, bool]) -> None:

@@ -1,5 +1,6 @@
 """Starts that failed, counted by host: one where several fail in a row gets no more instances. Pure."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 MAX_FAILED_STARTS = 3
@@ -21,12 +22,17 @@ class StartFailures:
         """An instance got ready there."""
         self.counts.pop(node, None)
 
-    def failed(self, node: str) -> str | None:
-        """A start has failed there; the words for it when that is one too many. The last host is never cordoned."""
+    def left(self, node: str) -> None:
+        """It is no host of the cluster any more."""
+        self.known.discard(node)
+
+    def failed(self, node: str, away: Collection[str] = ()) -> str | None:
+        """A start has failed there; the words for it when that is one too many. The last host is never cordoned, nor the
+        last beside those that are ``away``."""
         if not node:
             return None
         self.counts[node] = self.counts.get(node, 0) + 1
-        others = self.known - set(self.cordoned) - {node}
+        others = self.known - set(self.cordoned) - set(away) - {node}
         if self.counts[node] < MAX_FAILED_STARTS or node in self.cordoned or not others:
             return None
         self.cordon(node, f"{self.counts[node]} starts failed there in a row")

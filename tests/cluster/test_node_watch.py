@@ -9,13 +9,13 @@ import pytest
 from biphase.cluster.backend import NodeView
 from biphase.cluster.node_watch import NodeWatch
 from biphase.cluster.ray_node_check import installed, reason_against, reason_of_failure
-from biphase.cluster.start_failures import StartFailures
+from biphase.cluster.reconcile import Reconciler
 
 
 def made() -> tuple[NodeWatch, list[tuple[str, str]], Any]:
     told: list[tuple[str, str]] = []
     controller = SimpleNamespace(
-        core=SimpleNamespace(node_failures=StartFailures()),
+        core=Reconciler([], 100.0),
         events=SimpleNamespace(add=lambda kind, subject, text: told.append((subject, text))),
         warnings=["another"],
         changed=lambda: None,
@@ -35,8 +35,19 @@ def test_who_joins_is_gone_or_refused_is_told_once() -> None:
     assert controller.core.node_failures.known == {"a", "b"}
     watch.look([bad])
     assert told[-1] == ("a", "a is gone")
+    assert controller.core.node_failures.known == {"b"}
     watch.look([])
     assert controller.warnings == ["another"]
+
+
+def test_a_host_that_has_joined_anew_is_avoided_no_more() -> None:
+    watch, _, controller = made()
+    watch.look([NodeView(name="a"), NodeView(name="b")])
+    controller.core.unreachable.avoid("b", 0.0, "b:1")
+    watch.look([NodeView(name="a")])
+    assert "b" in controller.core.unreachable
+    watch.look([NodeView(name="a"), NodeView(name="b")])
+    assert not controller.core.unreachable and not controller.core.unreachable.silent
 
 
 async def test_it_goes_on_when_the_list_cannot_be_read() -> None:

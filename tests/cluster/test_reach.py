@@ -85,7 +85,7 @@ def test_no_patience_runs_out_while_this_host_is_cut_off() -> None:
     assert core.notes[-1][2].startswith("this host reaches others again after 990 s")
     assert core.decide(1000.9) == []
     assert core.next_due_s() == 1001.0
-    assert core.decide(1001.0) == [Abandon(name="decode-1", incarnation=1)]
+    assert core.decide(1001.0) == [Abandon(name="decode-1", incarnation=1, node="decode-1")]
     kills = core.decide(990.0 + 9.0 + STOP_S)
     assert Kill(name="decode-0", incarnation=1, reason=f"did not end within {STOP_S:g} s of being asked") in kills
     assert core.slots["prefill-0"].phase == "loading"
@@ -158,6 +158,8 @@ async def test_all_others_are_asked_before_one_is_given_up(net: Net) -> None:
     net.reached = {"198.51.100.2"}
     assert await net.reach_watch.may_be_lost("198.51.100.1:1")
     assert sorted(net.asked) == ["198.51.100.1:1", "198.51.100.2:1", "198.51.100.3:1"], "not the router on this host"
+    assert net.reach_watch.is_silent("198.51.100.1:1")
+    assert not net.reach_watch.is_silent("198.51.100.2:1")
     assert net.changes == 0
 
 
@@ -203,6 +205,16 @@ async def test_a_router_elsewhere_tells_as_much_as_an_instance(net: Net) -> None
     assert await net.reach_watch.may_be_lost("198.51.100.3:1")
 
 
+async def test_a_host_that_answers_again_gets_instances_again(net: Net) -> None:
+    net.core.unreachable.avoid("one", 0.0, "198.51.100.1:1")
+    net.core.unreachable.avoid("two", 0.0, "198.51.100.2:1")
+    net.core.unreachable.avoid("three", 0.0)
+    net.reached = {"198.51.100.1"}
+    await net.reach_watch.look_for_silent()
+    assert set(net.core.unreachable) == {"two", "three"}
+    assert net.changes == 1
+
+
 # -- a life whose link is silent ----------------------------------------------------------------------------------------
 
 
@@ -242,6 +254,7 @@ async def test_a_silent_instance_is_asked_until_others_answer_and_it_does_not(
     assert set(phases) == {"ready"}
     assert 20 + AGAIN_S <= link.attempts < 20 + AGAIN_S + 6
     assert net.core.slots["decode-0"].phase == "lost"
+    assert net.core.slots["decode-0"].unreached
 
 
 async def test_a_silent_instance_beside_one_that_answers_is_lost_at_once(
@@ -256,6 +269,7 @@ async def test_who_is_refused_is_lost_whatever_the_others_do(net: Net, monkeypat
     monkeypatch.setattr(Link, "refused", True)
     link = await held(net, lambda attempt: None, monkeypatch)
     assert (link.attempts, net.core.slots["decode-0"].phase) == (1, "lost")
+    assert not net.core.slots["decode-0"].unreached
 
 
 async def test_an_idle_instance_has_said_nothing_new_while_its_link_is_broken(net: Net) -> None:
