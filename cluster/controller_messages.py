@@ -1,10 +1,11 @@
 """The controller's view as messages: the membership for routers, the status for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.events import Event
+from biphase.cluster.reach import CUT_OFF
 from biphase.cluster.slot import Slot
 from biphase.cluster.version import version
 from biphase.protos import common_pb2, controller_pb2
@@ -98,6 +99,11 @@ def _why_away(slot: Slot) -> str:
     return slot.phase if slot.phase != "ready" else "its link is not up"
 
 
+def avoided_line(nodes: Iterable[str], cordoned: Mapping[str, str]) -> str:
+    """Where an instance that waits for room may not go, and why."""
+    return ", ".join(f"{node} ({'cordoned' if node in cordoned else 'could not be reached'})" for node in sorted(nodes))
+
+
 def pinned_line(controller: "Controller") -> str:
     pin = controller.pin
     if pin is None:
@@ -109,6 +115,8 @@ def pinned_line(controller: "Controller") -> str:
 
 def warnings_of(controller: "Controller") -> list[str]:
     warnings = list(controller.warnings)
+    if controller.core.reach.is_cut_off:
+        warnings.append(CUT_OFF)
     open_ports = _open_ports(controller.deployment, controller)
     if open_ports:
         warnings.append(f"not on loopback and without protection: {', '.join(open_ports)}")
@@ -173,6 +181,8 @@ def _process_status(controller: "Controller", slot: Slot) -> controller_pb2.Proc
         status.kv_bytes, status.log_file, status.progress = said.kv_bytes, said.log_file, said.progress
         status.device = said.device
         status.detail = status.detail or said.detail
+    if slot.avoids and (slot.no_room or not slot.is_placed):
+        status.detail += f"; not on {avoided_line(slot.avoids, controller.core.node_failures.cordoned)}"
     if slot.work is not None:
         status.queued_tokens, status.running = slot.work.queued_tokens, slot.work.running
         status.free_blocks, status.legs = slot.work.free_blocks, slot.work.legs

@@ -36,6 +36,7 @@ class NodeWatch:
             controller.core.node_failures.seen(name)
             if before is None and self._seen:
                 controller.events.add("node", name, f"{view.what or name} has joined")
+                controller.core.reached(name)
             if view.refused and (before is None or before.refused != view.refused):
                 controller.events.add("node", name, f"refused: {view.refused}")
             if before is not None and before.refused and not view.refused:

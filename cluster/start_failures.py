@@ -28,14 +28,14 @@ class StartFailures:
         """It is no host of the cluster any more."""
         self.known.discard(node)
 
-    def failed(self, node: str, kind: str = "") -> str | None:
+    def failed(self, node: str, kind: str = "", *, away: Collection[str] = ()) -> str | None:
         """A start of an instance of role ``kind`` has failed there; the words for it when that is one too many. The last
-        host that could take one is never cordoned."""
+        host that could take one is never cordoned, nor the last beside those that are ``away``."""
         if not node:
             return None
         self.counts[node] = self.counts.get(node, 0) + 1
         others = self.known if self.takers is None else {name for name, roles in self.takers.items() if kind in roles}
-        others = others - set(self.cordoned) - {node}
+        others = others - set(self.cordoned) - set(away) - {node}
         if self.counts[node] < MAX_FAILED_STARTS or node in self.cordoned or not others:
             return None
         self.cordon(node, f"{self.counts[node]} starts failed there in a row")

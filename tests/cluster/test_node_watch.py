@@ -10,13 +10,14 @@ import pytest
 from biphase.cluster.backend import NodeView
 from biphase.cluster.node_watch import NodeWatch
 from biphase.cluster.ray_node_check import has_answered, installed, reason_against, reason_of_failure
-from biphase.cluster.start_failures import MAX_FAILED_STARTS, StartFailures
+from biphase.cluster.reconcile import Reconciler
+from biphase.cluster.start_failures import MAX_FAILED_STARTS
 
 
 def made() -> tuple[NodeWatch, list[tuple[str, str]], Any]:
     told: list[tuple[str, str]] = []
     controller = SimpleNamespace(
-        core=SimpleNamespace(node_failures=StartFailures()),
+        core=Reconciler([], 100.0),
         events=SimpleNamespace(add=lambda kind, subject, text: told.append((subject, text))),
         warnings=["another"],
         changed=lambda: None,
@@ -68,6 +69,16 @@ def test_a_head_that_takes_nothing_and_hosts_that_are_gone_or_refused_are_no_oth
     for _ in range(2 * MAX_FAILED_STARTS):
         assert failures.failed("last", "decode") is None, "nothing else takes a decode instance"
     assert "last is cordoned" in str(failures.failed("last", "prefill")), "small takes prefill instances"
+
+
+def test_a_host_that_has_joined_anew_is_avoided_no_more() -> None:
+    watch, _, controller = made()
+    watch.look([NodeView(name="a"), NodeView(name="b")])
+    controller.core.unreachable.avoid("b", 0.0, "b:1")
+    watch.look([NodeView(name="a")])
+    assert "b" in controller.core.unreachable
+    watch.look([NodeView(name="a"), NodeView(name="b")])
+    assert not controller.core.unreachable and not controller.core.unreachable.silent
 
 
 async def test_it_goes_on_when_the_list_cannot_be_read() -> None:
