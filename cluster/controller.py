@@ -27,6 +27,7 @@ from biphase.cluster.node_watch import NodeWatch
 from biphase.cluster.reconcile import STOP_S, Reconciler
 from biphase.cluster.router_reports import RouterReports
 from biphase.cluster.routers_confirmed import RoutersConfirmed
+from biphase.cluster.settling import until_settled
 from biphase.cluster.slot import Slot
 from biphase.cluster.straggler_watch import StragglerWatch
 from biphase.cluster.updating import Updating
@@ -71,6 +72,8 @@ class Controller:
         self.status = Broadcast(lambda: status_of(self))
         self.lives: dict[str, Life] = {}
         self._routers = RoutersConfirmed(self)
+        self.settled = asyncio.Event()
+        """Routers may be told who the members are."""
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._published_version = -1
@@ -105,6 +108,7 @@ class Controller:
     async def run(self, stop: asyncio.Event) -> None:
         """Reconcile until ``stop`` (the processes go on) or a Shutdown (they have ended). SetupError: cannot start."""
         await self._restore()
+        self.spawn(self._settle())
         self.spawn(self._routers.run())
         self.spawn(self.updating.drive())
         self.spawn(self._keep_pin())
@@ -187,6 +191,12 @@ class Controller:
         if self.epoch > 1:
             self.events.add("start", "controller", f"the controller began its life {self.epoch}, {len(newest)} adopted")
         await self.save()
+
+    async def _settle(self) -> None:
+        if self.epoch > 1:
+            await until_settled(self.core, self.status)
+        self.settled.set()
+        self._publish()
 
     async def _kill_former(self, handle: Handle, why: str) -> None:
         """A life that was replaced: gone before anything starts, where its host can be reached."""
@@ -306,7 +316,7 @@ class Controller:
         logger.info("%s#%d is gone at last: %s", handle.name, handle.incarnation, handle.end)
 
     def _publish(self) -> None:
-        if self.core.version != self._published_version:
+        if self.settled.is_set() and self.core.version != self._published_version:
             self._published_version = self.core.version
             members = ", ".join(f"{member.name}#{member.incarnation}" for member in self.core.members)
             logger.info("membership %d.%d: %s", self.epoch, self.core.version, members or "nobody")

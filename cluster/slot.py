@@ -141,6 +141,13 @@ class Slot:
         return self.phase in ("ready", "draining") and (self.linked or self.kind == "router")
 
     @property
+    def is_unheard(self) -> bool:
+        """Found running, and may serve, though its link does not stand yet."""
+        if not self.is_instance or self.linked or self.phase in ("waiting", "lost"):
+            return False
+        return self.adopted or self.phase in ("ready", "draining")
+
+    @property
     def is_leaving(self) -> bool:
         """Takes no new work by our wish."""
         return self.held or bool(self.ending) or self.flip is not None
@@ -173,6 +180,7 @@ class Slot:
         self.phase, self.since_s, self.health = "waiting", now_s, ""
         if self.ready_since_s is not None or self.down_since_s is None:
             self.down_since_s = now_s
+        self.adopted = False
         self.linked, self.killed_s, self.ready_since_s, self.announcement = False, None, None, None
         self.work, self.asked_s, self.told, self.stop_asked_s, self.slow = None, None, False, None, False
         if self.next_kind is not None:
