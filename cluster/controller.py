@@ -26,6 +26,7 @@ from biphase.cluster.life import Life
 from biphase.cluster.node_watch import NodeWatch
 from biphase.cluster.reconcile import STOP_S, Reconciler
 from biphase.cluster.router_reports import RouterReports
+from biphase.cluster.router_watch import RouterWatch
 from biphase.cluster.routers_confirmed import RoutersConfirmed
 from biphase.cluster.settling import until_settled
 from biphase.cluster.slot import Slot
@@ -110,6 +111,7 @@ class Controller:
         await self._restore()
         self.spawn(self._settle())
         self.spawn(self._routers.run())
+        self.spawn(RouterWatch(self).run())
         self.spawn(self.updating.drive())
         self.spawn(self._keep_pin())
         self.spawn(NodeWatch(self).run())

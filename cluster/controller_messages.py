@@ -206,6 +206,8 @@ def _health(controller: "Controller", slot: Slot) -> str:
         return "stopping" if slot.ending == "remove" else "to start anew"
     if slot.held:
         return "drained by hand"
+    if slot.silent:
+        return "silent"
     if slot.slow or slot.health:
         return slot.health or "slow"
     if slot.no_room:

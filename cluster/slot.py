@@ -114,6 +114,8 @@ class Slot:
     """Is to be told that its drain is over."""
     slow: bool = False
     """Out for being slow: routers give it nothing new."""
+    silent: bool = False
+    """A router that has not reported for long."""
     ending: Ending = ""
     flip: FlipTo | None = None
     grace_s: float = 0.0
@@ -137,8 +139,8 @@ class Slot:
 
     @property
     def is_up(self) -> bool:
-        """Ready, and, where it is an instance, held by a link."""
-        return self.phase in ("ready", "draining") and (self.linked or self.kind == "router")
+        """Ready, and held by a link where it is an instance, heard where it is a router."""
+        return self.phase in ("ready", "draining") and (not self.silent if self.kind == "router" else self.linked)
 
     @property
     def is_unheard(self) -> bool:
@@ -180,7 +182,7 @@ class Slot:
         self.phase, self.since_s, self.health = "waiting", now_s, ""
         if self.ready_since_s is not None or self.down_since_s is None:
             self.down_since_s = now_s
-        self.adopted = False
+        self.adopted = self.silent = False
         self.linked, self.killed_s, self.ready_since_s, self.announcement = False, None, None, None
         self.work, self.asked_s, self.told, self.stop_asked_s, self.slow = None, None, False, None, False
         if self.next_kind is not None:
