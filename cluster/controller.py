@@ -30,8 +30,10 @@ from biphase.cluster.reach_watch import ReachWatch
 from biphase.cluster.reconcile import STOP_S, Reconciler
 from biphase.cluster.retiring import Retiring
 from biphase.cluster.router_reports import RouterReports
+from biphase.cluster.router_watch import RouterWatch
 from biphase.cluster.routers_confirmed import RoutersConfirmed
 from biphase.cluster.run_dir import RunDir
+from biphase.cluster.settling import until_settled
 from biphase.cluster.slot import Slot
 from biphase.cluster.straggler_watch import StragglerWatch
 from biphase.cluster.survivors import sort_out
@@ -78,6 +80,8 @@ class Controller:
         self.retiring = Retiring(self)
         self._keeping = Keeping(self)
         self._routers = RoutersConfirmed(self)
+        self.settled = asyncio.Event()
+        """Routers may be told who the members are."""
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._published_version = -1
@@ -117,7 +121,9 @@ class Controller:
         RuntimeError: a part of it has failed; the processes go on, and the next life begins where this one ended.
         """
         await self._restore()
+        self.spawn(self._settle())
         self.spawn(self._routers.run())
+        self.spawn(RouterWatch(self).run())
         self.spawn(self.updating.drive())
         self.spawn(self._keep_pin())
         self.spawn(NodeWatch(self).run())
@@ -210,6 +216,12 @@ class Controller:
             if slot.name not in found and slot.life and (slot.ending or slot.flip is not None):
                 self.core.adopt(slot.name, slot.life, self.now_s())
                 self.core.gone(slot.name, slot.life, "ended while no controller was there", self.now_s())
+
+    async def _settle(self) -> None:
+        if self.epoch > 1:
+            await until_settled(self.core, self.status)
+        self.settled.set()
+        self._publish()
 
     async def _kill_former(self, handle: Handle, why: str) -> None:
         """A life that was replaced: gone before anything starts, where its host can be reached."""
@@ -368,7 +380,7 @@ class Controller:
         self.retiring.begin(away, handle)
 
     def _publish(self) -> None:
-        if self.core.version != self._published_version:
+        if self.settled.is_set() and self.core.version != self._published_version:
             self._published_version = self.core.version
             members = ", ".join(f"{member.name}#{member.incarnation}" for member in self.core.members)
             logger.info("membership %d.%d: %s", self.epoch, self.core.version, members or "nobody")

@@ -132,12 +132,31 @@ def _open_ports(deployment: Deployment, controller: "Controller") -> list[str]:
     said = [(slot.name, slot.announcement.address) for slot in controller.core.slots.values() if slot.announcement]
     said.append(("controller", controller.announcer.current.address))
     found = [f"{name} at {address}" for name, address in said if address and not _is_loopback(address)]
+    found += _open_kv_ports(deployment, controller)
     known = {name for name, _ in said}
     found += [
         f"{place.name} at {place.host}"
         for place in deployment.router_places
         if place.name not in known and not _is_loopback(f"{place.host}:0")
     ]
+    return found
+
+
+def _open_kv_ports(deployment: Deployment, controller: "Controller") -> list[str]:
+    """Where instances listen for each other. Rank 0 says its ports for the gRPC wire and for its other ranks; those of the
+    other wires and ranks are free ones of the same hosts."""
+    found = []
+    for name, life in controller.lives.items():
+        slot = controller.core.slots.get(name)
+        if slot is None or slot.announcement is None:
+            continue
+        kv_address = life.welcome.kv_address if life.welcome is not None else ""
+        rank_address = slot.announcement.rank_address
+        if kv_address and not _is_loopback(kv_address):
+            alone = deployment.kv_transport == "grpc" and not rank_address
+            found.append(f"KV of {name} at {kv_address}{'' if alone else ' and free ports'}")
+        if rank_address and not _is_loopback(rank_address):
+            found.append(f"ranks of {name} at {rank_address}")
     return found
 
 
@@ -198,6 +217,8 @@ def _health(controller: "Controller", slot: Slot) -> str:
         return "stopping" if slot.ending == "remove" else "to start anew"
     if slot.held:
         return "drained by hand"
+    if slot.silent:
+        return "silent"
     if slot.slow or slot.health:
         return slot.health or "slow"
     if slot.no_room:

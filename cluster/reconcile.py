@@ -338,6 +338,11 @@ class Reconciler:
         return frozenset(self.node_failures.cordoned) | frozenset(self.unreachable)
 
     @property
+    def is_settled(self) -> bool:
+        """All that was found running has been heard: who serves is a member."""
+        return not any(slot.is_unheard for slot in self.slots.values())
+
+    @property
     def all_up(self) -> bool:
         """All that is wanted takes work, but for what was drained by hand or is out for being slow."""
         kept = [slot for slot in self.slots.values() if slot.ending != "remove"]

@@ -120,6 +120,8 @@ class Slot:
     """Is to be told that its drain is over."""
     slow: bool = False
     """Out for being slow: routers give it nothing new."""
+    silent: bool = False
+    """A router that has not reported for long."""
     ending: Ending = ""
     flip: FlipTo | None = None
     grace_s: float = 0.0
@@ -143,8 +145,15 @@ class Slot:
 
     @property
     def is_up(self) -> bool:
-        """Ready, and, where it is an instance, held by a link."""
-        return self.phase in ("ready", "draining") and (self.linked or self.kind == "router")
+        """Ready, and held by a link where it is an instance, heard where it is a router."""
+        return self.phase in ("ready", "draining") and (not self.silent if self.kind == "router" else self.linked)
+
+    @property
+    def is_unheard(self) -> bool:
+        """Found running, and may serve, though its link does not stand yet."""
+        if not self.is_instance or self.linked or self.phase in ("waiting", "lost"):
+            return False
+        return self.adopted or self.phase in ("ready", "draining")
 
     @property
     def is_leaving(self) -> bool:
@@ -211,6 +220,7 @@ class Slot:
         self.moves = self.unreached = False
         if self.ready_since_s is not None or self.down_since_s is None:
             self.down_since_s = now_s
+        self.adopted = self.silent = False
         self.linked, self.killed_s, self.ready_since_s, self.announcement = False, None, None, None
         self.work, self.asked_s, self.told, self.stop_asked_s, self.slow = None, None, False, None, False
         if self.next_kind is not None:

@@ -108,6 +108,7 @@ def test_status_says_that_this_host_is_cut_off() -> None:
     core = made()
     controller = SimpleNamespace(
         core=core,
+        lives={},
         warnings=[],
         deployment=SimpleNamespace(router_places=(), inject_faults=""),
         announcer=SimpleNamespace(current=SimpleNamespace(address="127.0.0.1:1")),
