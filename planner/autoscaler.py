@@ -79,24 +79,27 @@ def reason_against(
 
 def _observed(state: AutoscalerState, signals: ClusterSignals, fleet: Fleet, now_s: float) -> AutoscalerState:
     """The state brought up to what really happened: step times, changes by others, starts that came to serve."""
+    ready = [member for member in signals.members if member.phase == "ready"]
     for role in ROLES:
         seen = state.of(role)
-        ready, wanted = fleet.ready(role), fleet.wanted(role)
+        wanted = fleet.wanted(role)
         changed_s = now_s if seen.expected not in (None, wanted) else seen.changed_s
-        served = ready > seen.ready
+        # one that comes back, or a life of the controller that sees all come to serve, says nothing of new starts
+        served = any(member.role == role and member.name not in state.served for member in ready)
         state = state.having(
             role,
             step=_fitted(signals, role) or seen.step,
             # a clock that was set back must not hold things for ever
             changed_s=None if changed_s is None else min(changed_s, now_s),
             expected=wanted,
-            ready=ready,
             failed_starts=0 if served else seen.failed_starts,
             start_after_s=0.0 if served else seen.start_after_s,
         )
     starting = {member.name for member in signals.members if member.phase == "starting"}
+    known = set(state.served) | {member.name for member in ready}
     return replace(
         state,
+        served=tuple(member.name for member in signals.members if member.name in known),
         given_up=tuple(name for name in state.given_up if name in starting),
         flipped_s=None if state.flipped_s is None else min(state.flipped_s, now_s),
     )
