@@ -60,14 +60,21 @@ class Admin:
         return f"{plan}; pinned{_for(for_s) or ' until `biphase scale auto`'}"
 
     async def unpin(self, why: str) -> str:
-        """Back to the policy, or to the deployment's own counts where there is none."""
-        controller = self._controller
+        """Back to the policy, or to the deployment's own counts where there is none; where these are refused the pin stays."""
+        controller, pin = self._controller, self._controller.pin
         self._check_open()
-        controller.pin = None
         text = "the policy decides"
-        if not controller.has_policy:
+        if controller.has_policy:
+            controller.pin = None
+        else:
             deployment = controller.deployment
-            plan = await self.take_counts({role: deployment.plan(role).replicas for role in ROLES})
+            plan = await self.check_counts({role: deployment.plan(role).replicas for role in ROLES}, deployment)
+            if controller.updating.is_under_way:
+                raise InvalidRequest("an update is under way, the counts stay as they are until it has ended")
+            if controller.pin is not pin:
+                raise InvalidRequest("the counts were pinned anew meanwhile")
+            controller.pin = None
+            self._apply(plan)
             text = f"there is no policy, the deployment's own counts are wanted: {plan}"
         await self._done("scale", "", f"{why}: {text}")
         return text
