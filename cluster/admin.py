@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from biphase.cluster import wanted_set
+from biphase.cluster.backend import Kind
 from biphase.cluster.controller_state import Pin
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.rescue import rescue
@@ -60,14 +61,21 @@ class Admin:
         return f"{plan}; pinned{_for(for_s) or ' until `biphase scale auto`'}"
 
     async def unpin(self, why: str) -> str:
-        """Back to the policy, or to the deployment's own counts where there is none."""
-        controller = self._controller
+        """Back to the policy, or to the deployment's own counts where there is none; where these are refused the pin stays."""
+        controller, pin = self._controller, self._controller.pin
         self._check_open()
-        controller.pin = None
         text = "the policy decides"
-        if not controller.has_policy:
+        if controller.has_policy:
+            controller.pin = None
+        else:
             deployment = controller.deployment
-            plan = await self.take_counts({role: deployment.plan(role).replicas for role in ROLES})
+            plan = await self.check_counts({role: deployment.plan(role).replicas for role in ROLES}, deployment)
+            if controller.updating.is_under_way:
+                raise InvalidRequest("an update is under way, the counts stay as they are until it has ended")
+            if controller.pin is not pin:
+                raise InvalidRequest("the counts were pinned anew meanwhile")
+            controller.pin = None
+            self._apply(plan)
             text = f"there is no policy, the deployment's own counts are wanted: {plan}"
         await self._done("scale", "", f"{why}: {text}")
         return text
@@ -116,7 +124,8 @@ class Admin:
         if not slot.is_up:
             raise InvalidRequest(f"{name} is {slot.phase}: only an instance that serves can turn")
         if slot.kind == "decode" or self._mode == "strict" or not self.can_flip:
-            wanted_set.check_others_serve(controller.core, self._mode, [name], f"a flip of {name}")
+            then: dict[str, Kind] = {name: "decode" if slot.kind == "prefill" else "prefill"}
+            wanted_set.check_others_serve(controller.core, self._mode, [name], f"a flip of {name}", then=then)
         # a prefill instance that turns takes nothing away in mode auto: it will prefill and decode
         return slot
 
@@ -159,7 +168,8 @@ class Admin:
         self._check_node(node)
         leaving = [slot for slot in wanted_set.instances(controller.core) if slot.node == node]
         names = [slot.name for slot in leaving]
-        wanted_set.check_others_serve(controller.core, self._mode, names, f"a drain of {node}")
+        new = [(slot.role, slot.generation) for slot in leaving]
+        wanted_set.check_others_serve(controller.core, self._mode, names, f"a drain of {node}", new=new)
         grace_s = self._grace_s(grace_s)
         now_s = controller.now_s()
         controller.core.node_failures.cordon(node, "drained by hand")
@@ -198,7 +208,11 @@ class Admin:
         back = [
             slot.name
             for slot in controller.core.slots.values()
-            if slot.node == node and slot.ending == "remove" and slot.stop_asked_s is None
+            if slot.node == node
+            and slot.ending == "remove"
+            and slot.stop_asked_s is None
+            # what an update has left behind goes all the same
+            and (slot.generation == controller.generation or controller.update_state)
         ]
         for name in back:
             wanted_set.resume(controller.core, name, controller.now_s())
@@ -275,7 +289,8 @@ class Admin:
         leaving = [*(name for name, _ in plan.flips), *plan.stops]
         to_decode = any(role == "decode" for _, role in plan.flips)
         if leaving and not (self._mode == "auto" and to_decode and not plan.stops):
-            wanted_set.check_others_serve(core, self._mode, leaving, "this")
+            new = [(role, self._controller.generation) for role in plan.adds]
+            wanted_set.check_others_serve(core, self._mode, leaving, "this", then=dict(plan.flips), new=new)
         return plan
 
     def _check_budget(self, wanted: Mapping[Role, int], *, turns: bool = False) -> None:

@@ -57,7 +57,9 @@ class Autoscaling:
         self._state = AutoscalerState()
         self._seen: tuple[str, tuple[int, int] | None] | None = None
         """The policy's source as it was last looked at."""
-        self._history: tuple[Setup, SignalHistory] | None = None
+        self._history: SignalHistory | None = None
+        self._kv_tokens: tuple[str, dict[Role, int]] = "", {}
+        """Of a generation: what an instance of a role has held."""
         self._unwritten: list[Report] = []
         controller.reports.listeners.append(self._heard_router)
 
@@ -189,10 +191,13 @@ class Autoscaling:
         controller.changed()
 
     def _write_down(self, now_s: float, setup: Setup, members: tuple[Member, ...], room: Room) -> None:
-        """What a replay needs; a history has one set-up."""
-        if self._history is None or self._history[0] != setup:
-            self._history = setup, SignalHistory(Path(self._controller.spec.run_dir) / "signals.jsonl", setup)
-        self._history[1].add(Moment(unix_s=now_s, members=members, room=room, reports=tuple(self._unwritten)))
+        """What a replay needs."""
+        controller = self._controller
+        if self._history is None:
+            path = Path(controller.spec.run_dir) / "signals.jsonl"
+            self._history = SignalHistory(path, anew=controller.epoch <= 1)
+        moment = Moment(unix_s=now_s, members=members, room=room, reports=tuple(self._unwritten))
+        self._history.add(moment, setup)
         self._unwritten.clear()
 
     def _pinned(self) -> Ratio | None:
@@ -251,16 +256,24 @@ class Autoscaling:
                     await backend.withdraw_node(role)
 
     def _setup(self) -> Setup:
+        """KV blocks differ by instance, and nobody may serve a role for a while: the most that was seen counts."""
         controller = self._controller
-        tokens: dict[Role, int] = {"prefill": 0, "decode": 0}
+        if self._kv_tokens[0] != controller.generation:
+            self._kv_tokens = controller.generation, {}
+        tokens = self._kv_tokens[1]
         for slot in controller.core.slots.values():
             life = controller.lives.get(slot.name)
-            if slot.is_instance and life is not None and life.welcome is not None:
+            if (
+                slot.is_instance
+                and slot.generation == controller.generation
+                and life is not None
+                and life.welcome is not None
+            ):
                 role = role_of(slot)
-                tokens[role] = max(tokens[role], life.welcome.num_blocks * life.welcome.block_size)
+                tokens[role] = max(tokens.get(role, 0), life.welcome.num_blocks * life.welcome.block_size)
         setup = setup_of(controller.deployment)
         return replace(
             setup,
-            prefill=replace(setup.prefill, kv_tokens=tokens["prefill"]),
-            decode=replace(setup.decode, kv_tokens=tokens["decode"]),
+            prefill=replace(setup.prefill, kv_tokens=tokens.get("prefill", 0)),
+            decode=replace(setup.decode, kv_tokens=tokens.get("decode", 0)),
         )

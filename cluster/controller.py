@@ -43,6 +43,8 @@ from biphase.protos import convert, worker_pb2
 from biphase.protos.errors import InvalidRequest, SetupError, one_line
 from biphase.protos.process import Announcer
 
+PIN_RETRY_S = 5.0
+"""Between two tries to end a pin whose time is over."""
 logger = logging.getLogger("biphase.cluster.controller")
 
 
@@ -344,20 +346,26 @@ class Controller:
             link.send(command)
 
     async def _keep_pin(self) -> None:
-        """End a pin when its time is over."""
+        """End a pin when its time is over. Where that is refused, which is said once, it stays and is tried again; an
+        update goes first."""
+        said: Pin | None = None
         while True:
-            if self.pin is not None and self.pin.until_s is not None:
-                left_s = self.pin.until_s - self.now_s()
-                if left_s <= 0:
-                    try:
-                        await self.admin.unpin("the time of the pin is over")
-                    except InvalidRequest as error:
-                        self.events.add("refused", "", f"end of the pin: {one_line(error)}")
-                    continue
+            pin = self.pin
+            if pin is None or pin.until_s is None:
+                await self.status.wait()
+            elif (left_s := pin.until_s - self.now_s()) > 0:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.status.wait(), left_s)
+            elif self.updating.is_under_way:
+                await asyncio.sleep(PIN_RETRY_S)
             else:
-                await self.status.wait()
+                try:
+                    await self.admin.unpin("the time of the pin is over")
+                except InvalidRequest as error:
+                    if said is not pin:
+                        self.events.add("refused", "", f"end of the pin, tried again: {one_line(error)}")
+                        said = pin
+                    await asyncio.sleep(PIN_RETRY_S)
 
     def _tell_notes(self) -> None:
         for kind, subject, text in self.core.notes:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from biphase.cluster.reconcile import Reconciler
 from biphase.cluster.slot import Slot
-from biphase.cluster.wanted_set import instances, reason_against_serving
+from biphase.cluster.wanted_set import instances, reason_against_generations
 from biphase.protos.values import Mode, Role
 
 
@@ -174,8 +174,4 @@ def _swapped(core: Reconciler, update: RollingUpdate, victim: Slot) -> Role | No
 
 
 def _serve(mode: Mode, slots: Iterable[Slot]) -> bool:
-    there = list(slots)
-    return any(
-        reason_against_serving(mode, [slot.kind for slot in there if slot.generation == generation]) is None
-        for generation in {slot.generation for slot in there}
-    )
+    return reason_against_generations(mode, [(slot.kind, slot.generation) for slot in slots]) is None

@@ -5,7 +5,7 @@ What is refused raises InvalidRequest with the reason and the nearest known name
 
 import difflib
 import itertools
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from biphase.cluster.backend import Kind
@@ -70,14 +70,45 @@ def reason_against_serving(mode: Mode, roles: Iterable[Kind]) -> str | None:
     return None
 
 
-def check_others_serve(core: Reconciler, mode: Mode, without: Sequence[str], doing: str) -> None:
-    """Raises InvalidRequest where nobody could serve while ``without`` are away, though somebody can now."""
+def reason_against_generations(mode: Mode, there: Iterable[tuple[Kind, str]]) -> str | None:
+    """Why instances of these roles and generations serve nobody, None when those of any one generation do."""
+    there = list(there)
+    by_generation: dict[str, list[Kind]] = {}
+    for kind, generation in there:
+        by_generation.setdefault(generation, []).append(kind)
+    if any(reason_against_serving(mode, kinds) is None for kinds in by_generation.values()):
+        return None
+    reason = reason_against_serving(mode, [kind for kind, _ in there])
+    return reason or "no prefill and decode instance of the same generation would be left, and mode is strict"
+
+
+def check_others_serve(
+    core: Reconciler,
+    mode: Mode,
+    without: Container[str],
+    doing: str,
+    *,
+    then: Mapping[str, Kind] | None = None,
+    new: Iterable[tuple[Kind, str]] = (),
+) -> None:
+    """Raises InvalidRequest where nobody could serve while ``without`` are away though somebody can now, and where nobody
+    could once all others are back that are only away for a while. ``then``: who of them comes back, in which role; ``new``:
+    (role, generation) of those that start in their place."""
+    then = then or {}
     serving = [slot for slot in core.slots.values() if slot.is_instance and slot.serves]
-    if reason_against_serving(mode, [slot.kind for slot in serving]) is not None:
-        return  # nothing is taken away
-    reason = reason_against_serving(mode, [slot.kind for slot in serving if slot.name not in without])
-    if reason is not None:
-        raise InvalidRequest(f"{doing} is refused: {reason}")
+    wanted = [slot for slot in instances(core) if not slot.held]
+    now = [(slot.name, slot.kind, slot.generation) for slot in serving]
+    later = [(slot.name, slot.role, slot.next_generation or slot.generation) for slot in wanted]
+    stay = [(kind, generation) for name, kind, generation in now if name not in without]
+    come = [
+        (then.get(name, kind), generation) for name, kind, generation in later if name in then or name not in without
+    ]
+    for before, left in ((now, stay), (later, [*come, *new])):
+        if reason_against_generations(mode, [(kind, generation) for _, kind, generation in before]) is not None:
+            continue  # nothing is taken away
+        reason = reason_against_generations(mode, left)
+        if reason is not None:
+            raise InvalidRequest(f"{doing} is refused: {reason}")
 
 
 def check_is_free(slot: Slot) -> None:

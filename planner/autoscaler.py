@@ -14,6 +14,7 @@ from biphase.planner.fleet import Fleet
 from biphase.planner.moves import Moves
 from biphase.planner.policy import ROLES, Policy
 from biphase.planner.ratio import Outlook, Ratio, choose, nearest, outside
+from biphase.planner.reports import JointHistogram
 from biphase.planner.schedules import in_force
 from biphase.planner.signals import ClusterSignals
 from biphase.protos.step_time import StepTime, attended
@@ -79,24 +80,27 @@ def reason_against(
 
 def _observed(state: AutoscalerState, signals: ClusterSignals, fleet: Fleet, now_s: float) -> AutoscalerState:
     """The state brought up to what really happened: step times, changes by others, starts that came to serve."""
+    ready = [member for member in signals.members if member.phase == "ready"]
     for role in ROLES:
         seen = state.of(role)
-        ready, wanted = fleet.ready(role), fleet.wanted(role)
+        wanted = fleet.wanted(role)
         changed_s = now_s if seen.expected not in (None, wanted) else seen.changed_s
-        served = ready > seen.ready
+        # one that comes back, or a life of the controller that sees all come to serve, says nothing of new starts
+        served = any(member.role == role and member.name not in state.served for member in ready)
         state = state.having(
             role,
             step=_fitted(signals, role) or seen.step,
             # a clock that was set back must not hold things for ever
             changed_s=None if changed_s is None else min(changed_s, now_s),
             expected=wanted,
-            ready=ready,
             failed_starts=0 if served else seen.failed_starts,
             start_after_s=0.0 if served else seen.start_after_s,
         )
     starting = {member.name for member in signals.members if member.phase == "starting"}
+    known = set(state.served) | {member.name for member in ready}
     return replace(
         state,
+        served=tuple(member.name for member in signals.members if member.name in known),
         given_up=tuple(name for name in state.given_up if name in starting),
         flipped_s=None if state.flipped_s is None else min(state.flipped_s, now_s),
     )
@@ -143,28 +147,37 @@ def _target(
     target = Ratio(prefill=counts["prefill"], decode=counts["decode"])
     kept = _vetoed(policy, signals, outlook, current, target)
     if kept:
-        *_, both, requests = signals.latency.shares(policy.targets.ttft_ms, policy.targets.tpot_ms)
-        names = " and ".join(kept)
-        moves.say("veto", f"{names} stays: only {both:.0%} of {requests} requests met their goals, more was forecast")
+        *_, both, requests = _measured(signals).shares(policy.targets.ttft_ms, policy.targets.tpot_ms)
+        names = " and ".join(kept) + (" stay" if len(kept) > 1 else " stays")
+        more = ", more was forecast" if outlook.attainment(current) >= policy.targets.attainment else ""
+        moves.say("veto", f"{names}: only {both:.0%} of {requests} requests met their goals{more}")
         target = Ratio(**{role: current.of(role) if role in kept else target.of(role) for role in ROLES})
     return target, Ratio(prefill=wishes["prefill"], decode=wishes["decode"])
 
 
 def _vetoed(policy: Policy, signals: ClusterSignals, outlook: Outlook, current: Ratio, target: Ratio) -> list[Role]:
-    """Roles that may not shrink for want of load: their own goal is missed though the forecast says that all is well."""
+    """Roles that may not shrink for want of load: goals are missed though the forecast says that all is well, or requests
+    that nobody has served are too many, whatever it says."""
     targets = policy.targets
     shrinks = target != current and all(target.of(role) <= current.of(role) for role in ROLES)
     if not shrinks or current.gpus(signals.setup) > policy.gpu_budget.max:
         return []
-    # what was missed before the last change of the ratio says nothing of this one: where there is enough, what is newest
-    newest = signals.recent if sum(signals.recent.counts) >= MIN_REQUESTS else signals.latency
-    # what was refused has met neither goal, whosever fault it was
-    shares = replace(newest, missed=0).shares(targets.ttft_ms, targets.tpot_ms)
-    if shares[3] < MIN_REQUESTS or outlook.attainment(current) < targets.attainment:
+    newest = _measured(signals)
+    *shares, both, requests = newest.shares(targets.ttft_ms, targets.tpot_ms)
+    late: list[Role] = []
+    if requests < MIN_REQUESTS:
         return []
-    return [
-        role
-        for role, share in zip(ROLES, shares, strict=False)
-        if target.of(role) < current.of(role) <= policy.bounds(role).max_replicas
-        and share < min(targets.attainment, targets.percentile / 100)
-    ]
+    if newest.missed > (1 - targets.attainment) * requests:  # refused, expired, failed: that names no role
+        late = list(ROLES)
+    elif outlook.attainment(current) >= targets.attainment:
+        least = min(targets.attainment, targets.percentile / 100)
+        late = [role for role, share in zip(ROLES, shares, strict=True) if share < least]
+        if not late and both < targets.attainment:  # each role has a part in it
+            late = list(ROLES)
+    return [role for role in late if target.of(role) < current.of(role) <= policy.bounds(role).max_replicas]
+
+
+def _measured(signals: ClusterSignals) -> JointHistogram:
+    """What was missed before the last change of the ratio says nothing of this one: where there is enough, what is newest."""
+    newest = signals.recent
+    return newest if sum(newest.counts) + newest.missed >= MIN_REQUESTS else signals.latency

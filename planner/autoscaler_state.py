@@ -30,7 +30,6 @@ class RoleState:
     """The last step time that was fitted; kept while idle and while nobody serves the role."""
     changed_s: float | None = None
     expected: int | None = None
-    ready: int = 0
     failed_starts: int = 0
     start_after_s: float = 0.0
     """Starts back off until then."""
@@ -49,6 +48,8 @@ class AutoscalerState:
     flipped_s: float | None = None
     given_up: tuple[str, ...] = ()
     """Starts that were given up and have not gone yet."""
+    served: tuple[str, ...] = ()
+    """Instances of now that have come to serve at any time."""
     said: tuple[str, ...] = ()
     """What the last decision was about, in keys, so that only news is logged."""
 
@@ -75,6 +76,7 @@ class AutoscalerState:
             ),
             flipped_s=values["flipped_s"],
             given_up=tuple(values["given_up"]),
+            served=tuple(values["served"]),
             said=tuple(values["said"]),
         )
 

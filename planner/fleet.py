@@ -40,9 +40,6 @@ class Fleet:
             for member in self.members
         )
 
-    def ready(self, role: Role) -> int:
-        return sum(member.role == role and member.phase == "ready" for member in self.members)
-
     def lost(self, role: Role) -> list[Member]:
         return [member for member in self.members if member.role == role and member.phase == "lost"]
 

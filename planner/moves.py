@@ -85,15 +85,16 @@ class Moves:
     # Starts that failed.
 
     def give_up_late_starts(self) -> None:
-        """Stop what has not come to serve in time; the role's next start backs off."""
+        """Stop what has not come to serve in time; the role's next start backs off. In a dry run both are only said."""
         timeout_s = self._policy.start_timeout_s
+        failures: dict[Role, int] = {role: self.state.of(role).failed_starts for role in ROLES}
         for member in self._fleet.newly_late:
-            seen = self.state.of(member.role)
-            failed = seen.failed_starts + 1
+            failed = failures[member.role] = failures[member.role] + 1
             wait_s = timeout_s * 2 ** min(failed - 1, MAX_BACKOFFS)
-            self.state = self.state.having(member.role, failed_starts=failed, start_after_s=self._now_s + wait_s)
-            self.state = replace(self.state, given_up=(*self.state.given_up, member.name))
-            self._dropped[member.role] += 1
+            if not self._policy.dry_run:
+                self.state = self.state.having(member.role, failed_starts=failed, start_after_s=self._now_s + wait_s)
+                self.state = replace(self.state, given_up=(*self.state.given_up, member.name))
+                self._dropped[member.role] += 1
             self._actions.append(StopInstance(name=member.name))
             where = f" on {member.node}" if member.node else ""
             self.say(

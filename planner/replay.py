@@ -36,7 +36,7 @@ class Replayed:
 
 
 class Replay:
-    """The owner of the instances that would have been. ``follow`` False: decisions over the fleet as it was."""
+    """The owner of the instances that would have been. ``setup``: at first. ``follow`` False: decisions over the fleet as it was."""
 
     def __init__(
         self,
@@ -60,6 +60,7 @@ class Replay:
         """A decision whenever ``interval_s`` has passed in the history."""
         first_s = due_s = last_s = None
         for moment in history:
+            self._setup = moment.setup or self._setup
             for report in moment.reports:
                 self._window.add(report, moment.unix_s)
             if first_s is None or due_s is None or last_s is None:

@@ -1,9 +1,11 @@
 """The autoscaler's shell and pins without processes: a controller that is all up, over a backend that only keeps notes."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -14,8 +16,11 @@ from support.wanted import up
 from biphase.cluster.backend import ProcessSpec
 from biphase.cluster.controller import Controller
 from biphase.cluster.deployment import Deployment, RolePlan
+from biphase.cluster.life import Life
 from biphase.planner.autoscaler_state import AskNode, StartInstance, WithdrawNode
+from biphase.planner.history import read_history
 from biphase.planner.policy import GpuBudget, Policy, RoleBounds, Schedule
+from biphase.protos import worker_pb2
 from biphase.protos.errors import InvalidRequest
 from biphase.protos.process import Announcer
 from biphase.protos.values import Role
@@ -125,6 +130,54 @@ async def test_requests_that_the_state_knows_go_on_in_the_next_life_and_others_d
     backend.requests.clear()  # as with a head that was lost
     await restart(backend, tmp_path, policy)
     assert list(backend.requests) == (["prefill"] if obeyed else [])
+
+
+def welcome(controller: Controller, name: str, num_blocks: int) -> None:
+    """The instance's life says so of its KV blocks; 0: it says nothing yet."""
+    life = SimpleNamespace(
+        welcome=worker_pb2.Welcome(num_blocks=num_blocks, block_size=16) if num_blocks else None,
+        signals=None,
+        handle=SimpleNamespace(kind="decode"),
+    )
+    controller.lives[name] = cast("Life", life)
+
+
+async def test_the_history_keeps_what_was_before_a_restart_of_the_only_one_of_a_role_and_of_the_controller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(1.8e9)
+    monkeypatch.setattr(Controller, "now_s", lambda _: next(clock))
+    backend, path = NotingBackend(), tmp_path / "signals.jsonl"
+    path.write_text("of a deployment before\n")
+    controller = make_controller(backend, tmp_path)
+    await controller._restore()
+    for num_blocks in (100, 100, 0, 90):
+        welcome(controller, "decode-0", num_blocks)
+        await controller.autoscaling.tick()
+    again = make_controller(backend, tmp_path)
+    await again._restore()
+    for num_blocks in (0, 100):
+        welcome(again, "decode-0", num_blocks)
+        await again.autoscaling.tick()
+    assert (tmp_path / "signals.jsonl.1").read_text() == "of a deployment before\n"
+    setup, moments = read_history(path.read_text().splitlines(), source="x")
+    assert [moment.setup.decode.kv_tokens if moment.setup else None for moment in moments] == [
+        *(None, None, None, None),  # while nobody says it the last one holds
+        *(0, 1600),  # the next life's first look, which has heard nobody
+    ]
+    assert setup.decode.kv_tokens == 1600
+
+
+async def test_blocks_of_another_generation_are_no_measure(tmp_path: Path) -> None:
+    controller = make_controller(NotingBackend(), tmp_path)
+    await controller._restore()
+    welcome(controller, "decode-0", 100)
+    assert controller.autoscaling._setup().decode.kv_tokens == 1600
+    controller.take("next", replace(DEPLOYMENT, max_model_len=64))
+    assert controller.autoscaling._setup().decode.kv_tokens == 0
+    controller.core.slots["decode-0"].generation = "next"
+    welcome(controller, "decode-0", 50)
+    assert controller.autoscaling._setup().decode.kv_tokens == 800
 
 
 NIGHT = Schedule(cron="* * * * *", duration_s=3600, name="night", decode=RoleBounds(min_replicas=1, max_replicas=2))

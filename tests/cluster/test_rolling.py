@@ -157,6 +157,19 @@ def test_who_was_drained_by_hand_is_renewed_and_stays_drained() -> None:
     assert core.slots["decode-1"].generation == "new"
 
 
+def test_who_is_rebuilt_for_another_role_meanwhile_is_waited_for_and_renewed_after() -> None:
+    core = old(2, 3)
+    wanted_set.renew(core, "decode-2", 5.0, 50.0, generation=None, role="prefill")
+    with pytest.raises(AssertionError, match="decode-2 is to start anew already"):  # what is waited for
+        carry_out(core, "auto")
+    core.gone("decode-2", 1, "ended", 300.0)
+    core.decide(300.0)
+    up(core, "decode-2", 301.0)
+    assert (core.slots["decode-2"].generation, core.slots["decode-2"].kind) == ("old", "prefill")
+    assert carry_out(core, "auto") == ["decode-2"]
+    assert {slot.generation for slot in core.slots.values() if slot.is_instance} == {"new"}
+
+
 def test_one_that_crashes_again_and_again_after_its_renewal_pauses_it_too() -> None:
     core = old(2, 2)
     core.slots["prefill-0"].generation = "new"

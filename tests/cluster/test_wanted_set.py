@@ -11,6 +11,7 @@ from biphase.cluster.reconcile import LAST_WORDS_S, STOP_S, Reconciler
 from biphase.cluster.slot import FlipTo, Wanted, Work
 from biphase.cluster.start_failures import MAX_FAILED_STARTS
 from biphase.protos.errors import InvalidRequest
+from biphase.protos.values import Mode
 
 
 def test_a_new_instance_has_the_first_free_number_and_starts() -> None:
@@ -293,3 +294,65 @@ def test_what_leaves_no_way_to_serve_is_refused() -> None:
     wanted_set.check_others_serve(core, "auto", ["prefill-0"], "a drain of prefill-0")
     with pytest.raises(InvalidRequest, match="mode is strict"):
         wanted_set.check_others_serve(core, "strict", ["prefill-0"], "a drain of prefill-0")
+
+
+def away(core: Reconciler, name: str) -> None:
+    """It has died, and comes back."""
+    core.gone(name, core.slots[name].life, "boom", 5.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "gone", "leaves", "reason"),
+    [
+        ("strict", "prefill-0", "decode-0", "no decode instance that serves would be left"),
+        ("strict", "decode-0", "prefill-0", "no prefill instance that serves would be left, and mode is strict"),
+        ("auto", "decode-0", "decode-0", "no decode instance that serves would be left"),
+        ("auto", "decode-0", "prefill-0", None),
+        ("auto", "prefill-0", "decode-0", "no decode instance that serves would be left"),
+    ],
+)
+def test_the_last_way_to_serve_stays_while_the_others_are_just_away(
+    mode: Mode, gone: str, leaves: str, reason: str | None
+) -> None:
+    core = made(1, 1)
+    away(core, gone)
+    if reason is None:
+        wanted_set.check_others_serve(core, mode, [leaves], "this")
+        return
+    with pytest.raises(InvalidRequest) as refused:
+        wanted_set.check_others_serve(core, mode, [leaves], "this")
+    assert str(refused.value) == f"this is refused: {reason}"
+
+
+def test_who_comes_back_in_another_role_and_who_starts_in_its_place_count() -> None:
+    core = made(2, 1)
+    for name in ("prefill-0", "prefill-1"):
+        away(core, name)  # nobody serves now
+    wanted_set.check_others_serve(core, "strict", ["prefill-0"], "a flip", then={"prefill-0": "decode"})
+    with pytest.raises(InvalidRequest, match="a flip is refused: no decode"):
+        wanted_set.check_others_serve(core, "strict", ["decode-0"], "a flip", then={"decode-0": "prefill"})
+    with pytest.raises(InvalidRequest, match="no decode"):
+        wanted_set.check_others_serve(core, "strict", ["decode-0"], "a drain")
+    wanted_set.check_others_serve(core, "strict", ["decode-0"], "a drain", new=[("decode", "")])
+    with pytest.raises(InvalidRequest, match="of the same generation"):
+        wanted_set.check_others_serve(core, "strict", ["decode-0"], "a drain", new=[("decode", "new")])
+    wanted_set.hold(core, "prefill-0", 5.0, 6.0)
+    with pytest.raises(InvalidRequest, match="no prefill"):  # who is drained by hand is not just away
+        wanted_set.check_others_serve(core, "strict", ["prefill-1"], "a drain")
+
+
+def test_where_nothing_is_taken_away_nothing_is_refused() -> None:
+    core = made(1, 1)
+    wanted_set.hold(core, "prefill-0", 5.0, 1.0)
+    wanted_set.check_others_serve(core, "strict", ["decode-0"], "a drain")
+
+
+def test_instances_of_two_generations_are_no_way_to_serve_in_strict() -> None:
+    core = made(2, 1)
+    core.slots["prefill-1"].generation = "new"
+    wanted_set.check_others_serve(core, "strict", ["prefill-1"], "a drain")
+    wanted_set.check_others_serve(core, "auto", ["prefill-0"], "a drain")
+    with pytest.raises(InvalidRequest, match=r"no prefill and decode instance of the same generation would be left"):
+        wanted_set.check_others_serve(core, "strict", ["prefill-0"], "a drain")
+    core.slots["prefill-0"].ending, core.slots["prefill-0"].next_generation = "again", "new"
+    wanted_set.check_others_serve(core, "strict", ["prefill-0"], "a drain")  # it leaves this one anyway

@@ -2,16 +2,16 @@
 
 from dataclasses import replace
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support.scaling import POLICY, START_S, Cluster, change_of, make_load, make_members, make_signals
 
-from biphase.planner.autoscaler import decide
+from biphase.planner.autoscaler import MIN_REQUESTS, decide
 from biphase.planner.autoscaler_state import AutoscalerState, FlipInstance, StartInstance, StopInstance
 from biphase.planner.capacity import OfferedLoad
 from biphase.planner.policy import ROLES, GpuBudget, Policy, RoleBounds, RoleFlip, ScaleRule
-from biphase.planner.ratio import Ratio
-from biphase.planner.reports import Histogram, InstanceReport, RouterReport, is_sound
+from biphase.planner.ratio import Ratio, outside
+from biphase.planner.reports import Histogram, InstanceReport, JointHistogram, RouterReport, is_sound
 from biphase.planner.signals import SignalWindow
 from biphase.protos.step_time import StepTime
 
@@ -24,6 +24,14 @@ loads = st.one_of(
         output=st.floats(1.0, 500.0),
     ),
     st.just(make_load(1e9, prompt=1e6, output=1e6)),  # a lie
+)
+latencies = st.builds(
+    lambda met, late, missed: JointHistogram(
+        ttft_ms=(800.0,), tpot_ms=(40.0,), counts=(met, late[0], late[1], 0), missed=missed
+    ),
+    st.integers(0, 200),
+    st.tuples(st.integers(0, 30), st.integers(0, 30)),
+    st.integers(0, 5000),
 )
 
 
@@ -76,6 +84,7 @@ def test_bounds_budget_steps_and_cooldowns_hold_whatever_the_load(policy: Policy
     for load in data.draw(st.lists(loads, min_size=2, max_size=8)):
         for _ in range(data.draw(st.integers(1, 6))):
             before = list(cluster.members)
+            cluster.latency = data.draw(latencies)
             decision = cluster.tick(load, silent=data.draw(st.sampled_from([(), ("decode-0",), ("prefill-0",)])))
             assert cluster.held <= policy.gpu_budget.max
             for role, change in change_of(decision, before).items():
@@ -89,6 +98,21 @@ def test_bounds_budget_steps_and_cooldowns_hold_whatever_the_load(policy: Policy
                         assert cluster.now_s - then_s >= rule.cooldown_s, "a reversal within the cooldown"
                     changed[role] = cluster.now_s, change
             assert decision.reasons or not decision.actions
+
+
+@settings(max_examples=60, deadline=None)
+@given(policies(), loads, latencies, st.tuples(st.integers(1, 6), st.integers(1, 6)))
+def test_while_too_many_requests_are_not_served_nothing_shrinks_but_by_bounds_and_budget(
+    policy: Policy, load: OfferedLoad, latency: JointHistogram, counts: tuple[int, int]
+) -> None:
+    total = sum(latency.counts) + latency.missed
+    assume(total >= MIN_REQUESTS and latency.missed > (1 - policy.targets.attainment) * total)
+    cluster = Cluster(policy, Ratio(prefill=counts[0], decode=counts[1]), gpus=14)
+    cluster.latency = latency
+    for decision in cluster.run(load, 60):
+        current, target = decision.current, decision.target
+        if outside(current, policy, cluster.setup) is None and current != target:
+            assert any(target.of(role) > current.of(role) for role in ROLES), (current, target)
 
 
 @settings(max_examples=20, deadline=None)

@@ -12,6 +12,7 @@ from support.sources import ROOT
 from biphase.cluster.cli import main
 from biphase.planner.autoscaler_state import StartInstance
 from biphase.planner.history import Moment, moment_line, read_history, setup_line
+from biphase.planner.policy import GpuBudget
 from biphase.planner.ratio import Ratio
 from biphase.planner.replay import Replay
 from biphase.planner.reports import InstanceReport, Member, Room, RouterReport
@@ -64,11 +65,26 @@ def test_as_recorded_it_says_the_same_over_and_over() -> None:
     assert sum(bool(item.decision.actions) for item in done) > 5
 
 
+def test_another_setup_in_the_middle_is_obeyed_from_there_on() -> None:
+    lines = make_history()
+    setup, moments = read_history(lines, source="x")
+    (stays,) = {item.decision.target for item in Replay(POLICY, setup, start_s=20.0).run(moments) if item.at_s > 80}
+    half = [index for index, line in enumerate(lines) if index and json.loads(line)["unix_s"] <= 1.8e9 + 60][-1] + 1
+    wide = replace(setup, prefill=replace(setup.prefill, gpus=8.0))  # the budget holds no second one
+    for at, target in ((half, Ratio(prefill=1, decode=1)), (len(lines), stays)):
+        changed = [*lines[:at], setup_line(wide), *lines[at:]]
+        first, moments = read_history(changed, source="x")
+        done = list(Replay(replace(POLICY, gpu_budget=GpuBudget(max=9.0)), first, start_s=20.0).run(moments))
+        assert first == setup
+        assert done[-1].decision.target == target
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ([], "x: an empty file holds no history"),
         (["{}"], "x:1: the first line is {'setup': ...}: 'setup'"),
+        ([make_history()[0], '{"setup": {}}'], "x:2: not a moment of a history: 'prefill'"),
         ([make_history()[0], "{"], "x:2: not a moment of a history: Expecting property name"),
         ([make_history()[0], '{"unix_s": 1, "members": [], "reports": [{"kind": "cat"}]}'], "x:2: not a moment.*'cat'"),
         (

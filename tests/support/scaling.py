@@ -14,7 +14,7 @@ from biphase.planner.autoscaler_state import (
 from biphase.planner.capacity import OfferedLoad, Setup
 from biphase.planner.policy import ROLES, GpuBudget, Policy, RoleBounds, RoleFlip, ScaleRule, Targets
 from biphase.planner.ratio import Ratio
-from biphase.planner.reports import InstanceReport, Member, Room
+from biphase.planner.reports import InstanceReport, JointHistogram, Member, Room
 from biphase.planner.signals import ClusterSignals
 from biphase.protos.step_time import StepTime
 from biphase.protos.values import Role
@@ -115,6 +115,7 @@ class Cluster:
         self.fitted = fitted
         self.setup = setup or Setup()
         self.can_grow = False
+        self.latency = JointHistogram()
 
     @property
     def idle(self) -> int:
@@ -127,6 +128,7 @@ class Cluster:
         signals = make_signals(
             load, self.members, idle=self.idle, silent=silent, can_grow=self.can_grow, setup=self.setup
         )
+        signals = replace(signals, latency=self.latency)
         if not self.fitted:
             bare = tuple(replace(r, prefill_step=StepTime(), decode_step=StepTime()) for r in signals.instances)
             signals = replace(signals, instances=bare)
