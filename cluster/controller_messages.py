@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from biphase.cluster.deployment import Deployment
 from biphase.cluster.events import Event
+from biphase.cluster.open_ports import open_ports
 from biphase.cluster.slot import Slot
 from biphase.cluster.version import version
 from biphase.protos import common_pb2, controller_pb2
@@ -82,10 +82,19 @@ def status_of(controller: "Controller") -> controller_pb2.ClusterStatus:
 
 def ratio_line(slots: Iterable[Slot]) -> str:
     """ "2P:1D", with what does not take work now."""
-    wanted = [slot for slot in slots if slot.is_instance and slot.ending != "remove"]
-    counts = {role: sum(slot.role == role for slot in wanted) for role in ("prefill", "decode")}
-    missing = [f"{slot.name} ({_why_away(slot)})" for slot in wanted if not slot.serves]
-    return f"{counts['prefill']}P:{counts['decode']}D" + (f", without {', '.join(missing)}" if missing else "")
+    slots = list(slots)
+    missing = [f"{slot.name} ({_why_away(slot)})" for slot in slots if _is_wanted(slot) and not slot.serves]
+    return ratio_of(slots) + (f", without {', '.join(missing)}" if missing else "")
+
+
+def ratio_of(slots: Iterable[Slot]) -> str:
+    """ "2P:1D": the instances wanted in either role."""
+    roles = [slot.role for slot in slots if _is_wanted(slot)]
+    return f"{roles.count('prefill')}P:{roles.count('decode')}D"
+
+
+def _is_wanted(slot: Slot) -> bool:
+    return slot.is_instance and slot.ending != "remove"
 
 
 def _why_away(slot: Slot) -> str:
@@ -109,33 +118,16 @@ def pinned_line(controller: "Controller") -> str:
 
 def warnings_of(controller: "Controller") -> list[str]:
     warnings = list(controller.warnings)
-    open_ports = _open_ports(controller.deployment, controller)
-    if open_ports:
-        warnings.append(f"not on loopback and without protection: {', '.join(open_ports)}")
+    said = [(slot.name, slot.announcement.address) for slot in controller.core.slots.values() if slot.announcement]
+    said.append(("controller", controller.announcer.current.address))
+    reached = open_ports(said, controller.deployment.router_places)
+    if reached:
+        warnings.append(f"not on loopback and without protection: {', '.join(reached)}")
     if controller.deployment.inject_faults:
         warnings.append(f"faults are injected into the KV transfer: {controller.deployment.inject_faults}")
     for pair in controller.reports.broken_pairs():
         warnings.append(f"{pair.decode} cannot pull from {pair.prefill}: {pair.detail}")
     return warnings
-
-
-def _open_ports(deployment: Deployment, controller: "Controller") -> list[str]:
-    """Addresses that others of the network reach. All of them are unprotected: there is no TLS yet."""
-    said = [(slot.name, slot.announcement.address) for slot in controller.core.slots.values() if slot.announcement]
-    said.append(("controller", controller.announcer.current.address))
-    found = [f"{name} at {address}" for name, address in said if address and not _is_loopback(address)]
-    known = {name for name, _ in said}
-    found += [
-        f"{place.name} at {place.host}"
-        for place in deployment.router_places
-        if place.name not in known and not _is_loopback(f"{place.host}:0")
-    ]
-    return found
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _role(kind: str) -> common_pb2.Role.ValueType:
