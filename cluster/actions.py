@@ -24,6 +24,8 @@ class Abandon:
 
     name: str
     incarnation: int
+    node: str = ""
+    """Where it was, as far as is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -316,7 +316,7 @@ class Admin:
             prefill=replace(deployment.prefill, replicas=counts.count("prefill")),
             decode=replace(deployment.decode, replicas=counts.count("decode")),
         )
-        avoid = tuple(core.node_failures.cordoned)
+        avoid = sorted(core.avoided)
         specs = [
             spec_of(controller.spec, name, 1, kind=role, deployment=deployment, avoid=avoid)
             for name, role in starts.items()

@@ -225,7 +225,7 @@ class Autoscaling:
 
     def _spec(self, role: Role) -> ProcessSpec:
         controller = self._controller
-        avoid = tuple(controller.core.node_failures.cordoned)
+        avoid = sorted(controller.core.avoided)
         return spec_of(controller.spec, f"{role}-wish", 0, kind=role, deployment=controller.deployment, avoid=avoid)
 
     async def _room(self) -> Room:

@@ -82,6 +82,10 @@ class NodeView:
     refused: str = ""
     """Why it gets no instance; empty: it may."""
     what: str = ""
+    takes: tuple[Kind, ...] = ()
+    """Roles whose instances, or stages of them, it is large enough for and may get."""
+    remark: str = ""
+    """What the deployment's placement does not have its way with there."""
 
 
 class Handle(Protocol):

@@ -26,11 +26,14 @@ from biphase.cluster.generation import generation_of
 from biphase.cluster.keeping import RETRY_S, Keeping
 from biphase.cluster.life import Life
 from biphase.cluster.node_watch import NodeWatch
+from biphase.cluster.reach_watch import ReachWatch
 from biphase.cluster.reconcile import STOP_S, Reconciler
 from biphase.cluster.retiring import Retiring
 from biphase.cluster.router_reports import RouterReports
+from biphase.cluster.router_watch import RouterWatch
 from biphase.cluster.routers_confirmed import RoutersConfirmed
 from biphase.cluster.run_dir import RunDir
+from biphase.cluster.settling import until_settled
 from biphase.cluster.slot import Slot
 from biphase.cluster.straggler_watch import StragglerWatch
 from biphase.cluster.survivors import sort_out
@@ -69,6 +72,7 @@ class Controller:
         self.admin = Admin(self)
         self.autoscaling = Autoscaling(self)
         self._stragglers = StragglerWatch(self)
+        self.reach_watch = ReachWatch(self)
         self.updating = Updating(self)
         self.membership = Broadcast(lambda: membership_of(self))
         self.status = Broadcast(lambda: status_of(self))
@@ -76,6 +80,8 @@ class Controller:
         self.retiring = Retiring(self)
         self._keeping = Keeping(self)
         self._routers = RoutersConfirmed(self)
+        self.settled = asyncio.Event()
+        """Routers may be told who the members are."""
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._published_version = -1
@@ -115,12 +121,15 @@ class Controller:
         RuntimeError: a part of it has failed; the processes go on, and the next life begins where this one ended.
         """
         await self._restore()
+        self.spawn(self._settle())
         self.spawn(self._routers.run())
+        self.spawn(RouterWatch(self).run())
         self.spawn(self.updating.drive())
         self.spawn(self._keep_pin())
         self.spawn(NodeWatch(self).run())
         self.spawn(self.autoscaling.run())
         self.spawn(self._stragglers.run())
+        self.spawn(self.reach_watch.run())
         ended = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(self._ended.wait())]
         try:
             while not stop.is_set() and not self._ended.is_set():
@@ -211,6 +220,12 @@ class Controller:
                 self.core.adopt(slot.name, slot.life, self.now_s())
                 self.core.gone(slot.name, slot.life, "ended while no controller was there", self.now_s())
 
+    async def _settle(self) -> None:
+        if self.epoch > 1:
+            await until_settled(self.core, self.status)
+        self.settled.set()
+        self._publish()
+
     async def _kill_former(self, handle: Handle, why: str) -> None:
         """A life that was replaced: gone before anything starts, where its host can be reached."""
         logger.warning("killing %s#%d: %s", handle.name, handle.incarnation, why)
@@ -293,8 +308,8 @@ class Controller:
                 case Kill(name=name, incarnation=incarnation, reason=reason):
                     logger.warning("killing %s#%d: %s", name, incarnation, reason)
                     await self.backend.kill(self.lives[name].handle)
-                case Abandon(name=name, incarnation=incarnation):
-                    self._abandon(self.lives.pop(name), incarnation)
+                case Abandon(name=name, incarnation=incarnation, node=node):
+                    self._abandon(self.lives.pop(name), incarnation, node)
                     self.events.add("end", name, f"{name}#{incarnation} cannot be reached, its place is given away")
                 case AskToStop(name=name):
                     await self.backend.ask_to_stop(self.lives[name].handle)
@@ -314,14 +329,14 @@ class Controller:
             self.changed()
 
     async def _start(self, slot: Slot) -> None:
-        avoid = [*self.core.node_failures.cordoned, *([slot.avoid_node] if slot.avoid_node else [])]
+        avoid = sorted(slot.avoids or ())
         deployment = self.deployments.get(slot.generation, self.deployment)
         spec = spec_of(self.spec, slot.name, slot.incarnation, kind=slot.kind, deployment=deployment, avoid=avoid)
         logger.info("starting %s#%d", slot.name, slot.incarnation)
         try:
             self._hold(await self.backend.start(spec))
         except (SetupError, OSError) as error:
-            if isinstance(error, SetupError) and not self.core.was_ready:
+            if isinstance(error, SetupError) and not (self.core.was_ready or slot.ever_ready):
                 raise
             self.core.no_room(slot.name, slot.life, f"cannot be started: {one_line(error)}", self.now_s())
 
@@ -352,7 +367,7 @@ class Controller:
             self.events.add(kind, subject, text)
         self.core.notes.clear()
 
-    def _abandon(self, life: Life, incarnation: int) -> None:
+    def _abandon(self, life: Life, incarnation: int, node: str) -> None:
         """A life whose place was given away is told to end, and killed, as soon as it can be reached again."""
         handle = life.handle
         life.let_go()
@@ -362,13 +377,13 @@ class Controller:
             life=handle.incarnation,
             incarnation=incarnation,
             address=life.address,
-            node=self.core.slots[handle.name].avoid_node if handle.name in self.core.slots else "",
+            node=node,
             since_s=self.now_s(),
         )
         self.retiring.begin(away, handle)
 
     def _publish(self) -> None:
-        if self.core.version != self._published_version:
+        if self.settled.is_set() and self.core.version != self._published_version:
             self._published_version = self.core.version
             members = ", ".join(f"{member.name}#{member.incarnation}" for member in self.core.members)
             logger.info("membership %d.%d: %s", self.epoch, self.core.version, members or "nobody")

@@ -1,10 +1,11 @@
 """The controller's view as messages: the membership for routers, the status for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from biphase.cluster.events import Event
-from biphase.cluster.open_ports import open_ports
+from biphase.cluster.open_ports import open_inner_ports, open_ports
+from biphase.cluster.reach import CUT_OFF
 from biphase.cluster.slot import Slot
 from biphase.cluster.version import version
 from biphase.protos import common_pb2, controller_pb2
@@ -107,6 +108,11 @@ def _why_away(slot: Slot) -> str:
     return slot.phase if slot.phase != "ready" else "its link is not up"
 
 
+def avoided_line(nodes: Iterable[str], cordoned: Mapping[str, str]) -> str:
+    """Where an instance that waits for room may not go, and why."""
+    return ", ".join(f"{node} ({'cordoned' if node in cordoned else 'could not be reached'})" for node in sorted(nodes))
+
+
 def pinned_line(controller: "Controller") -> str:
     pin = controller.pin
     if pin is None:
@@ -118,9 +124,9 @@ def pinned_line(controller: "Controller") -> str:
 
 def warnings_of(controller: "Controller") -> list[str]:
     warnings = list(controller.warnings)
-    said = [(slot.name, slot.announcement.address) for slot in controller.core.slots.values() if slot.announcement]
-    said.append(("controller", controller.announcer.current.address))
-    reached = open_ports(said, controller.deployment.router_places)
+    if controller.core.reach.is_cut_off:
+        warnings.append(CUT_OFF)
+    reached = _reached(controller)
     if reached:
         warnings.append(f"not on loopback and without protection: {', '.join(reached)}")
     if controller.deployment.inject_faults:
@@ -128,6 +134,21 @@ def warnings_of(controller: "Controller") -> list[str]:
     for pair in controller.reports.broken_pairs():
         warnings.append(f"{pair.decode} cannot pull from {pair.prefill}: {pair.detail}")
     return warnings
+
+
+def _reached(controller: "Controller") -> list[str]:
+    """Ports that others of the network reach."""
+    deployment, slots = controller.deployment, controller.core.slots
+    said = [(slot.name, slot.announcement.address) for slot in slots.values() if slot.announcement is not None]
+    said.append(("controller", controller.announcer.current.address))
+    inner: list[tuple[str, str, str]] = []
+    for name, life in controller.lives.items():
+        slot = slots.get(name)
+        if slot is not None and slot.announcement is not None:
+            kv_address = life.welcome.kv_address if life.welcome is not None else ""
+            inner.append((name, kv_address, slot.announcement.rank_address))
+    found = open_ports(said, deployment.router_places)
+    return found + open_inner_ports(inner, only_grpc=deployment.kv_transport == "grpc")
 
 
 def _role(kind: str) -> common_pb2.Role.ValueType:
@@ -165,6 +186,8 @@ def _process_status(controller: "Controller", slot: Slot) -> controller_pb2.Proc
         status.kv_bytes, status.log_file, status.progress = said.kv_bytes, said.log_file, said.progress
         status.device = said.device
         status.detail = status.detail or said.detail
+    if slot.avoids and (slot.no_room or not slot.is_placed):
+        status.detail += f"; not on {avoided_line(slot.avoids, controller.core.node_failures.cordoned)}"
     if slot.work is not None:
         status.queued_tokens, status.running = slot.work.queued_tokens, slot.work.running
         status.free_blocks, status.legs = slot.work.free_blocks, slot.work.legs
@@ -180,6 +203,8 @@ def _health(controller: "Controller", slot: Slot) -> str:
         return "stopping" if slot.ending == "remove" else "to start anew"
     if slot.held:
         return "drained by hand"
+    if slot.silent:
+        return "silent"
     if slot.slow or slot.health:
         return slot.health or "slow"
     if slot.no_room:

@@ -38,6 +38,7 @@ class ControllerService:
     ) -> AsyncIterator[controller_pb2.Membership]:
         reading = asyncio.create_task(self._read_reports(reports))
         try:
+            await self._controller.settled.wait()  # the last membership stands until then
             async for membership in self._controller.membership.follow():
                 yield membership
         finally:

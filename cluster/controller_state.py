@@ -21,6 +21,7 @@ class SlotState:
     incarnation: int
     life: int
     restarts: int = 0
+    ever_ready: bool = False
     generation: str = ""
     next_generation: str | None = None
     next_kind: Kind | None = None

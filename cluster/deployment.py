@@ -103,7 +103,7 @@ class Deployment:
     flip_grace_s: float = 30.0
     """How long what runs on an instance has to end before it turns, or stops by the policy's or a person's wish."""
     replace_after_s: float = 30.0
-    """An instance that is out for being slow for so long is killed and replaced."""
+    """An instance that is out for being slow, or a router that is silent, for so long is killed and replaced."""
     max_replays: int = 3
     """A request that went down with more instances than this ends INTERNAL, and is logged as suspect."""
     controller_port: int = 0

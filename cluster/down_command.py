@@ -73,7 +73,7 @@ def _cluster_file(path: Path, values: Any) -> ClusterFile:
 
 
 def down(arguments: argparse.Namespace) -> int:
-    """Returns 0 when all of it has ended, 1 when a machine could not be reached; what it runs on is named then."""
+    """Returns 0 when all of it has ended, 1 when `ray down` or a machine failed; what may go on running is named then."""
     cluster = ClusterFile.read(Path(arguments.cluster_file))
     ray = _ray()
     if not arguments.yes and not _confirmed(cluster):
@@ -82,13 +82,17 @@ def down(arguments: argparse.Namespace) -> int:
     _stop_deployment(ray, cluster, arguments)
     _say(f"ending Ray: ray down {cluster.path}")
     ended = subprocess.run([ray, "down", "-y", str(cluster.path)], stdin=subprocess.DEVNULL, check=False)
-    if ended.returncode != 0:
-        raise SetupError(f"`ray down {cluster.path}` failed with {ended.returncode}; its words are above")
     with ThreadPoolExecutor(max_workers=16) as pool:
         problems = [problem for problem in pool.map(lambda host: _stop_ray(cluster, host), cluster.workers) if problem]
+    if ended.returncode != 0:
+        what = "the head" if cluster.provider == "local" else "machines of the cluster"
+        problems.insert(
+            0, f"`ray down {cluster.path}` failed with {ended.returncode}, its words are above; {what} may go on"
+        )
     for problem in problems:
         _say(problem)
-    print(f"down: {cluster.name}", flush=True)
+    if ended.returncode == 0:
+        print(f"down: {cluster.name}", flush=True)
     return 1 if problems else 0
 
 

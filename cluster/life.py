@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from biphase.cluster.backend import Handle
 from biphase.cluster.slot import Work
-from biphase.cluster.worker_link import WorkerLink
+from biphase.cluster.worker_link import SECOND_OPINION_S, WorkerLink
 from biphase.protos import worker_pb2
 
 if TYPE_CHECKING:
     from biphase.cluster.controller import Controller
 
+ASK_AGAIN_S = 0.3
+"""Between two attempts to reach a silent instance while the controller's host may be the one that is cut off."""
 logger = logging.getLogger("biphase.cluster.controller")
 
 
@@ -26,6 +28,7 @@ class Life:
         self.signals: tuple[int, float, worker_pb2.WorkerSignals] | None = None
         """(incarnation, when they came, what they say)."""
         self.watch: asyncio.Task[None] | None = None
+        self._is_linked = False
         self._holding: asyncio.Task[None] | None = None
 
     async def follow(self) -> None:
@@ -52,21 +55,29 @@ class Life:
 
     async def _hold_link(self, link: WorkerLink) -> None:
         controller, name = self._controller, self.handle.name
-        reason = await link.hold()
+        reach, reason = controller.reach_watch, await link.hold()
+        while not (link.superseded or link.refused or controller.stopping):
+            if await reach.may_be_lost(link.address):
+                break
+            await asyncio.sleep(ASK_AGAIN_S)
+            reason = await link.hold(SECOND_OPINION_S)
         if link.superseded:
             controller.superseded()
         elif not controller.stopping:
             slot = controller.core.slots.get(name)
             if slot is not None and slot.stop_asked_s is None:
                 logger.warning("%s#%d is lost: %s", name, slot.incarnation, reason)
-                controller.core.lost(name, slot.incarnation, f"link lost: {reason}", controller.now_s())
+                unreached = not link.refused and reach.is_silent(link.address)
+                controller.core.lost(
+                    name, slot.incarnation, f"link lost: {reason}", controller.now_s(), unreached=unreached
+                )
                 controller.changed()
 
     @property
     def is_silent_as_idle(self) -> bool:
         """It has nothing to do by its last words, and then it says nothing."""
         slot = self._controller.core.slots.get(self.handle.name)
-        if slot is None or not slot.linked or self.signals is None or self.signals[0] != slot.incarnation:
+        if slot is None or not self._is_linked or self.signals is None or self.signals[0] != slot.incarnation:
             return False
         said = self.signals[2]
         return not (said.queued or said.running) and (slot.work is None or slot.work.is_idle)
@@ -80,11 +91,14 @@ class Life:
         return (slot.incarnation,) if slot.flip is None else (slot.incarnation, slot.flip.incarnation)
 
     def welcomed(self, incarnation: int, welcome: worker_pb2.Welcome) -> None:
-        self.welcome = welcome
+        self.welcome, self._is_linked = welcome, True
+        self._controller.reach_watch.heard(self.address)
         self._controller.core.linked(self.handle.name, incarnation, self._controller.now_s())
         self._controller.changed()
 
     def broken(self, incarnation: int) -> None:
+        self._is_linked = False
+        self._controller.reach_watch.suspect()
         self._controller.core.unlinked(self.handle.name, incarnation, self._controller.now_s())
         self._controller.changed()
 

@@ -36,9 +36,16 @@ class NodeWatch:
             controller.core.node_failures.seen(name)
             if before is None and self._seen:
                 controller.events.add("node", name, f"{view.what or name} has joined")
+                controller.core.reached(name)
             if view.refused and (before is None or before.refused != view.refused):
                 controller.events.add("node", name, f"refused: {view.refused}")
+            if before is not None and before.refused and not view.refused:
+                controller.events.add("node", name, f"{name} passes the check now, and is refused no more")
+            if view.remark and (before is None or before.remark != view.remark):
+                controller.events.add("node", name, view.remark)
+        controller.core.node_failures.takers = {name: view.takes for name, view in now.items()} or None
         for name in self._seen.keys() - now.keys():
+            controller.core.node_failures.left(name)
             controller.events.add("node", name, f"{name} is gone")
         refused = [view.refused for view in now.values() if view.refused]
         others = [line for line in controller.warnings if line not in {view.refused for view in self._seen.values()}]

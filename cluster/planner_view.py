@@ -16,25 +16,24 @@ def members_of(slots: Iterable[Slot], now_s: float) -> tuple[Member, ...]:
     found = []
     for slot in slots:
         if slot.is_instance:
-            phase, since_s = _phase(slot)
+            phase, age_s = _phase(slot, now_s)
             role: Role = "prefill" if slot.role == "prefill" else "decode"
-            age_s = (
-                max(0.0, now_s - since_s) if since_s else 0.0
-            )  # a controller that has just begun has started nothing
             found.append(Member(name=slot.name, role=role, phase=phase, age_s=age_s, node=slot.node, out=slot.slow))
     return tuple(found)
 
 
-def _phase(slot: Slot) -> tuple[MemberPhase, float]:
-    """As the planner calls it, and since when."""
+def _phase(slot: Slot, now_s: float) -> tuple[MemberPhase, float]:
+    """As the planner calls it, and for how long: 0 where none has begun, as when a controller has just begun itself."""
+    lasted_s = slot.lasted_s(now_s)
+    told_s = max(0.0, now_s - slot.asked_s) if slot.asked_s is not None else lasted_s
     if slot.ending == "remove" or slot.held:
-        return "draining", slot.asked_s or slot.since_s
+        return "draining", told_s
     if slot.flip is not None or slot.ending == "again":
-        return "flipping", slot.asked_s or slot.since_s
+        return "flipping", told_s
     if slot.is_up and slot.phase == "ready":
-        return "ready", slot.since_s
+        return "ready", lasted_s
     if slot.is_up:
-        return "draining", slot.since_s
+        return "draining", lasted_s
     if slot.no_room:
-        return "lost", slot.since_s
-    return "starting", slot.down_since_s if slot.down_since_s is not None else slot.since_s
+        return "lost", lasted_s
+    return "starting", max(0.0, now_s - slot.down_since_s) if slot.down_since_s is not None else lasted_s

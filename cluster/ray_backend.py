@@ -88,7 +88,7 @@ class RayBackend:
         return str(await self._call(ray.util.get_node_ip_address)) if self._joined else "127.0.0.1"
 
     async def nodes(self) -> list[NodeView]:
-        return self._book.views()
+        return self._placement.views()
 
     async def check(self, specs: Sequence[ProcessSpec], emptied: Mapping[str, Sequence[str]] | None = None) -> None:
         """First fit of the GPUs and CPUs that each stage asks for on those that are free, host by host.
@@ -178,7 +178,11 @@ class RayBackend:
     async def _place(self, spec: ProcessSpec, group: RayGroup, coming: Sequence["asyncio.Future[Any]"]) -> None:
         """Create an instance's actors once it is time to; Ray starts them when their bundles are there."""
         try:
-            while (reason := self._book.reason_to_hold(spec.deployment)) and not group.is_ending:
+            share = await self._call(partial(self._share, spec))
+            while not group.is_ending:
+                reason = self._book.reason_to_hold(spec.deployment) or self._placement.reason_to_wait(spec, share)
+                if not reason:
+                    break
                 group.say_waiting(reason)
                 async with self._book.changed:
                     await self._book.changed.wait()
@@ -186,10 +190,17 @@ class RayBackend:
                 return
             await self._book.settle()
             await self._book.look(check=True)
-            actors = await self._call(partial(self._create, spec))
         except Exception as error:  # noqa: BLE001 -- whatever it was, the life ends by it and another one begins
-            for rank in coming:
-                rank.set_exception(SetupError(one_line(error)))
+            _fail(coming, error)
+            return
+        await self._bring(spec, group, coming)
+
+    async def _bring(self, spec: ProcessSpec, group: RayGroup, coming: Sequence["asyncio.Future[Any]"]) -> None:
+        """The placement group and the actors of ranks that wait for theirs."""
+        try:
+            actors = await self._call(partial(self._create, spec))
+        except Exception as error:  # noqa: BLE001 -- the same
+            _fail(coming, error)
             return
         for rank, actor in zip(coming, actors, strict=True):
             rank.set_result(actor)
@@ -197,18 +208,34 @@ class RayBackend:
             await group.kill()
             await self._call(partial(remove_groups, {group_name(self._namespace, spec.name, spec.incarnation)}))
 
+    async def _bring_anew(self, spec: ProcessSpec, group: RayGroup) -> None:
+        """In another placement group: the one that waits for room leaves out hosts that it may go to by now."""
+        coming: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in group.ranks]
+        pairs = zip(group.ranks, coming, strict=True)
+        former = [rank.await_another(future) for rank, future in pairs if isinstance(rank, RayRank)]
+        try:
+            await self._call(partial(_end, former))
+            await self._call(partial(remove_groups, {group_name(self._namespace, spec.name, spec.incarnation)}))
+        except Exception as error:  # noqa: BLE001 -- the same
+            _fail(coming, error)
+            return
+        await self._bring(spec, group, coming)
+
     async def _tell_waiting(self) -> None:
         """What those that have no process yet wait for. One question for all of them."""
         silent = [group for group in self._groups.values() if group.end is None and group.is_silent]
         if not silent:
             return
         there = await self._call(placement_group_table)
-        states = {group["name"]: group["state"] for group in there.values()}
+        states = {group["name"]: group["state"] for group in there.values() if group["state"] != "REMOVED"}
         shunned = self._book.shunned()
         rooms = ", ".join(str(host) for host in self._book.hosts if host.node_id not in shunned) or "none"
         for group in silent:
-            if states.get(group_name(self._namespace, group.name, group.incarnation)) in ("PENDING", "RESCHEDULING"):
+            state = states.get(group_name(self._namespace, group.name, group.incarnation))
+            if state in ("PENDING", "RESCHEDULING"):
                 group.say_waiting(f"waits for room on a node; there are {rooms}{self._of_refused()}")
+            if state == "PENDING" and not group.is_ending and (spec := self._placement.to_make_anew(group)) is not None:
+                await self._bring_anew(spec, group)
 
     def _hold(self, life: ActorName, actors: Sequence[Any | None]) -> RayGroup:
         """The handle of a life's actors, in the order of their ranks; None for one that is gone."""
@@ -414,6 +441,19 @@ class RayBackend:
     async def _call(self, function: Callable[[], T]) -> T:
         """A blocking Ray call, outside the loop."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+
+def _fail(coming: Sequence["asyncio.Future[Any]"], error: Exception) -> None:
+    for rank in coming:
+        rank.set_exception(SetupError(one_line(error)))
+
+
+def _end(actors: Sequence[Any | None]) -> None:
+    """Actors that have never run. Their names are free at once."""
+    for actor in actors:
+        with suppress(Exception):  # gone already
+            if actor is not None:
+                ray.kill(actor, no_restart=True)
 
 
 def _actor_of(spec: ProcessSpec, rank: int) -> ActorName:

@@ -50,7 +50,10 @@ def weights_lack(weights: Weights) -> str:
     if dummy and Path(model).suffix == ".json":
         return "" if Path(model).exists() else f"{model}: no such file"
     try:
-        model_source.resolve(model, weights=False)  # of a hub's the weights come with the first instance
+        if dummy:
+            model_source.resolve(model, weights=False)
+        else:
+            model_source.check_weights(model)
     except SetupError as error:
         return one_line(error)
     return ""
@@ -70,9 +73,14 @@ def reason_against(node: str, there: Mapping[str, str], here: Mapping[str, str])
     return ""
 
 
+def has_answered(error: BaseException) -> bool:
+    """Whether a check that failed says something of its host all the same: it has no biphase."""
+    return "No module named 'biphase" in str(error)
+
+
 def reason_of_failure(node: str, error: BaseException, here: Mapping[str, str]) -> str:
     """Of a host that could not even say what it has."""
     text = one_line(error)
-    if "No module named 'biphase" in str(error):
+    if has_answered(error):
         return f"{node} has no biphase, the head has {here['biphase']}: install the same on every node"
     return f"{node} does not say what is installed there: {text[:160] or type(error).__name__}"

@@ -1,4 +1,4 @@
-"""The hosts of a joined Ray cluster, followed: the list is read every few seconds, whoever joins is checked once.
+"""The hosts of a joined Ray cluster, followed: the list is read every few seconds, whoever joins is checked.
 
 Owned by the backend of the controller. Instances wait here until the hosts that the cluster begins with are there, so that
 prefill and decode are not packed on the first one to come; who is refused or gone gets nothing.
@@ -6,8 +6,9 @@ prefill and decode are not packed on the first one to come; who is refused or go
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -15,16 +16,26 @@ from ray._private import state as ray_state
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from biphase.cluster.backend import NodeView
+from biphase.cluster.backend import Kind, NodeView
 from biphase.cluster.deployment import Deployment
+from biphase.cluster.host_checks import HostChecks
 from biphase.cluster.ray_growth import Growth, find_growth
 from biphase.cluster.ray_hosts import HostsSeen, RayHost, hosts_of
-from biphase.cluster.ray_node_check import Weights, installed, reason_against, reason_of_failure, weights_of
+from biphase.cluster.ray_node_check import (
+    Weights,
+    has_answered,
+    installed,
+    reason_against,
+    reason_of_failure,
+    weights_of,
+)
 from biphase.protos.errors import SetupError, one_line
 
 LOOK_EVERY_S = 3.0
 CHECK_S = 120.0
-"""A hub name's files may have to come first."""
+"""How long a check may take, and how long instances wait at the beginning until more is known of a host."""
+SOON_S = 5.0
+"""How long, later on, an instance that finds no room waits until more is known of a host that has just joined."""
 JOIN_S = 300.0
 """How long instances wait for the hosts that the cluster begins with."""
 logger = logging.getLogger("biphase.cluster.nodes")
@@ -50,8 +61,8 @@ class NodeBook:
         self._settled_key = f"{namespace}:settled".encode()
         self._seen = HostsSeen()
         self._checks: dict[tuple[str, Weights], asyncio.Task[None]] = {}
-        self._verdicts: dict[tuple[str, Weights], str] = {}
-        """Why a host cannot serve from these weights; empty: it can."""
+        """Those that run."""
+        self._known: HostChecks[tuple[str, Weights]] = HostChecks()
         self._began_s = time.monotonic()
         self._settled = False
         self._watch: asyncio.Task[None] | None = None
@@ -65,28 +76,40 @@ class NodeBook:
 
     def refused(self, deployment: Deployment | None = None) -> dict[str, str]:
         """Why hosts get no instance of ``deployment``, by their ids; None: of the one that is wanted."""
-        weights = weights_of(deployment) if deployment is not None else self._served[0]
-        found = {host.node_id: self._verdicts.get((host.node_id, weights), "") for host in self.hosts}
-        return {key: reason for key, reason in found.items() if reason}
+        weights = self._weights(deployment)
+        return {node: reason for (node, of), reason in self._known.refused.items() if of == weights}
 
     def shunned(self, deployment: Deployment | None = None) -> set[str]:
         """Ids of hosts that get nothing of ``deployment``: refused, or not checked yet. None: of the one that is wanted."""
-        weights = weights_of(deployment) if deployment is not None else self._served[0]
-        unfit = {key for key in self._seen.hosts if self._verdicts.get((key, weights), "?")}
+        weights = self._weights(deployment)
+        unfit = {node for node in self._seen.hosts if not self._known.passes((node, weights))}
         return unfit if self._follows else set()
 
-    @property
-    def being_checked(self) -> set[str]:
-        """Ids of hosts that may get something in a moment."""
-        return {node for node, weights in self._checks if weights == self._served[0]} - set(self.refused())
+    def unknown(self, deployment: Deployment | None = None) -> set[str]:
+        """Ids of hosts that are being checked, for the first time or because that failed. None: for the one wanted."""
+        return self._unknown(self._weights(deployment))
+
+    def _unknown(self, weights: Weights, within_s: float = math.inf) -> set[str]:
+        return {node for node, of in self._known.unknown(time.monotonic(), within_s) if of == weights}
+
+    def _weights(self, deployment: Deployment | None) -> Weights:
+        return weights_of(deployment) if deployment is not None else self._served[0]
 
     def find(self, name: str) -> RayHost | None:
         return next((host for host in self.hosts if host.is_called(name)), None)
 
-    def views(self) -> list[NodeView]:
+    def views(self, takes: Mapping[str, tuple[Kind, ...]], remarks: Mapping[str, str]) -> list[NodeView]:
+        """``takes``, ``remarks``: of hosts by their ids."""
         refused = self.refused()
         return [
-            NodeView(name=host.address, refused=refused.get(host.node_id, ""), what=str(host)) for host in self.hosts
+            NodeView(
+                name=host.address,
+                refused=refused.get(host.node_id, ""),
+                what=str(host),
+                takes=takes.get(host.node_id, ()),
+                remark=remarks.get(host.node_id, ""),
+            )
+            for host in self.hosts
         ]
 
     async def open(self, *, follow: bool) -> None:
@@ -107,30 +130,42 @@ class NodeBook:
         joined, gone = self._seen.look(await self._call(hosts_now))
         for host in gone:
             logger.warning("%s is gone", host.address)
-            self._forget({key for key in self._verdicts if key[0] == host.node_id})
+        self._known.keep(lambda key: key[0] in self._seen.hosts)
         for host in joined:
             logger.info("%s is there", host)
             for weights in self._served if check else ():
-                self._begin_check(host, weights)
+                self._known.join((host.node_id, weights), time.monotonic())
+        self._begin_due()
         await self._tell()
 
     def check_for(self, deployments: Sequence[Deployment]) -> None:
         """Have the hosts checked for these, the wanted one first, and for no others any more."""
         self._served = list(dict.fromkeys(map(weights_of, deployments)))
-        self._forget({key for key in self._verdicts if key[1] not in self._served})
+        self._known.keep(lambda key: key[1] in self._served)
         for host in self.hosts if self._follows else ():
             for weights in self._served:
-                if (host.node_id, weights) not in self._verdicts:
-                    self._begin_check(host, weights)
+                self._known.join((host.node_id, weights), time.monotonic())
+        self._begin_due()
 
     async def check_now(self, deployment: Deployment) -> list[str]:
         """Why hosts that are there cannot serve ``deployment``, looked at anew: one line each. SetupError: none can."""
-        weights = weights_of(deployment)
-        await asyncio.gather(*(self._begin_check(host, weights) for host in self.hosts))
-        reasons = list(self.refused(deployment).values())
-        if reasons and len(reasons) == len(self.hosts):
+        weights, hosts = weights_of(deployment), self.hosts
+        for host in hosts:
+            self._known.join((host.node_id, weights), time.monotonic())
+        await asyncio.gather(*(self._begin_check(host, weights) for host in hosts))
+        refused = self.refused(deployment)
+        reasons = [
+            refused.get(host.node_id, f"{host.address} does not say what is installed there")
+            for host in hosts
+            if not self._known.passes((host.node_id, weights))
+        ]
+        if reasons and len(reasons) == len(hosts):
             raise SetupError("; ".join(reasons))
         return reasons
+
+    def _begin_due(self) -> None:
+        for node, weights in self._known.due(time.monotonic()):
+            self._begin_check(self._seen.hosts[node], weights)
 
     def _begin_check(self, host: RayHost, weights: Weights) -> "asyncio.Task[None]":
         key = host.node_id, weights
@@ -138,24 +173,21 @@ class NodeBook:
             self._checks[key] = asyncio.create_task(self._check(host, weights))
         return self._checks[key]
 
-    def _forget(self, keys: set[tuple[str, Weights]]) -> None:
-        for key in keys:
-            del self._verdicts[key]
-
     def reason_to_hold(self, deployment: Deployment) -> str:
         """Why no instance of ``deployment`` is placed yet; empty: it is time to."""
-        weights = weights_of(deployment)
-        checked = [host.address for host in self.hosts if (host.node_id, weights) in self._checks]
-        if self._settled:  # without a host that is known to do, Ray would be told to use none
-            checked = checked if len(self.shunned(deployment)) == len(self.hosts) else []
-            return f"waits until it is known what is installed on {', '.join(checked)}" if checked else ""
+        if self._settled:
+            return ""
         workers = sum(not host.is_head for host in self.hosts)
         least = self.growth.least_workers if self.growth is not None else 0
         if workers < least and time.monotonic() - self._began_s < JOIN_S:
             return f"waits for the nodes that the cluster begins with: {workers} of {least} workers have joined"
-        if checked:
-            return f"waits until it is known what is installed on {', '.join(checked)}"
-        return ""
+        return self.reason_to_wait_for_checks(deployment, CHECK_S)
+
+    def reason_to_wait_for_checks(self, deployment: Deployment, within_s: float) -> str:
+        """Which hosts are still being checked, for less than ``within_s``; empty: none."""
+        unknown = self._unknown(weights_of(deployment), within_s)
+        checked = [host.address for host in self.hosts if host.node_id in unknown]
+        return f"waits until it is known what is installed on {', '.join(checked)}" if checked else ""
 
     async def settle(self) -> None:
         """From now on instances go to what is there."""
@@ -174,21 +206,22 @@ class NodeBook:
                 logger.warning("the list of nodes cannot be read: %s", one_line(error))
 
     async def _check(self, host: RayHost, weights: Weights) -> None:
+        key = host.node_id, weights
         here = await asyncio.to_thread(installed, *weights)
+        before = self._known.refused.get(key, "")
         try:
             there = here
             if host.node_id != ray.get_runtime_context().get_node_id():
                 asked = await self._call(lambda: _ask(host.node_id, weights))
                 there = await asyncio.wait_for(asyncio.wrap_future(asked), CHECK_S)
-            reason = reason_against(host.address, there, here)
+            self._known.answered(key, reason_against(host.address, there, here), time.monotonic())
         except Exception as error:  # noqa: BLE001 -- Ray's many, each of them a reason to give it nothing
-            reason = reason_of_failure(host.address, error, here)
-        key = host.node_id, weights
-        if host.node_id in self._seen.hosts:
-            if reason and reason != self._verdicts.get(key):
-                logger.error("%s", reason)
-            self._verdicts[key] = reason
-        del self._checks[key]
+            note = self._known.answered if has_answered(error) else self._known.failed
+            note(key, reason_of_failure(host.address, error, here), time.monotonic())
+        reason = self._known.refused.get(key, "")
+        if reason and reason != before:
+            logger.error("%s", reason)
+        self._checks.pop(key, None)
         await self._tell()
 
     async def _tell(self) -> None:
@@ -199,5 +232,6 @@ class NodeBook:
 def _ask(node_id: str, weights: Weights) -> Any:
     """A future of what is installed on a host."""
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task = ray.remote(installed).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+    once = ray.remote(max_calls=1)(installed)  # a process used again would not see what was installed since
+    task = once.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
     return task.remote(*weights).future()

@@ -1,10 +1,13 @@
 """Where in the cluster processes go: an instance's placement group, a router's host; and the groups that are there.
 
-A group has one bundle per stage, which Ray never divides between hosts; stages are packed where they fit.
+A group has one bundle per stage, which Ray never divides between hosts. Where the deployment wants stages to lie is told to
+Ray by their labels, which it obeys to the letter: what then finds no room is made anew without.
 """
 
 import socket
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,16 +16,33 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from biphase.cluster.backend import Kind, ProcessSpec
+from biphase.cluster.backend import Kind, NodeView, ProcessSpec
+from biphase.cluster.deployment import Placement
 from biphase.cluster.gpus import GpuPart
 from biphase.cluster.ray_group import RayGroup
 from biphase.cluster.ray_names import group_name
-from biphase.cluster.ray_nodes import NodeBook
-from biphase.cluster.ray_place import choose
-from biphase.cluster.ray_room import NOTHING, bundles_of, rooms_asked
+from biphase.cluster.ray_nodes import SOON_S, NodeBook
+from biphase.cluster.ray_place import choose_each, is_outdated, missed
+from biphase.cluster.ray_room import NOTHING, Room, bundles_of, fits, rooms_asked
 from biphase.protos.errors import SetupError
 
 NODE_ID_LABEL = "ray.io/node-id"
+PINNED_S = 2.0
+"""How long stages have to find room on the very hosts that were chosen for them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A placement group as Ray was asked for it."""
+
+    spec: ProcessSpec
+    at_s: float
+    without: frozenset[str]
+    """Ids of hosts where it may not go."""
+    targets: tuple[str, ...]
+    """Ids of those where it is to go, stage by stage; none: anywhere else."""
+    pinned: bool
+    """It may go nowhere but there."""
 
 
 class RayPlacement:
@@ -32,8 +52,10 @@ class RayPlacement:
         self, namespace: str, book: NodeBook, groups: Mapping[tuple[str, int], RayGroup], *, joined: bool
     ) -> None:
         self._namespace, self._book, self._groups, self._joined = namespace, book, groups, joined
-        self._targets: dict[tuple[str, int], str] = {}
-        """Where Ray was asked to place an instance."""
+        self._made: dict[tuple[str, int], Made] = {}
+        self._stages: dict[Kind, Room] = {}
+        """What a stage of an instance asks for, of those that were placed last."""
+        self._wanted: Placement = "pack"
 
     def options(self, spec: ProcessSpec, share: float) -> Callable[[int], dict[str, Any]]:
         """Of the actors of a stage. Makes an instance's placement group; a blocking Ray call."""
@@ -44,35 +66,85 @@ class RayPlacement:
             # where the user is: they listen on this host's addresses
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             return lambda stage: {"scheduling_strategy": here}
-        bundles = bundles_of(spec, share)
+        bundles, stages = bundles_of(spec, share), _stages_of(spec, share)
         shunned = self.shunned(spec)
-        wish = self._wish(spec, share, shunned) if self._joined and len(bundles) == 1 else None
+        targets = self._targets(spec, stages, shunned) if self._joined else []
+        before = self._made.get((spec.name, spec.incarnation))
+        pinned = len(targets) > 1 and (before is None or before.targets != tuple(targets))
         options: dict[str, Any] = {"strategy": "PACK"}
-        if wish is not None:
-            options = {"strategy": "STRICT_PACK", "_soft_target_node_id": wish}
-            self._targets[spec.name, spec.incarnation] = wish
-        options |= avoiding(shunned, len(bundles))
+        if len(targets) == 1:
+            options = {"strategy": "STRICT_PACK", "_soft_target_node_id": targets[0]}
+        if pinned:
+            options["bundle_label_selector"] = [{NODE_ID_LABEL: target} for target in targets]
+        else:
+            options |= avoiding(shunned, len(bundles))
         group = placement_group(
             bundles, name=group_name(self._namespace, spec.name, spec.incarnation), lifetime="detached", **options
         )
+        self._note(spec, stages[0], shunned, targets, pinned=pinned)
         return lambda stage: {
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=stage)
         }
 
-    def _wish(self, spec: ProcessSpec, share: float, shunned: set[str]) -> str | None:
-        """The host that the deployment's placement wants for an instance of one stage."""
-        assert spec.kind == "prefill" or spec.kind == "decode"
+    def _note(self, spec: ProcessSpec, stage: Room, shunned: set[str], targets: list[str], *, pinned: bool) -> None:
+        made = Made(spec=spec, at_s=time.monotonic(), without=frozenset(shunned), targets=tuple(targets), pinned=pinned)
+        living = {key: one for key, one in self._made.items() if key in self._groups and self._groups[key].end is None}
+        self._made = {**living, (spec.name, spec.incarnation): made}
+        self._stages[spec.kind] = stage
+        self._wanted = spec.deployment.placement
+
+    def to_make_anew(self, group: RayGroup) -> ProcessSpec | None:
+        """Of a group that waits for room: the spec to make it anew with, where that may find some."""
+        made = self._made.get((group.name, group.incarnation))
+        if made is None:
+            return None
+        there = {host.node_id for host in self._book.hosts}
+        late = made.pinned and time.monotonic() - made.at_s >= PINNED_S
+        outdated = is_outdated(made.without, self.shunned(made.spec), self._book.unknown(made.spec.deployment), there)
+        return made.spec if late or outdated else None
+
+    def reason_to_wait(self, spec: ProcessSpec, share: float) -> str:
+        """Why an instance is not placed just now: who has room may be known in a moment. Empty: it is to be placed."""
+        shunned = self.shunned(spec)
+        usable = [host.free for host in self._book.hosts if host.node_id not in shunned]
+        return (
+            ""
+            if fits(_stages_of(spec, share), usable)
+            else self._book.reason_to_wait_for_checks(spec.deployment, SOON_S)
+        )
+
+    def views(self) -> list[NodeView]:
+        shunned = self._book.shunned()
+        takes = {
+            host.node_id: tuple(kind for kind, stage in self._stages_by_role() if fits([stage], [host.total]))
+            for host in self._book.hosts
+            if host.node_id not in shunned
+        }
+        return self._book.views(takes, missed(self._wanted, self._tenants(planned=False)))
+
+    def _stages_by_role(self) -> list[tuple[Kind, Room]]:
+        return [("prefill", self._stages.get("prefill", NOTHING)), ("decode", self._stages.get("decode", NOTHING))]
+
+    def _targets(self, spec: ProcessSpec, stages: list[Room], shunned: set[str]) -> list[str]:
+        """The hosts that the deployment's placement wants for the stages; none where not all find room now."""
+        placement, tenants = spec.deployment.placement, self._tenants(but=spec.name)
+        found = choose_each(placement, spec.kind, stages, self._book.hosts, tenants, shunned)
+        return [host.node_id for host in found]
+
+    def _tenants(self, *, but: str = "", planned: bool = True) -> dict[str, list[Kind]]:
+        """The roles on each host. ``planned``: with instances that are not there yet, where Ray was asked to place them."""
         tenants: dict[str, list[Kind]] = {}
         for key, group in self._groups.items():
-            node = self._targets.get(key)
-            word = group.ranks[0].word()
-            if word is not None and (host := self._book.find(word.node)) is not None:
-                node = host.node_id
-            if node is not None and group.end is None and key[0] != spec.name:
-                tenants.setdefault(node, []).append(group.kind)
-        stages = rooms_asked([spec], {spec.name: GpuPart(share=share)}) or [NOTHING]
-        found = choose(spec.deployment.placement, spec.kind, stages[0], self._book.hosts, tenants, shunned)
-        return found.node_id if found is not None else None
+            if group.end is not None or key[0] == but or group.kind not in ("prefill", "decode"):
+                continue
+            words = [word for rank in group.ranks if (word := rank.word()) is not None]
+            found = {host.node_id for word in words if (host := self._book.find(word.node)) is not None}
+            if not found and planned and key in self._made:
+                found = set(self._made[key].targets)
+            role: Kind = group.kind if not words else "prefill" if words[0].kind == "prefill" else "decode"
+            for node in found:
+                tenants.setdefault(node, []).append(role)
+        return tenants
 
     def address_of(self, node: str) -> str:
         """Of the host that a deployment calls ``node``; empty for the one we are on."""
@@ -96,6 +168,10 @@ def avoiding(shunned: set[str], num_bundles: int) -> dict[str, Any]:
     if not shunned:
         return {}
     return {"bundle_label_selector": [{NODE_ID_LABEL: f"!in({','.join(sorted(shunned))})"}] * num_bundles}
+
+
+def _stages_of(spec: ProcessSpec, share: float) -> list[Room]:
+    return rooms_asked([spec], {spec.name: GpuPart(share=share)}) or [NOTHING] * spec.plan.pp
 
 
 def groups_there() -> dict[str, str]:

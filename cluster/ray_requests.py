@@ -71,7 +71,7 @@ class NodeRequests:
             return False
         nodes = set(found["bundles_to_node_id"].values())
         shunned = self._placement.shunned(spec)
-        if nodes & (shunned - self._book.being_checked):
+        if nodes & (shunned - self._book.unknown()):
             await self._call(partial(remove_groups, {found["name"]}))
             await self._make(spec)
             return False

@@ -3,16 +3,19 @@
 The slots are the wanted set: one per process, added, removed, flipped and drained by ``wanted_set``. A life
 whose link is lost is killed first, and the next one starts when the old process is seen gone, or, where its host cannot
 be reached, once that is plain. Death drops an instance from the membership at once. Repeated deaths wait longer and
-longer; until the deployment has been ready once, a bad set-up or the third crash of a process ends it with the reason.
+longer; until the deployment has been ready once, a bad set-up or the third crash of a process that has never been ready
+ends it with the reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from biphase.cluster.actions import Abandon, Action, AskToStop, GiveUp, Kill, Start, TellDrain, TellFlip, TellResume
-from biphase.cluster.backend import Kind
+from biphase.cluster.backend import CONTROLLER, Kind
+from biphase.cluster.reach import AGAIN_S, CUT_OFF, Reach
 from biphase.cluster.slot import MemberView, Phase, Slot, Wanted, Work
 from biphase.cluster.start_failures import StartFailures
+from biphase.cluster.unreachable_hosts import UnreachableHosts
 from biphase.protos.process import Announcement
 
 FIRST_BACKOFF_S = 0.5
@@ -42,6 +45,8 @@ class Reconciler:
     """Whether all was up at once, ever (also in an earlier life of the controller)."""
     version: int = 0
     node_failures: StartFailures = field(default_factory=StartFailures)
+    unreachable: UnreachableHosts = field(default_factory=UnreachableHosts)
+    reach: Reach = field(default_factory=Reach)
     notes: list[tuple[str, str, str]] = field(default_factory=list)
     """(kind, subject, text): what has happened, for people; whoever reads them takes them away."""
     _members: tuple[MemberView, ...] = ()
@@ -70,6 +75,7 @@ class Reconciler:
             slot.since_s = now_s
         slot.announcement, slot.node, slot.adopted = announcement, announcement.node or slot.node, False
         self.node_failures.seen(slot.node)
+        self.unreachable.reached(announcement.node)
         phase: Phase | None = None
         match announcement.state:
             case "starting" | "loading" | "ready" | "draining":
@@ -81,7 +87,7 @@ class Reconciler:
         if phase is not None and phase != slot.phase:
             slot.phase, slot.since_s = phase, now_s
             if phase == "ready" and slot.ready_since_s is None:
-                slot.ready_since_s, slot.down_since_s = now_s, None
+                slot.ready_since_s, slot.down_since_s, slot.ever_ready = now_s, None, True
                 self.node_failures.started(slot.node)
                 self.notes.append(("ready", slot.name, f"{slot.name}#{slot.incarnation} is ready as {slot.kind}"))
         self._refresh(now_s)
@@ -95,6 +101,7 @@ class Reconciler:
             self._turned(slot, now_s)
         if incarnation == slot.incarnation:
             slot.linked, slot.told = True, False
+            self.unreachable.reached(slot.node)
             self._refresh(now_s)
 
     def unlinked(self, name: str, incarnation: int, now_s: float) -> None:
@@ -110,10 +117,27 @@ class Reconciler:
         if slot is not None:
             slot.work = work
 
-    def lost(self, name: str, incarnation: int, reason: str, now_s: float) -> None:
-        """The instance's link broke and it does not answer: to be killed."""
+    def looked(self, answered: Mapping[str, bool], now_s: float) -> None:
+        """Which other hosts have answered. While none of several does, this one is cut off, and no patience runs out."""
+        since_s = self.reach.cut_off_since_s
+        self.reach.looked(answered, now_s)
+        if since_s is None and self.reach.is_cut_off:
+            self.notes.append(("warning", CONTROLLER, CUT_OFF))
+        elif since_s is not None and not self.reach.is_cut_off:
+            for slot in self.slots.values():
+                slot.discount(since_s, now_s)
+            words = f"this host reaches others again after {now_s - since_s:.0f} s"
+            self.notes.append(("warning", CONTROLLER, f"{words}: who does not answer for {AGAIN_S:g} s is given up"))
+
+    def reached(self, node: str) -> None:
+        """The host answers again: instances may start there."""
+        self.unreachable.reached(node)
+
+    def lost(self, name: str, incarnation: int, reason: str, now_s: float, *, unreached: bool = False) -> None:
+        """The instance's link broke and it does not answer: to be killed. ``unreached``: nor does its host."""
         slot = self._current(name, incarnation)
         if slot is not None and slot.phase not in ("lost", "waiting"):
+            slot.unreached = unreached and self.kill_patience_s is not None
             slot.phase, slot.since_s, slot.linked, slot.reason = "lost", now_s, False, reason
             self._refresh(now_s)
 
@@ -142,23 +166,29 @@ class Reconciler:
             slot.flip, slot.asked_s, slot.told, slot.resumes = None, None, False, slot.phase == "draining"
             self._refresh(now_s)
 
-    def _ended(self, slot: Slot, now_s: float, *, failed_setup: bool = False) -> None:
+    def _ended(self, slot: Slot, now_s: float, *, failed_setup: bool = False, abandoned: bool = False) -> None:
         by_wish, ready_since_s = bool(slot.ending), slot.ready_since_s
+        host_lost = bool(slot.node) and (abandoned or slot.unreached)
+        if host_lost:
+            at = slot.announcement.address if slot.announcement is not None and slot.unreached else ""
+            self.unreachable.avoid(slot.node, now_s, silent_at=at)
         if by_wish and (slot.ending == "remove" or slot.stop_asked_s is not None):
             self.notes.append(("end", slot.name, f"{slot.name}#{slot.incarnation} has ended, as asked"))
         else:
             self.notes.append(("end", slot.name, f"{slot.name}#{slot.incarnation} is gone: {slot.reason}"))
-        if ready_since_s is None and not by_wish and slot.is_instance:
-            problem = self.node_failures.failed(slot.node)
+        if ready_since_s is None and not (by_wish or slot.moves) and slot.is_instance:
+            problem = self.node_failures.failed(slot.node, slot.kind, away=self.unreachable)
             if problem:
                 self.notes.append(("node", slot.node, problem))
         stable = by_wish or (ready_since_s is not None and now_s - ready_since_s >= STABLE_S)
-        slot.failures = 0 if stable else slot.failures + 1
+        blameless = slot.moves or (host_lost and ready_since_s is not None)
+        if not blameless:
+            slot.failures = 0 if stable else slot.failures + 1
+        if failed_setup and not by_wish:  # the same again may fail the same
+            slot.failures = max(1, slot.failures) if self.was_ready or slot.ever_ready else MAX_FIRST_CRASHES
         # the first death of a process that had been ready is repaired at once
-        tries = slot.failures - (1 if ready_since_s is not None else 0)
-        delay_s = 0.0 if tries <= 0 else min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (tries - 1))
-        if failed_setup and not self.was_ready:
-            slot.failures = MAX_FIRST_CRASHES  # the same again would fail the same
+        tries = slot.failures - (1 if ready_since_s is not None and not failed_setup else 0)
+        delay_s = 0.0 if blameless or tries <= 0 else min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (tries - 1))
         if slot.ending == "remove":
             self.forget(slot)
         else:
@@ -192,17 +222,18 @@ class Reconciler:
     def decide(self, now_s: float) -> list[Action]:
         """What to do now. A Start counts as done (the slot is ``starting``); a Kill is given once per life."""
         actions: list[Action] = []
+        self.unreachable.end(now_s)
         for slot in list(self.slots.values()):
             if slot.phase == "waiting":
-                if not self.was_ready and slot.failures >= MAX_FIRST_CRASHES:
+                if not (self.was_ready or slot.ever_ready) and slot.failures >= MAX_FIRST_CRASHES:
                     return [GiveUp(reason=f"{slot.name}: {slot.reason}")]
                 if slot.ending == "remove":
                     self.forget(slot)
-                elif now_s >= slot.not_before_s:
-                    slot.begin_life(self._next_incarnation(slot), now_s)
+                elif now_s >= slot.not_before_s or slot.waits_anew(self.avoided):
+                    slot.begin_life(self._next_incarnation(slot), now_s, self.avoided)
                     actions.append(Start(name=slot.name, incarnation=slot.incarnation))
                 continue
-            if slot.phase != "lost":
+            if slot.phase != "lost" and not self.reach.is_cut_off:
                 self._time_out(slot, now_s)
             if slot.phase != "lost":
                 actions += self._bring_out(slot, now_s)
@@ -210,9 +241,8 @@ class Reconciler:
                 slot.killed_s = now_s
                 actions.append(Kill(name=slot.name, incarnation=slot.incarnation, reason=slot.reason))
             elif slot.killed_s is not None and self._unreachable_at_s(slot) <= now_s:
-                actions.append(Abandon(name=slot.name, incarnation=slot.incarnation))
-                slot.avoid_node = slot.node
-                self._ended(slot, now_s)
+                actions.append(Abandon(name=slot.name, incarnation=slot.incarnation, node=slot.node))
+                self._ended(slot, now_s, abandoned=True)
         self._refresh(now_s)
         return actions
 
@@ -221,7 +251,10 @@ class Reconciler:
         if slot.phase in ("starting", "loading"):
             if slot.ending and not slot.adopted:
                 self._lose(slot, "wanted no more" if slot.ending == "remove" else "to be started anew", now_s)
-            elif slot.is_placed and now_s - slot.since_s >= self.start_timeout_s:
+            elif slot.waits_anew(self.avoided):
+                slot.moves = True
+                self._lose(slot, "to be placed anew, it may go to other hosts now", now_s)
+            elif slot.is_placed and slot.lasted_s(now_s) >= self.start_timeout_s:
                 doing = slot.announcement.detail if slot.announcement is not None else ""
                 said = f", its last word: {doing}" if doing else ""
                 self._lose(slot, f"not ready within {self.start_timeout_s:g} s{said}", now_s)
@@ -260,21 +293,24 @@ class Reconciler:
                 actions.append(TellResume(name=name, incarnation=incarnation))
         if slot.ending and slot.stop_asked_s is None and slot.asked_s is not None:
             drained = slot.work is not None and slot.work.draining and slot.work.is_idle
-            if drained or now_s >= slot.asked_s + slot.grace_s + LAST_WORDS_S:
+            over = not self.reach.is_cut_off and now_s >= slot.asked_s + slot.grace_s + LAST_WORDS_S
+            if drained or over:
                 slot.stop_asked_s = now_s
                 actions.append(AskToStop(name=name, incarnation=incarnation))
         return actions
 
     def next_due_s(self) -> float | None:
         """When ``decide`` has something to do by the passing of time alone."""
-        due: list[float] = []
+        due: list[float] = list(self.unreachable.values())
         for slot in self.slots.values():
             if slot.phase == "waiting":
                 due.append(slot.not_before_s)
+            elif self.reach.is_cut_off:
+                continue
             elif slot.killed:
                 due.append(self._unreachable_at_s(slot))
             elif slot.phase in ("starting", "loading"):
-                if slot.is_placed:
+                if slot.is_placed and slot.since_s is not None:
                     due.append(slot.since_s + self.start_timeout_s)
             elif slot.stop_asked_s is not None:
                 due.append(slot.stop_asked_s + STOP_S)
@@ -286,7 +322,7 @@ class Reconciler:
         return min(finite, default=None)
 
     def _unreachable_at_s(self, slot: Slot) -> float:
-        if slot.killed_s is None or self.kill_patience_s is None:
+        if slot.killed_s is None or self.kill_patience_s is None or self.reach.is_cut_off:
             return float("inf")
         return slot.killed_s + self.kill_patience_s
 
@@ -295,6 +331,16 @@ class Reconciler:
     @property
     def members(self) -> tuple[MemberView, ...]:
         return self._members
+
+    @property
+    def avoided(self) -> frozenset[str]:
+        """The hosts that get no instance now."""
+        return frozenset(self.node_failures.cordoned) | frozenset(self.unreachable)
+
+    @property
+    def is_settled(self) -> bool:
+        """All that was found running has been heard: who serves is a member."""
+        return not any(slot.is_unheard for slot in self.slots.values())
 
     @property
     def all_up(self) -> bool:

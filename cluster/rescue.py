@@ -44,4 +44,4 @@ def _has_no_room(slot: Slot, now_s: float) -> bool:
     if slot.phase == "waiting":
         return slot.no_room or slot.failures > 1
     silent = slot.announcement is None or (slot.announcement.pid == 0 and slot.phase == "starting")
-    return slot.phase == "starting" and silent and not slot.adopted and now_s - slot.since_s >= PATIENCE_S
+    return slot.phase == "starting" and silent and not slot.adopted and slot.lasted_s(now_s) >= PATIENCE_S

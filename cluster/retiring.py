@@ -50,6 +50,9 @@ class Retiring:
             gone = await self._try(life, handle)
         if self.lives.pop(key, None) is not None:
             logger.info("%s#%d is gone at last: %s", life.name, life.incarnation, gone)
+            core = self._controller.core
+            if life.node and life.node not in core.unreachable.silent:  # of a silent host its own word alone tells
+                core.reached(life.node)
             self._controller.changed()
 
     async def _try(self, life: AbandonedLife, handle: Handle | None) -> str:

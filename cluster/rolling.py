@@ -122,7 +122,7 @@ def next_step(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: 
         if current.serves or (current.held and current.is_up and not current.ending):
             return Renewed(name=current.name)
         looks_for_room = current.phase == "starting" and not current.is_placed
-        until_s = current.since_s + core.start_timeout_s if looks_for_room else None
+        until_s = now_s + core.start_timeout_s - current.lasted_s(now_s) if looks_for_room else None
         return Wait(reason=f"{current.name} is {current.phase}", until_s=until_s)
     turning = [each.name for each in instances(core) if each.flip is not None]
     if turning:
@@ -153,7 +153,7 @@ def _reason_of_failure(core: Reconciler, update: RollingUpdate, slot: Slot, now_
         return slot.reason if crashes else ""
     if slot.phase == "waiting" and slot.failures > 0:
         return slot.reason
-    if slot.phase == "starting" and not slot.is_placed and now_s - slot.since_s >= core.start_timeout_s:
+    if slot.phase == "starting" and not slot.is_placed and slot.lasted_s(now_s) >= core.start_timeout_s:
         waits_for = slot.announcement.detail if slot.announcement is not None else ""
         return f"no room within {core.start_timeout_s:g} s" + (f": {waits_for}" if waits_for else "")
     return ""

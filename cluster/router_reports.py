@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from biphase.cluster.router_silence import STALE_S
 from biphase.protos import controller_pb2
 
 
@@ -13,7 +14,7 @@ class Heard:
 
 
 class RouterReports:
-    """Owned by the controller. A router that was replaced leaves its last word behind until it is dropped."""
+    """Owned by the controller. Of a router's lives the newest counts; the last word of one that is silent gets stale."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -22,9 +23,13 @@ class RouterReports:
 
     def add(self, report: controller_pb2.RouterReport) -> None:
         at_s = self._clock()
-        self.newest[report.name] = Heard(at_s=at_s, report=report)
+        before = self.newest.get(report.name)
+        if before is None or before.report.incarnation <= report.incarnation:
+            self.newest[report.name] = Heard(at_s=at_s, report=report)
         for listen in self.listeners:
             listen(at_s, report)
 
     def broken_pairs(self) -> list[controller_pb2.BrokenPair]:
-        return [pair for heard in self.newest.values() for pair in heard.report.broken_pairs]
+        """As the routers see them that are heard now."""
+        fresh_s = self._clock() - STALE_S
+        return [pair for heard in self.newest.values() if heard.at_s > fresh_s for pair in heard.report.broken_pairs]

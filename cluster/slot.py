@@ -81,9 +81,11 @@ class Slot:
     phase: Phase = "waiting"
     incarnation: int = 0
     life: int = 0
-    since_s: float = 0.0
-    """When the phase began."""
+    since_s: float | None = None
+    """When the phase began; None: none has."""
     ready_since_s: float | None = None
+    ever_ready: bool = False
+    """In this life or an earlier one."""
     down_since_s: float | None = None
     """Since when it is wanted and does not serve, over all tries; None: it serves."""
     no_room: bool = False
@@ -98,8 +100,12 @@ class Slot:
     """What its next life is to serve, where that is another."""
     next_kind: Kind | None = None
     node: str = ""
-    avoid_node: str = ""
-    """A host that could not be reached when the last life was lost there."""
+    avoids: frozenset[str] | None = None
+    """The hosts that the life was started to avoid; None: that is not known, an earlier controller started it."""
+    moves: bool = False
+    """Is ended only to be placed anew."""
+    unreached: bool = False
+    """Its host answered nothing when the life was lost."""
     linked: bool = False
     killed_s: float | None = None
     """When the current life was killed (by us); it is not yet seen gone."""
@@ -114,6 +120,8 @@ class Slot:
     """Is to be told that its drain is over."""
     slow: bool = False
     """Out for being slow: routers give it nothing new."""
+    silent: bool = False
+    """A router that has not reported for long."""
     ending: Ending = ""
     flip: FlipTo | None = None
     grace_s: float = 0.0
@@ -137,8 +145,15 @@ class Slot:
 
     @property
     def is_up(self) -> bool:
-        """Ready, and, where it is an instance, held by a link."""
-        return self.phase in ("ready", "draining") and (self.linked or self.kind == "router")
+        """Ready, and held by a link where it is an instance, heard where it is a router."""
+        return self.phase in ("ready", "draining") and (not self.silent if self.kind == "router" else self.linked)
+
+    @property
+    def is_unheard(self) -> bool:
+        """Found running, and may serve, though its link does not stand yet."""
+        if not self.is_instance or self.linked or self.phase in ("waiting", "lost"):
+            return False
+        return self.adopted or self.phase in ("ready", "draining")
 
     @property
     def is_leaving(self) -> bool:
@@ -170,20 +185,42 @@ class Slot:
     def killed(self) -> bool:
         return self.killed_s is not None
 
-    def begin_life(self, incarnation: int, now_s: float) -> None:
+    def lasted_s(self, now_s: float) -> float:
+        """How long the phase has lasted; 0 where none has begun."""
+        return 0.0 if self.since_s is None else max(0.0, now_s - self.since_s)
+
+    def waits_anew(self, avoided: frozenset[str]) -> bool:
+        """It has found no room, and the hosts to avoid are others now than when it was started."""
+        found_none = self.no_room if self.phase == "waiting" else self.phase == "starting" and not self.is_placed
+        return self.is_instance and found_none and self.avoids != avoided
+
+    def discount(self, from_s: float, to_s: float) -> None:
+        """It could not be heard then: that is no part of the time that it has been given."""
+
+        def later(at_s: float | None) -> float | None:
+            return None if at_s is None else at_s + to_s - max(at_s, from_s)
+
+        if self.phase in ("starting", "loading"):
+            self.since_s = later(self.since_s)
+        self.asked_s, self.stop_asked_s, self.killed_s = map(later, (self.asked_s, self.stop_asked_s, self.killed_s))
+
+    def begin_life(self, incarnation: int, now_s: float, avoids: frozenset[str] = frozenset()) -> None:
         if self.next_kind is not None:
             self.kind, self.next_kind = self.next_kind, None
         self.restarts += 1 if self.incarnation else 0
         self.incarnation = self.life = incarnation
         self.phase, self.since_s, self.node, self.no_room = "starting", now_s, "", False
+        self.avoids = avoids
         if self.down_since_s is None:
             self.down_since_s = now_s
 
     def end_life(self, now_s: float) -> None:
         """Nothing of the life that is over is left, but for why it ended."""
         self.phase, self.since_s, self.health = "waiting", now_s, ""
+        self.moves = self.unreached = False
         if self.ready_since_s is not None or self.down_since_s is None:
             self.down_since_s = now_s
+        self.adopted = self.silent = False
         self.linked, self.killed_s, self.ready_since_s, self.announcement = False, None, None, None
         self.work, self.asked_s, self.told, self.stop_asked_s, self.slow = None, None, False, None, False
         if self.next_kind is not None:

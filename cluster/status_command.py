@@ -19,7 +19,8 @@ from biphase.protos.errors import SetupError, Unavailable
 CALL_S = 5.0
 WATCH_S, MIN_WATCH_S = 5.0, 0.5
 """How long an unchanged status stands, and how long any does at least."""
-STOP_PATIENCE_S = 120.0
+STOP_PATIENCE_S = 90.0
+"""How long a supervisor may take to end, beside the time that running requests have."""
 
 
 def chosen(name: str | None) -> tuple[RunDir, ServeRecord]:
@@ -145,14 +146,15 @@ def _process_json(process: Any) -> dict[str, Any]:
 
 def stop(arguments: argparse.Namespace) -> int:
     """Ask the supervisor to end and wait for that; --now, and Ctrl-C here, end it at once."""
-    _, record = chosen(arguments.name)
+    run_dir, record = chosen(arguments.name)
+    patience_s = STOP_PATIENCE_S if arguments.now else stop_patience_s(run_dir)
     if started_ticks(record.pid) != record.started_ticks:
         raise SetupError(f"deployment {record.name} is just starting; try again")
     descriptor = os.pidfd_open(record.pid)
     _send(descriptor, CUT_SIGNAL if arguments.now else signal.SIGINT)
     try:
-        if not _gone_within(descriptor, STOP_PATIENCE_S):
-            raise SetupError(f"supervisor (pid {record.pid}) has not ended within {STOP_PATIENCE_S:g} s; try --now")
+        if not _gone_within(descriptor, patience_s):
+            raise SetupError(f"supervisor (pid {record.pid}) has not ended within {patience_s:g} s; try --now")
     except KeyboardInterrupt:
         _send(descriptor, CUT_SIGNAL)
         _gone_within(descriptor, STOP_PATIENCE_S)
@@ -160,6 +162,14 @@ def stop(arguments: argparse.Namespace) -> int:
         os.close(descriptor)
     print(f"stopped {record.name}")
     return 0
+
+
+def stop_patience_s(run_dir: RunDir) -> float:
+    """As long as running requests may take, and some more."""
+    try:
+        return run_dir.deployment().drain_s + STOP_PATIENCE_S
+    except (OSError, ValueError, KeyError, TypeError):
+        return STOP_PATIENCE_S
 
 
 def _send(descriptor: int, number: signal.Signals) -> None:

@@ -24,7 +24,8 @@ class StragglerWatch:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            if self._controller.core.was_ready and not self._controller.stopping:
+            core = self._controller.core
+            if core.was_ready and not core.reach.is_cut_off and not self._controller.stopping:
                 self.look()
                 self._controller.admin.rescue()
 

@@ -56,8 +56,10 @@ class WorkerLink:
         self.name, self.address = name, address
         self.superseded = False
         """The instance obeys a later life of the controller."""
+        self.refused = False
+        """Somebody answered there, who is not the instance or wants no link."""
         self._epoch, self._sink = epoch, sink
-        self._outgoing: asyncio.Queue[worker_pb2.LinkDown] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[worker_pb2.LinkDown | None] = asyncio.Queue()
         self._incarnation = 0
 
     def send(self, command: worker_pb2.LinkDown) -> None:
@@ -65,9 +67,10 @@ class WorkerLink:
         command.incarnation = self._incarnation
         self._outgoing.put_nowait(command)
 
-    async def hold(self) -> str:
-        """Keep the link as long as the instance lives; returns why it is lost. Cancel to let go."""
-        _, reason = await self._hold_once(WELCOME_S)
+    async def hold(self, welcome_s: float = WELCOME_S) -> str:
+        """Keep the link as long as the instance lives; returns why it is lost. Cancel to let go. ``welcome_s``: how long
+        the first Welcome may take."""
+        _, reason = await self._hold_once(welcome_s)
         while True:
             logger.info("%s: link broke (%s), asking once more", self.name, reason)
             welcomed, again = await self._hold_once(SECOND_OPINION_S)
@@ -81,22 +84,25 @@ class WorkerLink:
     async def _hold_once(self, welcome_s: float) -> tuple[bool, str]:
         """One connection from Hello to its break; returns whether it was welcomed, and why it broke."""
         hello = worker_pb2.Hello(peer_name="controller", peer_kind="controller", membership_epoch=self._epoch)
-        outgoing = self._outgoing = asyncio.Queue()
+        outgoing: asyncio.Queue[worker_pb2.LinkDown | None] = asyncio.Queue()
+        self._outgoing = outgoing
 
         async def commands() -> AsyncIterator[worker_pb2.LinkDown]:
             yield worker_pb2.LinkDown(hello=hello)  # whoever you are; who answers is looked at below
-            while True:
-                yield await outgoing.get()
+            while (command := await outgoing.get()) is not None:
+                yield command
 
         options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]  # a second opinion: a fresh connection
-        welcomed = False
+        welcomed = self.refused = False
         async with grpc.aio.insecure_channel(self.address, options=options) as channel:
             call = worker_pb2_grpc.WorkerStub(channel).Link(commands(), wait_for_ready=True)
             try:
                 first = await asyncio.wait_for(call.read(), welcome_s)
                 if not isinstance(first, worker_pb2.LinkUp) or first.WhichOneof("event") != "welcome":
+                    self.refused = True
                     return False, "it closed the link before its Welcome"
                 if first.welcome.name != self.name or first.incarnation not in self._sink.expected():
+                    self.refused = True
                     return False, f"{first.welcome.name}#{first.incarnation} answers in its place"
                 welcomed, self._incarnation = True, first.incarnation
                 self._sink.welcomed(first.incarnation, first.welcome)
@@ -115,8 +121,10 @@ class WorkerLink:
             except grpc.aio.AioRpcError as error:
                 details = one_line(Exception(error.details()))
                 self.superseded = self.superseded or SUPERSEDED in details
+                self.refused = not welcomed and error.code() != grpc.StatusCode.UNAVAILABLE
                 return welcomed, f"{error.code().name}: {details}"
             finally:
+                outgoing.put_nowait(None)
                 call.cancel()
                 if welcomed:
                     self._sink.broken(self._incarnation)

@@ -348,7 +348,7 @@ class ProcessStatus(google.protobuf.message.Message):
     role: biphase.protos.common_pb2.Role.ValueType
     """of an instance, now"""
     health: builtins.str
-    """"", slow, probing, cordoned, crash loop: why it gets no or less work"""
+    """"", slow, probing, silent, cordoned, crash loop: why it gets no or less work"""
     queued_tokens: builtins.int
     running: builtins.int
     free_blocks: builtins.int

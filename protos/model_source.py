@@ -6,6 +6,7 @@ A model is a GGUF file, a Hugging Face directory, a hub name (``org/name``), or 
 import importlib.util
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_TIMEOUT_S = 10.0
 _TEXT_FILES = ["*.json", "*.jinja"]
 _WEIGHT_FILES = ["*.safetensors"]
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,24 @@ def resolve(model: str, *, weights: bool = True) -> ModelSource:
 
     Raises SetupError, one line, for what is neither a file, nor a directory, nor to be had.
     """
+    found = _on_this_machine(model)
+    return found if found is not None else _from_hub(model, weights)
+
+
+def check_weights(model: str) -> None:
+    """Whether this machine has a model's weights, or may fetch them from the hub when they are needed; fetches none.
+
+    Raises SetupError, one line that names what is missing.
+    """
+    found = _on_this_machine(model)
+    if found is None:
+        _check_hub(model)
+    elif found.kind == "directory" and (lack := _lacking_weights(found.path)):
+        raise SetupError(lack)
+
+
+def _on_this_machine(model: str) -> ModelSource | None:
+    """None: it is a name of the hub's. Raises SetupError."""
     if not model or "\0" in model:
         raise SetupError(f"{model!r}: not a model; give a GGUF file, a Hugging Face directory or a hub name")
     packaged = PACKAGED.get(model)
@@ -65,7 +85,7 @@ def resolve(model: str, *, weights: bool = True) -> ModelSource:
     except OSError as error:
         raise SetupError(f"{model}: cannot be read ({error.strerror})") from error
     if _HUB_NAME.fullmatch(model):
-        return _from_hub(model, weights)
+        return None
     raise SetupError(
         f"{model}: no such file or directory, and neither a hub name (org/name) nor one of: {', '.join(PACKAGED)}"
     )
@@ -126,6 +146,30 @@ def _from_hub(name: str, weights: bool) -> ModelSource:
     return _named(_directory(Path(folder)), name)
 
 
+def _check_hub(name: str) -> None:
+    try:
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError as error:
+        raise SetupError(f"{name}: no such directory, and huggingface_hub is not installed to fetch it") from error
+    try:
+        with suppress(LocalEntryNotFoundError):
+            folder = snapshot_download(name, allow_patterns=[*_TEXT_FILES, *_WEIGHT_FILES], local_files_only=True)
+            if _complete(Path(folder), weights=True):
+                return
+        if not constants.HF_HUB_OFFLINE:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_TIMEOUT_S)
+            return
+    except SetupError:
+        raise
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        raise SetupError(
+            f"{name}: not all of it is in the cache here, and {constants.ENDPOINT} does not give it: "
+            f"{one_line(error)[:200]}"
+        ) from error
+    raise SetupError(f"{name}: not all of it is in the cache here, and HF_HUB_OFFLINE is set")
+
+
 def _named(source: ModelSource, name: str) -> ModelSource:
     return ModelSource(kind=source.kind, path=source.path, name=name.rsplit("/", 1)[1])
 
@@ -136,10 +180,32 @@ def _complete(folder: Path, weights: bool) -> bool:
         return False
     if not weights:
         return True
+    return not _lacking_weights(folder)
+
+
+def _lacking_weights(folder: Path) -> str:
+    """What a directory lacks of its weights, in words; empty: nothing. Looks at names and first bytes only."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return all((folder / shard).is_file() for shard in set(read_json(index).get("weight_map", {}).values()))
-    return any(folder.glob("*.safetensors"))
+        shards = read_json(index).get("weight_map")
+        names = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            return f"{folder}: {missing[0]}{more} of {len(names)} weight files missing"
+        files = [folder / name for name in sorted(names)]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return f"{folder}: no weights there (*.safetensors)"
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    return f"{path}: a pointer of git-lfs, not the weights themselves"
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
+    return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

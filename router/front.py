@@ -23,6 +23,7 @@ from biphase.protos.errors import (
 from biphase.protos.ids import RequestId
 from biphase.router.config import RouterConfig
 from biphase.router.counters import Counters, process_counters
+from biphase.router.deadline import has_run_out
 from biphase.router.dispatcher import Dispatcher
 from biphase.router.effects import Replay
 from biphase.router.fleet import Fleet
@@ -175,7 +176,12 @@ class Front:
         except BaseException as error:
             if reserved:
                 self._client_ids.pop(asked.request_id, None)
-            self._report_refusal(asked, error, was_read=was_read)
+            gone = isinstance(error, asyncio.CancelledError)
+            if gone and has_run_out(self._loop.time(), arrived_s=arrived_s, deadline_s=deadline_s):
+                late = DeadlinePassed("the client's deadline passed while its request was read")
+                self._report_refusal(asked, late, was_read=was_read)
+            else:
+                self._report_refusal(asked, error, was_read=was_read)
             if isinstance(error, BiphaseError):
                 self.counters.add(f"refused_{error.code.name.lower()}")
                 logger.info("%s refused: %s %s", request_id, error.code.name, error)

@@ -23,6 +23,7 @@ from biphase.protos.errors import (
 from biphase.protos.ids import RequestId
 from biphase.protos.values import FinishReason, Role
 from biphase.router.config import RequestLimits, Waits
+from biphase.router.deadline import has_run_out
 from biphase.router.effects import CancelLeg, Effect, Emit, Fail, FailureKind, Replay, Requeue, SeekDecode
 from biphase.router.events import HandedOff, LegEnded, LegEvent, Lost, Started
 from biphase.router.lifecycle import Lifecycle
@@ -197,7 +198,12 @@ class Request:
         self._over(error)
 
     def client_gone(self) -> None:
-        self.end(Cancelled("the client is gone"))
+        """Its stream has ended, by the client's wish or at the deadline, which gRPC keeps too."""
+        arrived_s, deadline_s = self.record.arrived_s, self.place.deadline_s
+        if has_run_out(self._loop.time(), arrived_s=arrived_s, deadline_s=deadline_s):
+            self._deadline_passed()
+        else:
+            self.end(Cancelled("the client is gone"))
 
     def _deadline_passed(self) -> None:
         waited_s = self._loop.time() - self.record.arrived_s

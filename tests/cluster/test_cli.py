@@ -12,8 +12,10 @@ import pytest
 from support.served import run_biphase
 
 from biphase.cluster.cli import main, make_parser
+from biphase.cluster.deployment import Deployment
 from biphase.cluster.generate_command import options_of
 from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord, started_ticks
+from biphase.cluster.status_command import STOP_PATIENCE_S, stop_patience_s
 from biphase.cluster.supervisor import StopRequests
 from biphase.protos import model_source
 
@@ -213,3 +215,10 @@ def test_stop_now_sends_one_cut_signal(
         assert supervisor.wait() == -CUT_SIGNAL
     os.close(lock)
     assert capsys.readouterr().out == "stopped mine\n"
+
+
+def test_a_stop_waits_as_long_as_running_requests_may_take(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    assert stop_patience_s(run_dir) == STOP_PATIENCE_S, "nobody knows"
+    run_dir.prepare(Deployment(model="m", drain_s=300.0))
+    assert stop_patience_s(run_dir) == 300.0 + STOP_PATIENCE_S

@@ -59,6 +59,18 @@ def test_drain_then_ray_down_then_the_workers(calls: Path) -> None:
     assert done.stdout == "down: lab\n"
 
 
+def test_where_ray_down_fails_the_workers_end_all_the_same(calls: Path) -> None:
+    ray = calls.with_name("bin") / "ray"
+    ray.write_text(ray.read_text().replace("exit 0", '[ "$1" != down ] || exit 3'))
+    done = down(calls, CLUSTER, "-y")
+    assert sorted(line.split()[0] for line in calls.read_text().splitlines()) == ["ray", "ray", "ssh", "ssh"]
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        f"`ray down {calls.with_name('cluster.yaml')}` failed with 3, its words are above; the head may" in done.stderr
+    )
+    assert "w2: Ray could not be ended there" in done.stderr
+
+
 def test_machines_of_a_cloud_end_with_their_provider(calls: Path) -> None:
     done = down(calls, "cluster_name: c\nprovider: {type: aws}\n", "-y", "--now")
     assert done.returncode == 0, done.stderr

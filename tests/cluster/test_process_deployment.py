@@ -90,6 +90,22 @@ def test_a_stopped_instance_is_replaced(serve: Serve) -> None:
     assert started_ticks(pid) is None, "the old life must be gone before the new one starts"
 
 
+def test_a_stopped_router_is_silent_and_then_replaced(
+    serve: Serve, tmp_path: Path, unused_port: Callable[[], int]
+) -> None:
+    deploy = tmp_path / "deploy.yaml"
+    deploy.write_text("model: smollm2\nreplace_after_s: 2\n")
+    served = serve(str(deploy), "--port", str(unused_port()))
+    served.wait_ready()
+    before = served.wait_for(is_ready("router-0", 1))
+    os.kill(pid_of(before, "router-0"), signal.SIGSTOP)
+    silent = served.wait_for(lambda status: status.state == "degraded")
+    assert [process.health for process in silent.processes if process.name == "router-0"] == ["silent"]
+    assert not silent.router_addresses
+    after = served.wait_for(is_ready("router-0", 2))
+    assert after.router_addresses == before.router_addresses, "it is found where it was"
+
+
 def test_the_controller_lives_again_and_adopts(serve: Serve) -> None:
     served = serve()
     served.wait_ready()

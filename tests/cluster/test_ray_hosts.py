@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.dummy_directory import write_dummy_directory
 from support.served import BIPHASE, LIGHT, Served, is_ready
 
 from biphase.cluster.run_dir import started_ticks
@@ -125,3 +127,34 @@ def _is_on_second(pid: int) -> bool:
     """By the raylet that started it."""
     parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
     return SECOND in Path(f"/proc/{parent}/cmdline").read_text()
+
+
+def test_a_host_that_lacked_the_weights_is_used_once_it_has_them(address: str, tmp_path: Path) -> None:
+    model = write_dummy_directory(tmp_path / "model")
+    environment = {
+        **os.environ,
+        **TOKEN,
+        "RAY_ADDRESS": address,
+        "BIPHASE_RUN_DIR": str(tmp_path / "run"),
+        "PYTHONPATH": str(LIGHT),
+    }
+    command = [*BIPHASE, "serve", "--model", str(model), "--port", "0", "--prefill", "0"]
+    command += ["--decode", "2", "--cpus", "2"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    served = Served(tmp_path / "run", process)
+    refused = f" has no weights: {model}: no weights there"
+    try:
+        while served.run_dir.record() is None or "controller" not in dict(served.record.stages):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        served.wait_for(lambda status: any("waits for room" in one.detail for one in status.processes))
+        served.wait_for(lambda status: any(refused in line for line in status.warnings))
+        (model / "model.safetensors").write_bytes(b"x")
+        served.wait_ready(60.0)
+        seen = served.wait_for(lambda status: status.state == "ready")
+        assert sorted(one.incarnation for one in seen.processes if one.role) == [1, 1], "it is the same life"
+        assert len({one.node for one in seen.processes if one.role}) == 2
+        assert refused not in " ".join(seen.warnings)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)

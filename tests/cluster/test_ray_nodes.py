@@ -79,7 +79,7 @@ async def test_hosts_are_asked_for_the_new_weights_before_an_update(monkeypatch:
     assert await cluster.book.check_now(NEW) == [line]
     assert cluster.book.shunned(NEW) == {"b"}
     assert cluster.book.shunned(OLD) == set(), "those that run go on as they are"
-    assert [view.refused for view in cluster.book.views()] == ["", "", ""], "nothing is taken over yet"
+    assert [view.refused for view in cluster.book.views({}, {})] == ["", "", ""], "nothing is taken over yet"
     cluster.models["b"].add("new")
     assert await cluster.book.check_now(NEW) == [], "looked at anew every time"
     for models in cluster.models.values():
@@ -109,8 +109,8 @@ async def test_the_next_life_of_a_controller_waits_for_its_hosts(monkeypatch: py
     await cluster.open()
     assert cluster.book.shunned() == {"head", "b"}, "the deployment that it was started with is long gone"
     cluster.book.check_for([NEW])
-    assert cluster.book.reason_to_hold(NEW) == "waits until it is known what is installed on head, b"
+    assert cluster.book.reason_to_wait_for_checks(NEW, 5.0) == "waits until it is known what is installed on head, b"
     await cluster.settled()
-    assert cluster.book.reason_to_hold(NEW) == ""
+    assert cluster.book.reason_to_wait_for_checks(NEW, 5.0) == ""
     assert cluster.book.shunned() == set()
     await cluster.book.close()

@@ -19,7 +19,7 @@ from biphase.cluster.ray_growth import (
     growth_said,
 )
 from biphase.cluster.ray_hosts import HostsSeen, RayHost, hosts_of
-from biphase.cluster.ray_place import choose
+from biphase.cluster.ray_place import choose, choose_each, is_outdated, missed
 from biphase.cluster.ray_room import Room
 from biphase.protos.errors import SetupError
 
@@ -61,6 +61,54 @@ def test_a_host_without_room_or_that_is_shunned_gets_nothing() -> None:
     assert choose("pack", "decode", ONE_CPU, [host(1, cpus=0.5)], {}) is None
     assert choose("pack", "decode", Room(WHOLE, 0), [host(1, gpus=0.5)], {}) is None
     assert choose("pack", "decode", ONE_CPU, [host(1)], {}, shunned={"n1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("placement", "kind", "chosen"),
+    [
+        ("spread", "decode", ["n3", "n4"]),
+        ("near", "decode", ["n2", "n3"]),
+        ("pack", "decode", ["n1", "n1"]),
+        ("spread", "prefill", ["n3", "n4"]),
+    ],
+)
+def test_every_stage_goes_where_the_placement_wants_it(placement: Placement, kind: Kind, chosen: list[str]) -> None:
+    tenants: dict[str, list[Kind]] = {"n2": ["prefill"], "n1": ["prefill", "decode"]}
+    hosts = [host(1, cpus=2.5, is_head=True), host(2, cpus=1.5), host(3, cpus=1.5), host(4, cpus=1.5)]
+    found = choose_each(placement, kind, [ONE_CPU] * 2, hosts, tenants, shunned=() if placement == "pack" else ("n1",))
+    assert [one.node_id for one in found] == chosen
+
+
+def test_stages_stay_together_where_one_host_takes_all_of_them() -> None:
+    hosts = [host(2, cpus=1.5), host(3, cpus=2.0), host(4, cpus=2.0)]
+    for placement in ("spread", "near", "pack"):
+        found = choose_each(placement, "decode", [ONE_CPU] * 2, hosts, {})  # type: ignore[arg-type]
+        assert [one.node_id for one in found] == ["n3", "n3"]
+
+
+def test_stages_that_do_not_all_find_room_are_wished_nowhere() -> None:
+    assert choose_each("spread", "decode", [ONE_CPU] * 3, [host(1, cpus=2.0)], {}) == []
+    assert choose_each("spread", "decode", [Room(0, 0)] * 2, [host(1)], {}) == [host(1)] * 2, "they ask for nothing"
+    found = choose_each("spread", "decode", [Room(WHOLE, WHOLE)] * 2, [host(1, gpus=1.0), host(2, gpus=1.0)], {})
+    assert [one.node_id for one in found] == ["n1", "n2"]
+
+
+def test_what_the_placement_does_not_have_its_way_with_is_told() -> None:
+    mixed: dict[str, list[Kind]] = {"n1": ["decode", "prefill"], "n2": ["decode"]}
+    assert missed("pack", mixed) == {}
+    assert list(missed("spread", mixed)) == ["n1"]
+    assert list(missed("near", mixed)) == ["n2"] and "only decode is there" in missed("near", mixed)["n2"]
+    assert missed("near", {"n1": ["decode"], "n2": ["decode"]}) == {}, "there is no other role to be near"
+
+
+def test_a_group_that_waits_is_made_anew_when_it_may_go_to_other_hosts() -> None:
+    hosts = {"head", "a", "b"}
+    assert is_outdated({"a", "b"}, {"b"}, {"b"}, hosts), "a has passed its check"
+    assert is_outdated({"a"}, set(), set(), hosts), "a gets instances again"
+    assert is_outdated(set(), {"b"}, set(), hosts), "b is refused, and Ray does not know"
+    assert not is_outdated({"a", "b"}, {"a", "b"}, {"a", "b"}, hosts), "both are still being checked"
+    assert not is_outdated({"gone"}, set(), set(), hosts), "who is gone is nowhere to go to"
+    assert not is_outdated(set(), {"b"}, {"b"}, hosts), "b has just joined: its check tells soon"
 
 
 def test_joined_and_gone() -> None:

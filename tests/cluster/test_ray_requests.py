@@ -60,8 +60,7 @@ class MadeUp:
 
     # Of the node book and the placement.
 
-    @property
-    def being_checked(self) -> set[str]:
+    def unknown(self) -> set[str]:
         return self.checked
 
     def shunned(self, spec: ProcessSpec) -> set[str]:

@@ -1,8 +1,10 @@
 """The controller's decisions, under a clock that the test turns."""
 
 from biphase.cluster.actions import GiveUp, Kill, Start
+from biphase.cluster.controller_state import ControllerState, restore, slots_of
+from biphase.cluster.planner_view import members_of
 from biphase.cluster.reconcile import FIRST_BACKOFF_S, MAX_BACKOFF_S, STABLE_S, Reconciler
-from biphase.cluster.slot import Wanted
+from biphase.cluster.slot import Slot, Wanted
 from biphase.protos.process import Announcement, ProcessState
 
 WANTED = (
@@ -137,6 +139,54 @@ def test_a_bad_set_up_later_is_tried_again() -> None:
     assert core.decide(due_s) == [Start(name="decode-0", incarnation=3)]
 
 
+def fail(core: Reconciler, name: str, now_s: float) -> None:
+    life = core.slots[name].life
+    say(core, name, life, "failed", now_s, detail="out of memory")
+    core.gone(name, life, "ended with exit code 2", now_s)
+
+
+def test_who_has_been_ready_ends_no_deployment_by_failing() -> None:
+    core = make()
+    core.decide(0.0)
+    say(core, "decode-0", 1, "ready", 1.0)
+    fail(core, "decode-0", 2.0)
+    assert not core.was_ready
+    now_s, delays = 2.0, []
+    for incarnation in range(2, 7):  # in a life that was ready, then in lives that are not
+        due_s = core.next_due_s()
+        assert due_s is not None
+        delays.append(due_s - now_s)
+        now_s = due_s
+        assert core.decide(now_s) == [Start(name="decode-0", incarnation=incarnation)]
+        fail(core, "decode-0", now_s)
+    assert delays == [FIRST_BACKOFF_S * 2**number for number in range(5)]
+
+
+def test_a_failure_after_a_long_good_life_is_tried_again_after_a_moment() -> None:
+    core = make()
+    bring_up(core)
+    fail(core, "decode-0", 100.0)
+    assert core.decide(100.0) == []
+    assert core.next_due_s() == 100.0 + FIRST_BACKOFF_S
+    assert core.decide(100.0 + FIRST_BACKOFF_S) == [Start(name="decode-0", incarnation=2)]
+
+
+def test_that_one_had_been_ready_is_known_to_the_next_controller() -> None:
+    core = make()
+    core.decide(0.0)
+    say(core, "decode-0", 1, "ready", 1.0)
+    kept = ControllerState.from_json(ControllerState(slots=slots_of(core)).to_json())
+    again = make()
+    restore(again, kept)
+    for name in ("prefill-0", "decode-0", "router-0"):
+        again.adopt(name, 1, 2.0)
+    fail(again, "prefill-0", 2.0)
+    fail(again, "decode-0", 2.0)
+    assert again.decide(2.0) == [GiveUp(reason="prefill-0: out of memory")]
+    again.slots["prefill-0"].failures = 0
+    assert GiveUp not in [type(action) for action in again.decide(50.0)]
+
+
 def test_the_third_crash_ends_the_first_start() -> None:
     core, now_s = make(), 0.0
     for incarnation in (1, 2, 3):
@@ -195,6 +245,18 @@ def test_draining_stays_a_member_that_says_so() -> None:
     say(core, "decode-0", 1, "draining", 3.0)
     assert [(member.name, member.draining) for member in core.members] == [("prefill-0", False), ("decode-0", True)]
     assert not core.all_up
+
+
+def test_a_phase_that_began_at_0_has_an_age_and_one_that_never_began_has_none() -> None:
+    fresh = Slot(name="decode-1", kind="decode")
+    assert (fresh.since_s, fresh.lasted_s(5.0)) == (None, 0.0)
+    core = make()
+    bring_up(core, 0.0)
+    held, turning = core.slots["prefill-0"], core.slots["decode-0"]
+    assert (held.since_s, held.lasted_s(5.0)) == (0.0, 5.0)
+    held.held, held.asked_s, held.since_s = True, 0.0, 3.0
+    ages = {member.name: (member.phase, member.age_s) for member in members_of([fresh, held, turning], 5.0)}
+    assert ages == {"decode-1": ("starting", 0.0), "prefill-0": ("draining", 5.0), "decode-0": ("ready", 5.0)}
 
 
 def test_repr_tells_the_counts() -> None:

@@ -55,7 +55,7 @@ def test_after_an_update_the_new_file_is_what_is_served(
 ) -> None:
     old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
     old.write_text("model: smollm2\nbackend: process\nport: 0\n")
-    new.write_text("model: smollm2\nbackend: process\nport: 0\ndrain_s: 7\n")
+    new.write_text("model: smollm2\nbackend: process\nport: 0\nstart_timeout_s: 77\n")
     assert run_biphase(environment, "serve", str(old), "--detach").stdout.startswith("ready: ")
     try:
         again = run_biphase(environment, "serve", str(old), "--detach")

@@ -204,9 +204,10 @@ def test_a_host_that_cannot_be_reached_does_not_hold_up_the_next_life() -> None:
     core.lost("decode-1", 1, "link lost", 10.0)
     assert core.decide(10.0) == [Kill(name="decode-1", incarnation=1, reason="link lost")]
     assert core.next_due_s() == 12.0
-    assert core.decide(12.0) == [Abandon(name="decode-1", incarnation=1)]
-    assert core.slots["decode-1"].avoid_node == "decode-1"
+    assert core.decide(12.0) == [Abandon(name="decode-1", incarnation=1, node="decode-1")]
+    assert core.next_due_s() == 12.0, "at once, no matter how often it was lost before"
     assert core.decide(12.0) == [Start(name="decode-1", incarnation=2)]
+    assert core.slots["decode-1"].avoids == {"decode-1"}
     core.gone("decode-1", 1, "gone at last", 80.0)
     assert core.slots["decode-1"].phase == "starting", "the end of the old life is nothing to the new one"
 

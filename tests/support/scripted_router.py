@@ -90,7 +90,13 @@ class ScriptedRouter(RouterServicer):
         self, request: router_pb2.GetServerInfoRequest, context: grpc.ServicerContext
     ) -> router_pb2.ServerInfoReply:
         instance = router_pb2.InstanceView(
-            name="prefill-0", role=common_pb2.ROLE_PREFILL, incarnation=3, state="ready", pid=11, num_blocks=9, since_unix_s=5.5
+            name="prefill-0",
+            role=common_pb2.ROLE_PREFILL,
+            incarnation=3,
+            state="ready",
+            pid=11,
+            num_blocks=9,
+            since_unix_s=5.5,
         )
         return router_pb2.ServerInfoReply(
             name="router-0", version="0.1.0", pid=10, mode="auto", instances=[instance], counters={"live": 2}

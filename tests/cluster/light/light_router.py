@@ -13,22 +13,24 @@ from biphase.protos.grpc_setup import bind, channel_options, server_options
 from biphase.protos.process import Announcer
 
 
-async def reports() -> AsyncIterator[controller_pb2.RouterReport]:
-    yield controller_pb2.RouterReport(name="router-0", pid=os.getpid())
-    await asyncio.Event().wait()
-
-
 class LightRouter(router_pb2_grpc.RouterServicer):
     def __init__(self, config: Any) -> None:
         self._config = config
         self.membership = controller_pb2.Membership()
+
+    async def _reports(self) -> AsyncIterator[controller_pb2.RouterReport]:
+        while True:
+            yield controller_pb2.RouterReport(
+                name=self._config.name, incarnation=self._config.incarnation, pid=os.getpid()
+            )
+            await asyncio.sleep(1.0)
 
     async def follow(self) -> None:
         while True:
             async with grpc.aio.insecure_channel(self._config.controller, options=channel_options()) as channel:
                 try:
                     stub = controller_pb2_grpc.ControllerStub(channel)
-                    async for membership in stub.WatchMembership(reports(), wait_for_ready=True):
+                    async for membership in stub.WatchMembership(self._reports(), wait_for_ready=True):
                         if (membership.epoch, membership.version) > (self.membership.epoch, self.membership.version):
                             self.membership = membership
                 except grpc.aio.AioRpcError:
