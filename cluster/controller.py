@@ -18,10 +18,10 @@ from biphase.cluster.admin import Admin
 from biphase.cluster.autoscaling import Autoscaling
 from biphase.cluster.backend import STATE, Backend, Handle, ProcessSpec
 from biphase.cluster.broadcast import Broadcast
-from biphase.cluster.controller_messages import membership_of, status_of
+from biphase.cluster.controller_messages import membership_of, ratio_of, status_of
 from biphase.cluster.controller_state import AbandonedLife, ControllerState, Pin, restore, slots_of
 from biphase.cluster.deployment import Deployment
-from biphase.cluster.events import EventLog
+from biphase.cluster.events import BEGIN, EventLog
 from biphase.cluster.generation import generation_of
 from biphase.cluster.keeping import RETRY_S, Keeping
 from biphase.cluster.life import Life
@@ -209,6 +209,9 @@ class Controller:
         self.retiring.restore(state.abandoned, found)
         if self.epoch > 1:
             self.events.add("start", "controller", f"the controller began its life {self.epoch}, {len(newest)} adopted")
+        else:
+            what = f"{ratio_of(self.core.slots.values())} of {self.deployment.model}, backend {self.deployment.backend}"
+            self.events.add(*BEGIN, f"{self.deployment.name} begins: {what}")
         if not await self.save():  # its epoch is what makes this life the one that is obeyed
             raise RuntimeError(self._keeping.troubles[STATE])
 

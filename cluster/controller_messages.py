@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from biphase.cluster.deployment import Deployment
 from biphase.cluster.events import Event
+from biphase.cluster.open_ports import open_inner_ports, open_ports
 from biphase.cluster.reach import CUT_OFF
 from biphase.cluster.slot import Slot
 from biphase.cluster.version import version
@@ -83,10 +83,19 @@ def status_of(controller: "Controller") -> controller_pb2.ClusterStatus:
 
 def ratio_line(slots: Iterable[Slot]) -> str:
     """ "2P:1D", with what does not take work now."""
-    wanted = [slot for slot in slots if slot.is_instance and slot.ending != "remove"]
-    counts = {role: sum(slot.role == role for slot in wanted) for role in ("prefill", "decode")}
-    missing = [f"{slot.name} ({_why_away(slot)})" for slot in wanted if not slot.serves]
-    return f"{counts['prefill']}P:{counts['decode']}D" + (f", without {', '.join(missing)}" if missing else "")
+    slots = list(slots)
+    missing = [f"{slot.name} ({_why_away(slot)})" for slot in slots if _is_wanted(slot) and not slot.serves]
+    return ratio_of(slots) + (f", without {', '.join(missing)}" if missing else "")
+
+
+def ratio_of(slots: Iterable[Slot]) -> str:
+    """ "2P:1D": the instances wanted in either role."""
+    roles = [slot.role for slot in slots if _is_wanted(slot)]
+    return f"{roles.count('prefill')}P:{roles.count('decode')}D"
+
+
+def _is_wanted(slot: Slot) -> bool:
+    return slot.is_instance and slot.ending != "remove"
 
 
 def _why_away(slot: Slot) -> str:
@@ -117,9 +126,9 @@ def warnings_of(controller: "Controller") -> list[str]:
     warnings = list(controller.warnings)
     if controller.core.reach.is_cut_off:
         warnings.append(CUT_OFF)
-    open_ports = _open_ports(controller.deployment, controller)
-    if open_ports:
-        warnings.append(f"not on loopback and without protection: {', '.join(open_ports)}")
+    reached = _reached(controller)
+    if reached:
+        warnings.append(f"not on loopback and without protection: {', '.join(reached)}")
     if controller.deployment.inject_faults:
         warnings.append(f"faults are injected into the KV transfer: {controller.deployment.inject_faults}")
     for pair in controller.reports.broken_pairs():
@@ -127,42 +136,19 @@ def warnings_of(controller: "Controller") -> list[str]:
     return warnings
 
 
-def _open_ports(deployment: Deployment, controller: "Controller") -> list[str]:
-    """Addresses that others of the network reach. All of them are unprotected: there is no TLS yet."""
-    said = [(slot.name, slot.announcement.address) for slot in controller.core.slots.values() if slot.announcement]
+def _reached(controller: "Controller") -> list[str]:
+    """Ports that others of the network reach."""
+    deployment, slots = controller.deployment, controller.core.slots
+    said = [(slot.name, slot.announcement.address) for slot in slots.values() if slot.announcement is not None]
     said.append(("controller", controller.announcer.current.address))
-    found = [f"{name} at {address}" for name, address in said if address and not _is_loopback(address)]
-    found += _open_kv_ports(deployment, controller)
-    known = {name for name, _ in said}
-    found += [
-        f"{place.name} at {place.host}"
-        for place in deployment.router_places
-        if place.name not in known and not _is_loopback(f"{place.host}:0")
-    ]
-    return found
-
-
-def _open_kv_ports(deployment: Deployment, controller: "Controller") -> list[str]:
-    """Where instances listen for each other. Rank 0 says its ports for the gRPC wire and for its other ranks; those of the
-    other wires and ranks are free ones of the same hosts."""
-    found = []
+    inner: list[tuple[str, str, str]] = []
     for name, life in controller.lives.items():
-        slot = controller.core.slots.get(name)
-        if slot is None or slot.announcement is None:
-            continue
-        kv_address = life.welcome.kv_address if life.welcome is not None else ""
-        rank_address = slot.announcement.rank_address
-        if kv_address and not _is_loopback(kv_address):
-            alone = deployment.kv_transport == "grpc" and not rank_address
-            found.append(f"KV of {name} at {kv_address}{'' if alone else ' and free ports'}")
-        if rank_address and not _is_loopback(rank_address):
-            found.append(f"ranks of {name} at {rank_address}")
-    return found
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
+        slot = slots.get(name)
+        if slot is not None and slot.announcement is not None:
+            kv_address = life.welcome.kv_address if life.welcome is not None else ""
+            inner.append((name, kv_address, slot.announcement.rank_address))
+    found = open_ports(said, deployment.router_places)
+    return found + open_inner_ports(inner, only_grpc=deployment.kv_transport == "grpc")
 
 
 def _role(kind: str) -> common_pb2.Role.ValueType:

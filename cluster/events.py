@@ -27,6 +27,10 @@ class Event:
     text: str
 
 
+BEGIN = ("start", "")
+"""Kind and subject of a deployment's beginning. What is before it was another one of the same name."""
+
+
 class Keeper(Protocol):
     """Where they are kept; a backend is one."""
 
@@ -86,9 +90,11 @@ class EventLog:
         return [event for event in self._events if event.number > number]
 
     def last(self, count: int, kinds: frozenset[str]) -> list[Event]:
-        """The newest of these kinds, the oldest of them first."""
+        """The newest of these kinds since the deployment began, the oldest of them first."""
         found: list[Event] = []
         for event in reversed(self._events):
+            if (event.kind, event.subject) == BEGIN:
+                break
             if event.kind in kinds:
                 found.append(event)
                 if len(found) == count:

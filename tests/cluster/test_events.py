@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from biphase.cluster import events
-from biphase.cluster.events import EventLog
+from biphase.cluster.events import BEGIN, EventLog
 
 
 class Kept:
@@ -101,3 +101,14 @@ async def test_followers_get_what_was_and_what_comes() -> None:
     await task
     assert seen == ["b", "c"]
     assert [event.text for event in log.last(1, frozenset({"decision"}))] == ["b"]
+
+
+def test_the_last_decisions_are_those_of_this_deployment_and_not_of_one_that_had_its_name() -> None:
+    log = EventLog(Kept(), lambda: 0.0)
+    log.add("scale", "", "of the one before")
+    log.add(*BEGIN, "another deployment begins")
+    assert log.last(5, frozenset({"scale"})) == []
+    log.add("scale", "", "mine")
+    log.add("start", "controller", "the controller began its life 2")
+    log.add("flip", "decode-0", "mine too")
+    assert [event.text for event in log.last(5, frozenset({"scale", "flip"}))] == ["mine", "mine too"]

@@ -141,10 +141,10 @@ async def test_a_flip_under_load_ends_what_is_left_as_drained_and_nothing_stays(
         running = [await second.open_decode(prompt(20, seed), LONG) for seed in range(4)]
         for leg in running:
             await leg.until(lambda leg: leg.tokens)
-        await asyncio.gather(turned(prefill, "decode", grace_s=0.2), turned(decode, "prefill", grace_s=0.2))
+        await asyncio.gather(turned(prefill, "decode", grace_s=0.02), turned(decode, "prefill", grace_s=0.02))
         for leg in (parked, *running):
             assert await leg.end() == "drained", leg.ended
-            assert leg.detail == "the instance drains, its grace of 0.2 s is over"
+            assert leg.detail == "the instance drains, its grace of 0.02 s is over"
         assert all(0 < len(leg.tokens) < 400 for leg in running)
         for link, role in ((first, "decode"), (second, "prefill")):
             assert f"turns into a {role} instance" in await link.until_broken()
@@ -157,7 +157,7 @@ async def test_a_flip_under_load_ends_what_is_left_as_drained_and_nothing_stays(
         whole = await second.open_decode(prompt(20, 1), Sampling(max_tokens=40, ignore_eos=True))
         assert await whole.end() == "done"
         emitted = running[1].text[:30]
-        assert whole.text[:30] == emitted
+        assert whole.text[: len(emitted)] == emitted
         prefilled, decoded = await hand_over(
             first, second, [*prompt(20, 1), *emitted], Sampling(max_tokens=40, ignore_eos=True), forced=len(emitted)
         )
