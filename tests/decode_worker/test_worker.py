@@ -272,7 +272,8 @@ async def test_a_drained_instance_finishes_what_runs_and_takes_nothing_new(bench
     await refused.until(lambda leg: leg.refused)
     assert refused.refused is not None and refused.refused.reason == worker_pb2.REFUSAL_DRAINING
     bench.engine.let_go()
-    assert await running.end() == "done" and link.load.draining
+    assert await running.end() == "done"
+    await link.until_heard(lambda link: link.load.draining)
 
 
 async def test_stopping_ends_every_leg_with_a_word(bench: Bench) -> None:
