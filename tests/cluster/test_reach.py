@@ -13,6 +13,7 @@ from biphase.cluster import life as life_module
 from biphase.cluster.actions import Abandon, Kill, Start
 from biphase.cluster.backend import Handle
 from biphase.cluster.controller_messages import warnings_of
+from biphase.cluster.deployment import Deployment
 from biphase.cluster.life import Life
 from biphase.cluster.reach import AGAIN_S, CUT_OFF, Reach
 from biphase.cluster.reach_watch import ReachWatch, answers, host_of, is_here
@@ -110,7 +111,7 @@ def test_status_says_that_this_host_is_cut_off() -> None:
         core=core,
         lives={},
         warnings=[],
-        deployment=SimpleNamespace(router_places=(), inject_faults=""),
+        deployment=Deployment(model="m"),
         announcer=SimpleNamespace(current=SimpleNamespace(address="127.0.0.1:1")),
         reports=SimpleNamespace(broken_pairs=list),
     )
