@@ -29,8 +29,8 @@ usage: scripts/long.sh [PART...]     (no part: all, one after the other)
   faults     bench/faults.py: workers killed and stopped, idle and busy; what the client sees and how soon
   flip       bench/flip.py: instances turn into the other role and back, idle and with requests aboard
   headless   bench/controller_dead.py: throughput with the controller dead, beside alive
-  rayup      a real `ray up` on three hosts of this machine, a host lost under load; nodes asked for of Ray's autoscaler; a
-             lost head; an update under running streams
+  rayup      a real `ray up` on three hosts of this machine, a host lost under load; places on several hosts; a lost head, a
+             lost supervisor; an update under running streams
   recovery   bench/recovery.py: kill, SIGSTOP and partition of every kind of process under load; lost requests, wrong tokens, gaps
   chaos      bench/chaos.py: fifteen minutes of faults at random under load
   shift      bench/live_shift.py: the P:D ratio following a load that turns, beside both fixed ratios
@@ -80,9 +80,12 @@ run() {
     flip) "$bin/python" bench/flip.py --check ;;
     headless) "$bin/python" bench/controller_dead.py --check ;;
     rayup)
-      "$bin/pytest" --long tests/cluster/test_try_ray_up.py tests/cluster/test_ray_node_requests.py \
-        tests/cluster/test_ray_hosts.py tests/cluster/test_ray_head_lost.py tests/cluster/test_ray_survivors.py \
-        tests/cluster/test_ray_deployment.py::test_an_update_renews_every_instance_under_running_streams
+      local failed=0
+      scripts/try_ray_up.sh || failed=1
+      "$bin/pytest" --long tests/cluster/test_ray_hosts.py \
+        tests/cluster/test_ray_head_lost.py tests/cluster/test_ray_survivors.py \
+        tests/cluster/test_ray_deployment.py::test_an_update_renews_every_instance_under_running_streams || failed=1
+      return $failed
       ;;
     recovery) "$bin/python" bench/recovery.py --check ;;
     chaos) "$bin/python" bench/chaos.py --minutes 15 --check ;;

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 PROBE = Path(__file__).with_name("autoscaling_probe.py")
 OWN = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--ipc")
 
