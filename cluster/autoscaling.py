@@ -7,6 +7,7 @@ handed in as the ratio that somebody asked for.
 import asyncio
 import json
 import logging
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ from biphase.protos.values import Role
 if TYPE_CHECKING:
     from biphase.cluster.controller import Controller
 
+MOST_UNWRITTEN = 10_000
+"""Reports between two moments of the history; older ones are dropped, where none can be written."""
 LOOK_S = 1.0
 """How often the policy file is looked at."""
 ROLES: tuple[Role, Role] = ("prefill", "decode")
@@ -60,7 +63,7 @@ class Autoscaling:
         self._history: SignalHistory | None = None
         self._kv_tokens: tuple[str, dict[Role, int]] = "", {}
         """Of a generation: what an instance of a role has held."""
-        self._unwritten: list[Report] = []
+        self._unwritten: deque[Report] = deque(maxlen=MOST_UNWRITTEN)
         controller.reports.listeners.append(self._heard_router)
 
     # -- signals ----------------------------------------------------------------------------------------------------
@@ -93,8 +96,8 @@ class Autoscaling:
                 self.heard_instance(name, life.welcome, message)
 
     def _take(self, report: Report, now_s: float) -> None:
-        if self.window.add(report, now_s) and self.policy is not None:
-            self._unwritten.append(report)
+        if self.window.add(report, now_s) and self.policy is not None and not self._is_held:
+            self._unwritten.append(report)  # else there is no moment that it belongs to, for as long as that lasts
 
     # -- policy -----------------------------------------------------------------------------------------------------
 
@@ -127,7 +130,9 @@ class Autoscaling:
         try:
             text = read_policy(deployment)
             policy = parse_policy(deployment, text)
-        except SetupError as error:
+        except Exception as error:  # whatever a user's file brings about, the controller must live on
+            if not isinstance(error, SetupError):
+                logger.exception("the policy")
             stays = "the old policy stays" if self.policy is not None else "nothing scales"
             controller.events.add("policy", "", f"policy refused, {stays}: {one_line(error)}")
             controller.policy_line = f"{name_of(deployment)}, refused as it is now: {one_line(error)}"
@@ -155,8 +160,7 @@ class Autoscaling:
                     logger.exception("requests for nodes cannot be looked at")
             await controller.keep_events()
             now_s = controller.now_s()
-            held = controller.stopping or not controller.core.was_ready or controller.updating.is_under_way
-            if self.policy is not None and now_s >= next_s and not held:
+            if self.policy is not None and now_s >= next_s and not self._is_held:
                 try:
                     await self.tick()
                 except Exception:  # the next tick may do better; the controller must live on
@@ -164,6 +168,12 @@ class Autoscaling:
                 next_s = now_s + self.policy.interval_s
             wait_s = LOOK_S if self.policy is None else min(LOOK_S, max(0.01, next_s - controller.now_s()))
             await asyncio.sleep(wait_s)
+
+    @property
+    def _is_held(self) -> bool:
+        """Nothing is decided now."""
+        controller = self._controller
+        return controller.stopping or not controller.core.was_ready or controller.updating.is_under_way
 
     async def tick(self) -> None:
         controller, policy = self._controller, self.policy

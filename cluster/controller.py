@@ -302,7 +302,7 @@ class Controller:
             match action:
                 case Start() if not kept:
                     slot = self.core.slots[action.name]
-                    self.core.no_room(
+                    self.core.put_off(
                         slot.name, slot.life, f"is not started: {self._keeping.troubles[STATE]}", self.now_s()
                     )
                 case Start():
@@ -340,7 +340,8 @@ class Controller:
         except (SetupError, OSError) as error:
             if isinstance(error, SetupError) and not (self.core.was_ready or slot.ever_ready):
                 raise
-            self.core.no_room(slot.name, slot.life, f"cannot be started: {one_line(error)}", self.now_s())
+            ended = self.core.no_room if isinstance(error, SetupError) else self.core.gone
+            ended(slot.name, slot.life, f"cannot be started: {one_line(error)}", self.now_s())
 
     def _tell(self, name: str, command: worker_pb2.LinkDown) -> None:
         link = self.lives[name].link
@@ -364,8 +365,10 @@ class Controller:
             else:
                 try:
                     await self.admin.unpin("the time of the pin is over")
-                except InvalidRequest as error:
+                except Exception as error:  # whatever the backend raises: it must not end the next lives one by one
                     if said is not pin:
+                        if not isinstance(error, InvalidRequest):
+                            logger.exception("the end of the pin")
                         self.events.add("refused", "", f"end of the pin, tried again: {one_line(error)}")
                         said = pin
                     await asyncio.sleep(PIN_RETRY_S)

@@ -32,12 +32,15 @@ class Keeping:
         return True
 
     def _failed(self, what: str, trouble: str) -> None:
-        if self.troubles.get(what) != trouble:
-            self._done(what)
-            self.troubles[what] = trouble
-            self._controller.warnings.append(trouble)
+        before, warnings = self.troubles.get(what), self._controller.warnings
+        self.troubles[what] = trouble
+        if before is None:
+            warnings.append(trouble)
             logger.error("%s", trouble)
             self._tell(trouble)
+        elif before != trouble:  # the same trouble in other words
+            warnings[:] = [trouble if line == before else line for line in warnings]
+            self._controller.status.changed()
 
     def _done(self, what: str) -> None:
         trouble = self.troubles.pop(what, "")

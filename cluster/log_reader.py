@@ -23,6 +23,11 @@ class LogPlace:
     node: str = ""
     here: bool = False
 
+    def is_other(self, before: "LogPlace") -> bool:
+        """Another file; a host that was not said before is the one that the file was read on."""
+        moved = bool(before.node) and self.node != before.node
+        return self.path != before.path or self.here != before.here or moved
+
 
 async def read_log(controller: "Controller", name: str, *, tail_lines: int, follow: bool) -> AsyncIterator[bytes]:
     """The log of a process's newest life, its last lines (0: all); with ``follow`` what comes, over its next lives, until it
@@ -39,7 +44,7 @@ async def read_log(controller: "Controller", name: str, *, tail_lines: int, foll
             newest = _place_if_known(controller, name)
             if newest is None:
                 return
-            if newest != place:
+            if newest.is_other(place):
                 try:
                     source, at, data = await _begin(controller, name, newest)
                 except InvalidRequest:
@@ -50,7 +55,8 @@ async def read_log(controller: "Controller", name: str, *, tail_lines: int, foll
         try:
             at, data = await source.read(place.path, at)
         except InvalidRequest as error:
-            if not follow or _place_if_known(controller, name) == place:
+            newest = _place_if_known(controller, name)
+            if not follow or (newest is not None and not newest.is_other(place)):
                 raise _unreadable(name, error) from error
             data = b""  # its host is gone, and it begins elsewhere
 

@@ -30,9 +30,11 @@ def read_policy(deployment: Deployment) -> str:
 def parse_policy(deployment: Deployment, text: str) -> Policy:
     """Raises SetupError for a bad key or value, and for what contradicts itself or the deployment."""
     source = name_of(deployment)
-    policy = (
-        policy_from(json.loads(text), source=source) if text.startswith("{") else policy_from_text(text, source=source)
-    )
+    try:
+        inline = is_inline(deployment)
+        policy = policy_from(json.loads(text), source=source) if inline else policy_from_text(text, source=source)
+    except (ValueError, RecursionError) as error:  # of values that are beyond what can be read or shown
+        raise SetupError(f"{source}: {one_line(error)}") from error
     setup = setup_of(deployment)
     gpus: dict[Role, float] = {"prefill": setup.prefill.gpus, "decode": setup.decode.gpus}
     problem = contradiction(policy, gpus=gpus, strict=setup.strict, colocated=setup.colocated)

@@ -20,6 +20,7 @@ from biphase.protos.process import Announcement
 
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
+PUT_OFF_S = 2.0
 STABLE_S = 10.0
 """A process that was ready for this long is started again at once, its earlier deaths forgotten."""
 MAX_FIRST_CRASHES = 3
@@ -157,6 +158,17 @@ class Reconciler:
         self.gone(name, life, reason, now_s)
         if slot is not None:
             slot.no_room = slot.phase == "waiting"
+
+    def put_off(self, name: str, life: int, reason: str, now_s: float) -> None:
+        """Its start was not even tried, which is no failure of it; it is due again in a while."""
+        slot = self._current(name, life)
+        if slot is not None and slot.phase == "starting":
+            if slot.reason != reason:
+                self.notes.append(("warning", name, f"{name}#{life} {reason}"))
+            slot.reason = reason
+            slot.end_life(now_s)
+            slot.not_before_s = now_s + PUT_OFF_S
+            self._refresh(now_s)
 
     def flip_refused(self, name: str, incarnation: int, reason: str, now_s: float) -> None:
         """The instance does not turn: it stays what it is."""

@@ -35,6 +35,7 @@ class Updating:
 
     def __init__(self, controller: "Controller") -> None:
         self._controller = controller
+        self._drives = False
 
     async def run(
         self, text: str, *, dry_run: bool, allow_downtime: bool, grace_s: float
@@ -150,7 +151,17 @@ class Updating:
         return update is not None and not update.paused
 
     async def drive(self) -> None:
-        """Go on with the update that is under way, to its end or pause."""
+        """Go on with the update that is under way, to its end or pause. Once at a time: one that begins while the last one
+        is being written down is gone on with there."""
+        if self._drives:
+            return
+        self._drives = True
+        try:
+            await self._drive()
+        finally:
+            self._drives = False
+
+    async def _drive(self) -> None:
         controller = self._controller
         while (update := self.state) is not None and not update.paused:
             can_flip, now_s = controller.admin.can_flip, controller.now_s()

@@ -6,17 +6,21 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from support.fake_backend import FakeBackend, FakeHandle
 from support.scripted_worker import ScriptedWorker
 
 from biphase.cluster import controller as controller_module
+from biphase.cluster import reconcile
 from biphase.cluster.backend import STATE, ProcessSpec
 from biphase.cluster.controller import Controller
 from biphase.cluster.controller_messages import warnings_of
 from biphase.cluster.controller_state import AbandonedLife, ControllerState, SlotState
 from biphase.cluster.deployment import Deployment
+from biphase.cluster.keeping import Keeping
 from biphase.cluster.retiring import GIVES_UP_S, MAX_LIVES, Retiring
 from biphase.cluster.run_dir import RunDir
 from biphase.cluster.slot import FlipTo
@@ -111,7 +115,7 @@ async def test_while_the_state_cannot_be_written_nothing_starts_and_nothing_ends
     controller = made(backend, tmp_path)
     async with running(controller) as run:
         await until(controller, "warning", "state cannot be written, tried again: No space left on device")
-        await until(controller, "end", "is not started: state cannot be written")
+        await until(controller, "warning", "decode-0#2 is not started: state cannot be written")
         assert any("No space left on device" in line for line in warnings_of(controller))
         assert not run.done()
         assert backend.started == []
@@ -123,6 +127,46 @@ async def test_while_the_state_cannot_be_written_nothing_starts_and_nothing_ends
     kept = ControllerState.from_json(backend.kept[STATE])
     first = backend.started[0]
     assert kept.slots[first.name].life == first.incarnation
+
+
+async def test_starts_that_are_not_even_tried_end_no_deployment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile, "PUT_OFF_S", 0.02)
+    monkeypatch.setattr(controller_module, "RETRY_S", 0.05)
+    backend = FakeBackend()
+    backend.refuses = lambda text: '"life": ' in text and '"life": 0' not in text  # any life that begins
+    controller = made(backend, tmp_path)
+    async with running(controller) as run:
+        while controller.core.slots["decode-0"].incarnation <= 2 * reconcile.MAX_FIRST_CRASHES:
+            await asyncio.wait_for(controller.status.wait(), WITHIN_S)
+        assert not run.done() and backend.started == []
+        slot = controller.core.slots["decode-0"]
+        assert (slot.failures, slot.no_room) == (0, False)
+        told = [event for event in controller.events.after(0) if "decode-0" in event.text]
+        assert len(told) <= 1, "said once"
+        backend.refuses = lambda text: False
+        await asyncio.wait_for(backend.began.wait(), WITHIN_S)
+
+
+def test_the_same_trouble_in_other_words_is_one_trouble() -> None:
+    told: list[str] = []
+    controller = SimpleNamespace(
+        warnings=["another"],
+        events=SimpleNamespace(add=lambda kind, subject, text: told.append(text)),
+        status=SimpleNamespace(changed=lambda: None),
+    )
+    keeping = Keeping(cast("Any", controller))
+
+    async def write(problem: str) -> None:
+        if problem:
+            raise OSError(problem)
+
+    for problem in ("no answer, try 1", "no answer, try 2", ""):
+        asyncio.run(keeping.attempt("state", lambda problem=problem: write(problem)))  # type: ignore[misc]
+        lines = [f"state cannot be written, tried again: {problem}"] if problem else []
+        assert controller.warnings == ["another", *lines]
+    assert told == ["state cannot be written, tried again: no answer, try 1", "state is written again"]
 
 
 async def test_events_that_cannot_be_written_stay_and_are_written_later(tmp_path: Path) -> None:

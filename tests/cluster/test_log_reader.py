@@ -105,6 +105,27 @@ async def test_one_that_is_followed_goes_on_on_the_host_of_its_next_life(cluster
         assert await anext(log, b"the end") == b"the end", "it is wanted no more"
 
 
+async def test_what_a_next_life_writes_before_its_host_is_known_is_told_once(cluster: Any) -> None:
+    """One host is all there is: its logs are read whatever the host is called."""
+    here = HostLogs()
+    cluster.logs_of = lambda node: here
+    here.files["/run/logs/decode-0-1.log"] = b"old\n"
+    async with asyncio.timeout(10):
+        log = read_log(cluster, "decode-0", tail_lines=0, follow=True)
+        assert await anext(log) == b"old\n"
+        cluster.core.gone("decode-0", 1, "killed", 5.0)
+        cluster.core.decide(5.0)
+        here.files["/run/logs/decode-0-2.log"] = b"loading\n"
+        assert await anext(log) == b"loading\n"
+        coming = asyncio.ensure_future(anext(log))
+        up(cluster.core, "decode-0", 6.0, node="here")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not coming.done()
+        here.files["/run/logs/decode-0-2.log"] += b"ready\n"
+        assert await coming == b"ready\n"
+
+
 async def test_one_that_is_followed_is_refused_where_its_host_is_gone_and_no_other_life_begins(cluster: Any) -> None:
     cluster.hosts["decode-0"].files["/run/logs/decode-0-1.log"] = b"old\n"
     async with asyncio.timeout(10):

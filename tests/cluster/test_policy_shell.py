@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -13,10 +13,12 @@ from support.fake_backend import FakeBackend
 from support.scaling import POLICY
 from support.wanted import up
 
+from biphase.cluster.autoscaling import MOST_UNWRITTEN
 from biphase.cluster.backend import ProcessSpec
 from biphase.cluster.controller import Controller
 from biphase.cluster.deployment import Deployment, RolePlan
 from biphase.cluster.life import Life
+from biphase.cluster.rolling import RollingUpdate
 from biphase.planner.autoscaler_state import AskNode, StartInstance, WithdrawNode
 from biphase.planner.history import read_history
 from biphase.planner.policy import GpuBudget, Policy, RoleBounds, Schedule
@@ -238,3 +240,46 @@ async def test_a_flip_is_held_to_the_bounds_of_its_roles_and_to_the_budget_only_
     controller.autoscaling.policy = BOUNDED
     with pytest.raises(InvalidRequest, match=r"^2P:1D takes 5 GPUs, more than gpu_budget.max 4 of the policy$"):
         await controller.admin.flip("decode-0", grace_s=1.0, for_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{interval_s: 5}", ""),
+        ("{{ template }}", "policy refused, the old policy stays: "),
+        ('{"interval_s": ', "policy refused, the old policy stays: "),
+        ("interval_s: 0x" + "f" * 6000, "policy refused, the old policy stays: "),
+        ("[" * 5000, "policy refused, the old policy stays: "),
+    ],
+)
+async def test_whatever_is_in_the_file_the_controller_lives_on(tmp_path: Path, text: str, reason: str) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text("interval_s: 7\n")
+    controller = make_controller(NotingBackend(), tmp_path, replace(DEPLOYMENT, autoscale=str(file)))
+    controller.autoscaling.look()
+    file.write_text(text)
+    controller.autoscaling.look()
+    controller.autoscaling.look()
+    assert controller.autoscaling.policy is not None
+    assert controller.autoscaling.policy.interval_s == (7.0 if reason else 5.0)
+    told = [event.text for event in controller.events.after(0) if event.kind == "policy"]
+    assert len(told) == 2, "each once"
+    assert told[1].startswith(reason) and len(told[1]) < 400 and "\n" not in told[1]
+
+
+async def test_reports_that_no_moment_will_take_are_not_put_by(tmp_path: Path) -> None:
+    controller = make_controller(NotingBackend(), tmp_path)
+    shell = controller.autoscaling
+
+    def hear(uptime_s: float) -> None:
+        shell.heard_instance("decode-0", None, worker_pb2.WorkerSignals(uptime_s=uptime_s))
+
+    hear(1.0)
+    assert len(shell._unwritten) == 1
+    controller.update_state = asdict(RollingUpdate(generation="b", previous="a", grace_s=1.0))
+    hear(2.0)
+    assert len(shell._unwritten) == 1, "nothing is decided during an update"
+    controller.update_state = {}
+    for second in range(3, MOST_UNWRITTEN + 10):
+        hear(float(second))
+    assert len(shell._unwritten) == MOST_UNWRITTEN

@@ -5,7 +5,7 @@ The real controller, which is not run: what it would see of processes the test s
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from support.fake_backend import FakeBackend
 from support.wanted import idle, up
 
+from biphase.cluster import rolling
 from biphase.cluster.backend import ProcessSpec
 from biphase.cluster.controller import Controller
 from biphase.cluster.deployment import Deployment, RolePlan
@@ -276,3 +277,17 @@ async def test_who_drains_for_it_takes_work_again_when_it_is_paused() -> None:
     assert world.lines[-1].endswith(f"it goes back to generation {generation_of(OLD)}, decode-0 takes work again")
     assert (world.core.slots["decode-0"].ending, world.core.slots["decode-0"].generation) == ("", generation_of(OLD))
     assert crashed.generation == generation_of(OLD)
+
+
+async def test_an_update_is_driven_once_at_a_time() -> None:
+    world = World()
+    it = world.controller
+    it.take("new", NEW)
+    it.update_state = asdict(rolling.RollingUpdate(generation="new", previous="old", grace_s=1.0))
+    first, second = asyncio.create_task(it.updating.drive()), asyncio.create_task(it.updating.drive())
+    await asyncio.wait({second}, timeout=10.0)
+    assert second.done() and not first.done()
+    it.update_state = {}
+    await world.follow()
+    await asyncio.wait_for(first, 10.0)
+    await asyncio.wait_for(it.updating.drive(), 10.0)  # nothing is under way
