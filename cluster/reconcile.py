@@ -24,7 +24,7 @@ STABLE_S = 10.0
 """A process that was ready for this long is started again at once, its earlier deaths forgotten."""
 MAX_FIRST_CRASHES = 3
 STOP_S = 10.0
-"""How long an instance may take to end, or to turn, after its legs are gone."""
+"""How long an instance or router may take to end, or to turn, after its legs or requests are gone."""
 LAST_WORDS_S = 1.0
 """When its grace is over an instance tells the routers what is left, which then goes on elsewhere as an orderly move. It is
 asked to stop only so much later, so that these words are out first whatever its host and the link are busy with."""
@@ -258,8 +258,8 @@ class Reconciler:
                 doing = slot.announcement.detail if slot.announcement is not None else ""
                 said = f", its last word: {doing}" if doing else ""
                 self._lose(slot, f"not ready within {self.start_timeout_s:g} s{said}", now_s)
-        elif slot.stop_asked_s is not None and now_s - slot.stop_asked_s >= STOP_S:
-            self._lose(slot, f"did not end within {STOP_S:g} s of being asked", now_s)
+        elif slot.stop_asked_s is not None and now_s - slot.stop_asked_s >= _stop_limit_s(slot):
+            self._lose(slot, f"did not end within {_stop_limit_s(slot):g} s of being asked", now_s)
         elif slot.flip is not None and slot.asked_s is not None:
             limit_s = slot.grace_s + STOP_S
             if now_s - slot.asked_s >= limit_s:
@@ -313,7 +313,7 @@ class Reconciler:
                 if slot.is_placed and slot.since_s is not None:
                     due.append(slot.since_s + self.start_timeout_s)
             elif slot.stop_asked_s is not None:
-                due.append(slot.stop_asked_s + STOP_S)
+                due.append(slot.stop_asked_s + _stop_limit_s(slot))
             elif slot.asked_s is not None and slot.ending:
                 due.append(slot.asked_s + slot.grace_s + LAST_WORDS_S)
             elif slot.asked_s is not None and slot.flip is not None:
@@ -385,3 +385,8 @@ class Reconciler:
     def __repr__(self) -> str:
         up = sum(slot.is_up for slot in self.slots.values())
         return f"<Reconciler [{up} up of {len(self.slots)}, version {self.version}]>"
+
+
+def _stop_limit_s(slot: Slot) -> float:
+    """From being asked to the end: an instance has drained before, a router drains then."""
+    return STOP_S if slot.is_instance else slot.grace_s + STOP_S
