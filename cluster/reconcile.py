@@ -182,7 +182,7 @@ class Reconciler:
                 self.notes.append(("node", slot.node, problem))
         stable = by_wish or (ready_since_s is not None and now_s - ready_since_s >= STABLE_S)
         blameless = slot.moves or (host_lost and ready_since_s is not None)
-        if not blameless:
+        if by_wish or not blameless:  # what follows our wish begins without the failures before it
             slot.failures = 0 if stable else slot.failures + 1
         if failed_setup and not by_wish:  # the same again may fail the same
             slot.failures = max(1, slot.failures) if self.was_ready or slot.ever_ready else MAX_FIRST_CRASHES
