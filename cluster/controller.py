@@ -294,6 +294,7 @@ class Controller:
     # -- doing ------------------------------------------------------------------------------------------------------
 
     async def _step(self) -> None:
+        self.core.awake(self.now_s())
         actions = self.core.decide(self.now_s())
         self._publish()
         self._tell_notes()

@@ -31,6 +31,7 @@ class ReachWatch:
         """While this host is cut off, and while others could not be reached, ask them again and again."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
+            self._controller.core.awake(self._controller.now_s())
             if self._controller.core.reach.is_cut_off:
                 await self.look()
             await self.look_for_silent()
@@ -89,6 +90,7 @@ class ReachWatch:
     def _note(self, answered: dict[str, bool]) -> None:
         core = self._controller.core
         was_cut_off = core.reach.is_cut_off
+        core.awake(self._controller.now_s())
         core.looked(answered, self._controller.now_s())
         if core.reach.is_cut_off != was_cut_off:
             self._controller.changed()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from biphase.cluster.actions import Abandon, Action, AskToStop, GiveUp, Kill, Start, TellDrain, TellFlip, TellResume
 from biphase.cluster.backend import CONTROLLER, Kind
-from biphase.cluster.reach import AGAIN_S, CUT_OFF, Reach
+from biphase.cluster.reach import AGAIN_S, CUT_OFF, MIN_OTHERS, Reach
 from biphase.cluster.slot import MemberView, Phase, Slot, Wanted, Work
 from biphase.cluster.start_failures import StartFailures
 from biphase.cluster.unreachable_hosts import UnreachableHosts
@@ -124,10 +124,22 @@ class Reconciler:
         if since_s is None and self.reach.is_cut_off:
             self.notes.append(("warning", CONTROLLER, CUT_OFF))
         elif since_s is not None and not self.reach.is_cut_off:
-            for slot in self.slots.values():
-                slot.discount(since_s, now_s)
-            words = f"this host reaches others again after {now_s - since_s:.0f} s"
+            self._discount(since_s, now_s)
+            left = f"fewer than {MIN_OTHERS} other hosts are left"
+            ends = "this host reaches others again" if any(answered.values()) else left
+            words = f"{ends} after {now_s - since_s:.0f} s"
             self.notes.append(("warning", CONTROLLER, f"{words}: who does not answer for {AGAIN_S:g} s is given up"))
+
+    def awake(self, now_s: float) -> None:
+        """The controller runs, which is to be said every second. No patience runs out by a time in which it did not: what
+        has happened meanwhile is heard first. A cut is discounted as a whole when it ends."""
+        stopped_s = self.reach.awake(now_s)
+        if stopped_s is not None and not self.reach.is_cut_off:
+            self._discount(stopped_s, now_s)
+
+    def _discount(self, from_s: float, to_s: float) -> None:
+        for slot in self.slots.values():
+            slot.discount(from_s, to_s)
 
     def reached(self, node: str) -> None:
         """The host answers again: instances may start there."""

@@ -64,6 +64,16 @@ def test_once_others_answer_the_silent_are_asked_again_first() -> None:
     assert not reach.may_be_lost(40.0), "a second cut is judged like the first"
 
 
+@pytest.mark.parametrize("left", [{}, {"a": False}], ids=["none", "one"])
+def test_a_cut_ends_where_at_most_one_other_host_is_left(left: dict[str, bool]) -> None:
+    reach = Reach()
+    reach.looked(ALL_SILENT, 10.0)
+    reach.looked(left, 75.0)
+    assert not reach.is_cut_off
+    assert not reach.may_be_lost(75.0 + AGAIN_S - 0.01)
+    assert reach.may_be_lost(75.0 + AGAIN_S)
+
+
 # -- what the reconciler makes of it ----------------------------------------------------------------------------------
 
 
@@ -103,6 +113,20 @@ def test_whoever_is_cut_off_with_this_host_stays_a_member_and_its_end_is_an_end(
     assert core.members == before
     core.gone("decode-1", 1, "its process is gone", 101.0)
     assert core.decide(101.0) == [Start(name="decode-1", incarnation=2)]
+
+
+def test_what_starts_in_place_of_hosts_that_are_gone_has_its_limits() -> None:
+    core = made(kill_patience_s=2.0)
+    core.looked(ALL_SILENT, 10.0)
+    core.gone("decode-0", 1, "its node is dead", 75.0)
+    core.gone("decode-1", 1, "its node is dead", 75.0)
+    core.decide(75.0)
+    say(core, "decode-0", "loading", 76.0, node="127.0.0.1")
+    core.looked({}, 77.0)
+    assert core.notes[-1][2].startswith("fewer than 2 other hosts are left after 67 s")
+    assert core.next_due_s() == 77.0 + core.start_timeout_s
+    core.decide(77.0 + core.start_timeout_s)
+    assert core.slots["decode-0"].phase == "lost"
 
 
 def test_status_says_that_this_host_is_cut_off() -> None:
