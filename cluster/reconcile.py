@@ -61,6 +61,7 @@ class Reconciler:
         slot = self.slots[name]
         if slot.life != incarnation or not slot.incarnation:
             slot.incarnation = slot.life = incarnation
+            slot.address = ""
         slot.phase, slot.since_s, slot.adopted = "starting", now_s, True
 
     def announced(self, announcement: Announcement, now_s: float) -> None:
@@ -74,6 +75,7 @@ class Reconciler:
         if not slot.is_placed and announcement.pid:
             slot.since_s = now_s
         slot.announcement, slot.node, slot.adopted = announcement, announcement.node or slot.node, False
+        slot.address = announcement.address or slot.address
         self.node_failures.seen(slot.node)
         self.unreachable.reached(announcement.node)
         phase: Phase | None = None

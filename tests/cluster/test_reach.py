@@ -13,6 +13,7 @@ from biphase.cluster import life as life_module
 from biphase.cluster.actions import Abandon, Kill, Start
 from biphase.cluster.backend import Handle
 from biphase.cluster.controller_messages import warnings_of
+from biphase.cluster.controller_state import ControllerState, restore, slots_of
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.life import Life
 from biphase.cluster.reach import AGAIN_S, CUT_OFF, Reach
@@ -203,6 +204,30 @@ async def test_where_none_answers_the_own_host_is_cut_off_until_one_does(net: Ne
     assert not await net.reach_watch.may_be_lost("198.51.100.1:1"), "it has 3 s to answer"
     net.clock_s += AGAIN_S
     assert await net.reach_watch.may_be_lost("198.51.100.1:1")
+
+
+async def test_the_cut_ends_when_one_other_host_is_left(net: Net) -> None:
+    await net.reach_watch.look()
+    for name in ("prefill-0", "decode-0"):
+        assert net.core.reach.is_cut_off
+        net.core.gone(name, 1, "its node is dead", 65.0)
+        await net.reach_watch.look()
+    assert not net.core.reach.is_cut_off and net.changes == 2
+
+
+async def test_a_new_life_asks_whom_the_earlier_one_knew(net: Net) -> None:
+    kept = ControllerState.from_json(ControllerState(slots=slots_of(net.core)).to_json())
+    later = Net(Reconciler((), 100.0, 2.0))
+    restore(later.core, kept)
+    for name in later.core.slots:
+        later.core.adopt(name, 2 if name == "decode-0" else 1, 0.0)
+    watch = asyncio.create_task(later.reach_watch.run())
+    async with asyncio.timeout(10.0):
+        while not later.changes:
+            await asyncio.sleep(0)
+    watch.cancel()
+    assert later.core.reach.is_cut_off, "though nobody has said a word to it"
+    assert sorted(later.asked) == ["198.51.100.1:1", "198.51.100.3:1"], "another life is elsewhere"
 
 
 async def test_a_link_that_stands_again_ends_the_cut(net: Net) -> None:
