@@ -116,11 +116,11 @@ def is_here(host: str) -> bool:
         return host in ("", "localhost", socket.gethostname())
     if ip.is_loopback or ip.is_unspecified:
         return True
-    with socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.bind((host, 0))  # only an own address can be bound
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
 
 
