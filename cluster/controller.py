@@ -13,7 +13,7 @@ from collections.abc import Container, Coroutine
 from pathlib import Path
 from typing import Any
 
-from biphase.cluster.actions import Abandon, AskToStop, GiveUp, Kill, Start, TellDrain, TellFlip, TellResume
+from biphase.cluster.actions import Abandon, Action, AskToStop, GiveUp, Kill, Start, TellDrain, TellFlip, TellResume
 from biphase.cluster.admin import Admin
 from biphase.cluster.autoscaling import Autoscaling
 from biphase.cluster.backend import STATE, Backend, Handle, ProcessSpec
@@ -294,11 +294,13 @@ class Controller:
     # -- doing ------------------------------------------------------------------------------------------------------
 
     async def _step(self) -> None:
+        self.core.awake(self.now_s())
         actions = self.core.decide(self.now_s())
         self._publish()
         self._tell_notes()
         kept = await self.save()  # before a start: an incarnation is never used twice
         for action in actions:
+            life = self._life_of(action)  # it may have ended while this was saved: then there is nothing to do
             match action:
                 case Start() if not kept:
                     slot = self.core.slots[action.name]
@@ -307,22 +309,23 @@ class Controller:
                     )
                 case Start():
                     await self._start(self.core.slots[action.name])
-                case Kill(name=name, incarnation=incarnation, reason=reason):
+                case Kill(name=name, incarnation=incarnation, reason=reason) if life is not None:
                     logger.warning("killing %s#%d: %s", name, incarnation, reason)
-                    await self.backend.kill(self.lives[name].handle)
-                case Abandon(name=name, incarnation=incarnation, node=node):
-                    self._abandon(self.lives.pop(name), incarnation, node)
+                    await self.backend.kill(life.handle)
+                case Abandon(name=name, incarnation=incarnation, node=node) if life is not None:
+                    del self.lives[name]
+                    self._abandon(life, incarnation, node)
                     self.events.add("end", name, f"{name}#{incarnation} cannot be reached, its place is given away")
-                case AskToStop(name=name):
-                    await self.backend.ask_to_stop(self.lives[name].handle)
-                case TellDrain(name=name, grace_s=grace_s):
-                    self._tell(name, worker_pb2.LinkDown(drain=worker_pb2.Drain(grace_s=grace_s)))
-                case TellResume(name=name):
-                    self._tell(name, worker_pb2.LinkDown(resume=worker_pb2.Resume()))
-                case TellFlip(name=name, to=to, grace_s=grace_s):
+                case AskToStop() if life is not None:
+                    await self.backend.ask_to_stop(life.handle)
+                case TellDrain(grace_s=grace_s):
+                    _tell(life, worker_pb2.LinkDown(drain=worker_pb2.Drain(grace_s=grace_s)))
+                case TellResume():
+                    _tell(life, worker_pb2.LinkDown(resume=worker_pb2.Resume()))
+                case TellFlip(to=to, grace_s=grace_s):
                     role = convert.role_to_proto("prefill" if to.kind == "prefill" else "decode")
                     flip = worker_pb2.Flip(role=role, incarnation=to.incarnation, grace_s=grace_s)
-                    self._tell(name, worker_pb2.LinkDown(flip=flip))
+                    _tell(life, worker_pb2.LinkDown(flip=flip))
                 case GiveUp(reason=reason):
                     logger.error("giving up: %s", reason)
                     await self._end_all([life.handle for life in self.lives.values()], 0.0)
@@ -343,11 +346,12 @@ class Controller:
             ended = self.core.no_room if isinstance(error, SetupError) else self.core.gone
             ended(slot.name, slot.life, f"cannot be started: {one_line(error)}", self.now_s())
 
-    def _tell(self, name: str, command: worker_pb2.LinkDown) -> None:
-        link = self.lives[name].link
-        if link is not None:
-            logger.info("telling %s: %s", name, command.WhichOneof("command"))
-            link.send(command)
+    def _life_of(self, action: Action) -> Life | None:
+        """The life that an action is about, where it is held still."""
+        if isinstance(action, GiveUp):
+            return None
+        life = self.lives.get(action.name)
+        return life if life is not None and life.handle.incarnation <= action.incarnation else None
 
     async def _keep_pin(self) -> None:
         """End a pin when its time is over. Where that is refused, which is said once, it stays and is tried again; an
@@ -439,6 +443,12 @@ class Controller:
                 logger.error("while stopping", exc_info=error)
             self._failure = self._failure or error
             self._wake.set()
+
+
+def _tell(life: Life | None, command: worker_pb2.LinkDown) -> None:
+    if life is not None and life.link is not None:
+        logger.info("telling %s: %s", life.handle.name, command.WhichOneof("command"))
+        life.link.send(command)
 
 
 async def _wait_ended(handles: list[Handle], within_s: float) -> None:

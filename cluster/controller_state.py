@@ -30,6 +30,7 @@ class SlotState:
     flip: FlipTo | None = None
     grace_s: float = 0.0
     asked_s: float | None = None
+    address: str = ""
     failures: int = 0
     not_before_s: float = 0.0
 

@@ -28,9 +28,12 @@ class ReachWatch:
         self._answered: dict[str, bool] = {}
 
     async def run(self) -> None:
-        """While this host is cut off, and while others could not be reached, ask them again and again."""
+        """Ask all others once, whom an earlier life may have known; then while this host is cut off, and those that could
+        not be reached, again and again."""
+        await self.look()
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
+            self._controller.core.awake(self._controller.now_s())
             if self._controller.core.reach.is_cut_off:
                 await self.look()
             await self.look_for_silent()
@@ -89,15 +92,16 @@ class ReachWatch:
     def _note(self, answered: dict[str, bool]) -> None:
         core = self._controller.core
         was_cut_off = core.reach.is_cut_off
+        core.awake(self._controller.now_s())
         core.looked(answered, self._controller.now_s())
         if core.reach.is_cut_off != was_cut_off:
             self._controller.changed()
 
     def _others(self) -> list[str]:
         """Where instances and routers on other hosts listen, but for those that were given up already."""
-        slots = [slot for slot in self._controller.core.slots.values() if slot.phase != "lost" and not slot.killed]
-        said = [slot.announcement.address for slot in slots if slot.announcement is not None]
-        return [address for address in said if address and not is_here(host_of(address))]
+        slots = [slot for slot in self._controller.core.slots.values() if slot.phase not in ("waiting", "lost")]
+        addresses = [slot.address for slot in slots if slot.address and not slot.killed]
+        return [address for address in addresses if not is_here(host_of(address))]
 
 
 def host_of(address: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from biphase.cluster.actions import Abandon, Action, AskToStop, GiveUp, Kill, Start, TellDrain, TellFlip, TellResume
 from biphase.cluster.backend import CONTROLLER, Kind
-from biphase.cluster.reach import AGAIN_S, CUT_OFF, Reach
+from biphase.cluster.reach import AGAIN_S, CUT_OFF, MIN_OTHERS, Reach
 from biphase.cluster.slot import MemberView, Phase, Slot, Wanted, Work
 from biphase.cluster.start_failures import StartFailures
 from biphase.cluster.unreachable_hosts import UnreachableHosts
@@ -25,7 +25,7 @@ STABLE_S = 10.0
 """A process that was ready for this long is started again at once, its earlier deaths forgotten."""
 MAX_FIRST_CRASHES = 3
 STOP_S = 10.0
-"""How long an instance may take to end, or to turn, after its legs are gone."""
+"""How long an instance or router may take to end, or to turn, after its legs or requests are gone."""
 LAST_WORDS_S = 1.0
 """When its grace is over an instance tells the routers what is left, which then goes on elsewhere as an orderly move. It is
 asked to stop only so much later, so that these words are out first whatever its host and the link are busy with."""
@@ -62,6 +62,7 @@ class Reconciler:
         slot = self.slots[name]
         if slot.life != incarnation or not slot.incarnation:
             slot.incarnation = slot.life = incarnation
+            slot.address = ""
         slot.phase, slot.since_s, slot.adopted = "starting", now_s, True
 
     def announced(self, announcement: Announcement, now_s: float) -> None:
@@ -75,6 +76,7 @@ class Reconciler:
         if not slot.is_placed and announcement.pid:
             slot.since_s = now_s
         slot.announcement, slot.node, slot.adopted = announcement, announcement.node or slot.node, False
+        slot.address = announcement.address or slot.address
         self.node_failures.seen(slot.node)
         self.unreachable.reached(announcement.node)
         phase: Phase | None = None
@@ -125,10 +127,22 @@ class Reconciler:
         if since_s is None and self.reach.is_cut_off:
             self.notes.append(("warning", CONTROLLER, CUT_OFF))
         elif since_s is not None and not self.reach.is_cut_off:
-            for slot in self.slots.values():
-                slot.discount(since_s, now_s)
-            words = f"this host reaches others again after {now_s - since_s:.0f} s"
+            self._discount(since_s, now_s)
+            left = f"fewer than {MIN_OTHERS} other hosts are left"
+            ends = "this host reaches others again" if any(answered.values()) else left
+            words = f"{ends} after {now_s - since_s:.0f} s"
             self.notes.append(("warning", CONTROLLER, f"{words}: who does not answer for {AGAIN_S:g} s is given up"))
+
+    def awake(self, now_s: float) -> None:
+        """The controller runs, which is to be said every second. No patience runs out by a time in which it did not: what
+        has happened meanwhile is heard first. A cut is discounted as a whole when it ends."""
+        stopped_s = self.reach.awake(now_s)
+        if stopped_s is not None and not self.reach.is_cut_off:
+            self._discount(stopped_s, now_s)
+
+    def _discount(self, from_s: float, to_s: float) -> None:
+        for slot in self.slots.values():
+            slot.discount(from_s, to_s)
 
     def reached(self, node: str) -> None:
         """The host answers again: instances may start there."""
@@ -194,7 +208,7 @@ class Reconciler:
                 self.notes.append(("node", slot.node, problem))
         stable = by_wish or (ready_since_s is not None and now_s - ready_since_s >= STABLE_S)
         blameless = slot.moves or (host_lost and ready_since_s is not None)
-        if not blameless:
+        if by_wish or not blameless:  # what follows our wish begins without the failures before it
             slot.failures = 0 if stable else slot.failures + 1
         if failed_setup and not by_wish:  # the same again may fail the same
             slot.failures = max(1, slot.failures) if self.was_ready or slot.ever_ready else MAX_FIRST_CRASHES
@@ -270,8 +284,8 @@ class Reconciler:
                 doing = slot.announcement.detail if slot.announcement is not None else ""
                 said = f", its last word: {doing}" if doing else ""
                 self._lose(slot, f"not ready within {self.start_timeout_s:g} s{said}", now_s)
-        elif slot.stop_asked_s is not None and now_s - slot.stop_asked_s >= STOP_S:
-            self._lose(slot, f"did not end within {STOP_S:g} s of being asked", now_s)
+        elif slot.stop_asked_s is not None and now_s - slot.stop_asked_s >= _stop_limit_s(slot):
+            self._lose(slot, f"did not end within {_stop_limit_s(slot):g} s of being asked", now_s)
         elif slot.flip is not None and slot.asked_s is not None:
             limit_s = slot.grace_s + STOP_S
             if now_s - slot.asked_s >= limit_s:
@@ -325,7 +339,7 @@ class Reconciler:
                 if slot.is_placed and slot.since_s is not None:
                     due.append(slot.since_s + self.start_timeout_s)
             elif slot.stop_asked_s is not None:
-                due.append(slot.stop_asked_s + STOP_S)
+                due.append(slot.stop_asked_s + _stop_limit_s(slot))
             elif slot.asked_s is not None and slot.ending:
                 due.append(slot.asked_s + slot.grace_s + LAST_WORDS_S)
             elif slot.asked_s is not None and slot.flip is not None:
@@ -397,3 +411,8 @@ class Reconciler:
     def __repr__(self) -> str:
         up = sum(slot.is_up for slot in self.slots.values())
         return f"<Reconciler [{up} up of {len(self.slots)}, version {self.version}]>"
+
+
+def _stop_limit_s(slot: Slot) -> float:
+    """From being asked to the end: an instance has drained before, a router drains then."""
+    return STOP_S if slot.is_instance else slot.grace_s + STOP_S

@@ -8,6 +8,7 @@ renewed one then takes its place.
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from biphase.cluster.reach import CUT_OFF
 from biphase.cluster.reconcile import Reconciler
 from biphase.cluster.slot import Slot
 from biphase.cluster.wanted_set import instances, reason_against_generations
@@ -113,6 +114,8 @@ def plan_of(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: bo
 
 
 def next_step(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: bool, now_s: float) -> Step:
+    if core.reach.is_cut_off:  # no limit runs out, and nobody begins to leave
+        return Wait(reason=CUT_OFF)
     for slot in instances(core):
         reason = _reason_of_failure(core, update, slot, now_s)
         if reason:

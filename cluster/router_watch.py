@@ -3,6 +3,7 @@
 import asyncio
 from typing import TYPE_CHECKING
 
+from biphase.cluster.reach import PAUSE_S
 from biphase.cluster.router_silence import Heard, Verdict, judge
 from biphase.protos import controller_pb2
 
@@ -10,8 +11,6 @@ if TYPE_CHECKING:
     from biphase.cluster.controller import Controller
 
 LOOK_S = 1.0
-PAUSE_S = 3.0
-"""A controller that has not looked for so long was stopped or starved itself, and could hear nobody."""
 
 
 class RouterWatch:

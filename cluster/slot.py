@@ -100,6 +100,8 @@ class Slot:
     """What its next life is to serve, where that is another."""
     next_kind: Kind | None = None
     node: str = ""
+    address: str = ""
+    """Where the life has said that it listens, to this controller or an earlier one."""
     avoids: frozenset[str] | None = None
     """The hosts that the life was started to avoid; None: that is not known, an earlier controller started it."""
     moves: bool = False
@@ -209,7 +211,8 @@ class Slot:
             self.kind, self.next_kind = self.next_kind, None
         self.restarts += 1 if self.incarnation else 0
         self.incarnation = self.life = incarnation
-        self.phase, self.since_s, self.node, self.no_room = "starting", now_s, "", False
+        self.phase, self.since_s, self.no_room = "starting", now_s, False
+        self.node = self.address = ""
         self.avoids = avoids
         if self.down_since_s is None:
             self.down_since_s = now_s
@@ -217,7 +220,7 @@ class Slot:
     def end_life(self, now_s: float) -> None:
         """Nothing of the life that is over is left, but for why it ended."""
         self.phase, self.since_s, self.health = "waiting", now_s, ""
-        self.moves = self.unreached = False
+        self.moves, self.unreached, self.address = False, False, ""
         if self.ready_since_s is not None or self.down_since_s is None:
             self.down_since_s = now_s
         self.adopted = self.silent = False

@@ -166,7 +166,7 @@ class Supervisor:
         """The controller adopts what lives, by its state. Routers look for it at an address, which may be another now."""
         if former.controller_address != self._base.controller_address:
             logger.warning("the controller was at %s: routers start anew", former.controller_address or "?")
-            await self._backend.save_state(with_routers_anew(former.state).to_json())
+            await self._backend.save_state(with_routers_anew(former.state, self._deployment.drain_s).to_json())
 
     async def _begin(self, used: ControllerState) -> None:
         """Start all that the deployment wants, or leave that to the controller."""

@@ -106,10 +106,11 @@ def plan(served_text: str | None, wanted: Deployment, state_text: str | None, li
     )
 
 
-def with_routers_anew(state: ControllerState) -> ControllerState:
-    """The state in which every router drains and starts again: those that run look for the controller elsewhere."""
+def with_routers_anew(state: ControllerState, drain_s: float) -> ControllerState:
+    """The state in which every router drains, for at most ``drain_s``, and starts again: those that run look for the
+    controller elsewhere."""
     slots = {
-        name: replace(slot, ending="again") if slot.kind == "router" and not slot.ending else slot
+        name: replace(slot, ending="again", grace_s=drain_s) if slot.kind == "router" and not slot.ending else slot
         for name, slot in state.slots.items()
     }
     return replace(state, slots=slots)

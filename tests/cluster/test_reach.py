@@ -13,6 +13,7 @@ from biphase.cluster import life as life_module
 from biphase.cluster.actions import Abandon, Kill, Start
 from biphase.cluster.backend import Handle
 from biphase.cluster.controller_messages import warnings_of
+from biphase.cluster.controller_state import ControllerState, restore, slots_of
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.life import Life
 from biphase.cluster.reach import AGAIN_S, CUT_OFF, Reach
@@ -64,6 +65,16 @@ def test_once_others_answer_the_silent_are_asked_again_first() -> None:
     assert not reach.may_be_lost(40.0), "a second cut is judged like the first"
 
 
+@pytest.mark.parametrize("left", [{}, {"a": False}], ids=["none", "one"])
+def test_a_cut_ends_where_at_most_one_other_host_is_left(left: dict[str, bool]) -> None:
+    reach = Reach()
+    reach.looked(ALL_SILENT, 10.0)
+    reach.looked(left, 75.0)
+    assert not reach.is_cut_off
+    assert not reach.may_be_lost(75.0 + AGAIN_S - 0.01)
+    assert reach.may_be_lost(75.0 + AGAIN_S)
+
+
 # -- what the reconciler makes of it ----------------------------------------------------------------------------------
 
 
@@ -103,6 +114,20 @@ def test_whoever_is_cut_off_with_this_host_stays_a_member_and_its_end_is_an_end(
     assert core.members == before
     core.gone("decode-1", 1, "its process is gone", 101.0)
     assert core.decide(101.0) == [Start(name="decode-1", incarnation=2)]
+
+
+def test_what_starts_in_place_of_hosts_that_are_gone_has_its_limits() -> None:
+    core = made(kill_patience_s=2.0)
+    core.looked(ALL_SILENT, 10.0)
+    core.gone("decode-0", 1, "its node is dead", 75.0)
+    core.gone("decode-1", 1, "its node is dead", 75.0)
+    core.decide(75.0)
+    say(core, "decode-0", "loading", 76.0, node="127.0.0.1")
+    core.looked({}, 77.0)
+    assert core.notes[-1][2].startswith("fewer than 2 other hosts are left after 67 s")
+    assert core.next_due_s() == 77.0 + core.start_timeout_s
+    core.decide(77.0 + core.start_timeout_s)
+    assert core.slots["decode-0"].phase == "lost"
 
 
 def test_status_says_that_this_host_is_cut_off() -> None:
@@ -179,6 +204,30 @@ async def test_where_none_answers_the_own_host_is_cut_off_until_one_does(net: Ne
     assert not await net.reach_watch.may_be_lost("198.51.100.1:1"), "it has 3 s to answer"
     net.clock_s += AGAIN_S
     assert await net.reach_watch.may_be_lost("198.51.100.1:1")
+
+
+async def test_the_cut_ends_when_one_other_host_is_left(net: Net) -> None:
+    await net.reach_watch.look()
+    for name in ("prefill-0", "decode-0"):
+        assert net.core.reach.is_cut_off
+        net.core.gone(name, 1, "its node is dead", 65.0)
+        await net.reach_watch.look()
+    assert not net.core.reach.is_cut_off and net.changes == 2
+
+
+async def test_a_new_life_asks_whom_the_earlier_one_knew(net: Net) -> None:
+    kept = ControllerState.from_json(ControllerState(slots=slots_of(net.core)).to_json())
+    later = Net(Reconciler((), 100.0, 2.0))
+    restore(later.core, kept)
+    for name in later.core.slots:
+        later.core.adopt(name, 2 if name == "decode-0" else 1, 0.0)
+    watch = asyncio.create_task(later.reach_watch.run())
+    async with asyncio.timeout(10.0):
+        while not later.changes:
+            await asyncio.sleep(0)
+    watch.cancel()
+    assert later.core.reach.is_cut_off, "though nobody has said a word to it"
+    assert sorted(later.asked) == ["198.51.100.1:1", "198.51.100.3:1"], "another life is elsewhere"
 
 
 async def test_a_link_that_stands_again_ends_the_cut(net: Net) -> None:

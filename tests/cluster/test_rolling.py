@@ -7,6 +7,7 @@ from support.wanted import made, up
 
 from biphase.cluster import rolling, wanted_set
 from biphase.cluster.actions import Start
+from biphase.cluster.reach import CUT_OFF
 from biphase.cluster.reconcile import Reconciler
 from biphase.cluster.rescue import PATIENCE_S, Rescue, rescue
 from biphase.protos.process import Announcement
@@ -130,6 +131,39 @@ def test_one_that_finds_no_room_in_time_has_failed() -> None:
     assert rolling.next_step(core, update, "auto", can_flip=True, now_s=until_s) == rolling.Failed(
         name="prefill-0", reason="no room within 100 s: waits for room on a node"
     )
+
+
+def test_no_limit_runs_out_while_this_host_is_cut_off() -> None:
+    core = old(2, 2)
+    update = replace(NEW, current="prefill-0")
+    wanted_set.renew(core, "prefill-0", 5.0, 100.0, generation="new", role=None)
+    core.decide(100.0)
+    core.gone("prefill-0", 1, "ended", 101.0)
+    core.decide(101.0)
+    core.announced(Announcement(name="prefill-0", kind="prefill", incarnation=2, pid=0), 102.0)
+    core.looked({"a": False, "b": False}, 110.0)
+    later_s = 101.0 + core.start_timeout_s + 50.0
+    assert rolling.next_step(core, update, "auto", can_flip=True, now_s=later_s) == rolling.Wait(reason=CUT_OFF)
+    core.looked({"a": True, "b": False}, later_s)
+    step = rolling.next_step(core, update, "auto", can_flip=True, now_s=later_s)
+    assert step == rolling.Wait(reason="prefill-0 is starting", until_s=later_s + core.start_timeout_s - 9.0)
+
+
+def test_who_was_not_tried_in_the_new_generation_has_not_failed_in_it() -> None:
+    core = made(2, 2, kill_patience_s=2.0)
+    for slot in core.slots.values():
+        slot.generation = "old"
+    core.slots["decode-0"].failures = 1
+    update = replace(NEW, current="decode-0")
+    wanted_set.renew(core, "decode-0", 60.0, 100.0, generation="new", role=None)
+    core.decide(100.0)
+    core.lost("decode-0", 1, "link lost", 101.0, unreached=True)
+    core.decide(101.0)
+    core.decide(103.0)  # its place is given away
+    assert (core.slots["decode-0"].phase, core.slots["decode-0"].generation) == ("waiting", "new")
+    step = rolling.next_step(core, update, "auto", can_flip=True, now_s=103.0)
+    assert step == rolling.Wait(reason="decode-0 is waiting")
+    assert Start(name="decode-0", incarnation=2) in core.decide(103.0)
 
 
 def test_roles_that_were_turned_by_hand_stay() -> None:

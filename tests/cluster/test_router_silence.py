@@ -6,9 +6,10 @@ from typing import Any, cast
 from support.wanted import idle, made
 
 from biphase.cluster.actions import Kill, Start
+from biphase.cluster.reach import PAUSE_S
 from biphase.cluster.router_reports import RouterReports
 from biphase.cluster.router_silence import STALE_S, WITNESS_S, Heard, Verdict, judge
-from biphase.cluster.router_watch import PAUSE_S, RouterWatch
+from biphase.cluster.router_watch import RouterWatch
 from biphase.protos import controller_pb2, worker_pb2
 
 REPLACE_S = 30.0

@@ -68,6 +68,24 @@ async def test_an_instance_that_does_not_answer_is_waited_for_so_long() -> None:
     assert not core.is_settled
 
 
+async def test_a_life_that_begins_while_its_host_is_cut_off_waits_for_that_to_end() -> None:
+    core, said = adopted(), asyncio.Event()
+
+    class Changes:
+        async def wait(self) -> None:
+            said.set()
+            await asyncio.sleep(0)
+
+    core.looked({"a": False, "b": False}, 0.5)
+    waits = asyncio.create_task(until_settled(core, cast("Any", Changes()), within_s=0.0))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert said.is_set() and not waits.done()
+    core.looked({"a": True, "b": False}, 60.0)
+    await asyncio.wait_for(waits, WITHIN_S)
+    assert not core.is_settled, "who stays silent then is waited for as ever"
+
+
 class Found:
     """A process that runs already, as the handle of the backend below."""
 

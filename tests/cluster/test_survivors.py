@@ -6,11 +6,14 @@ from typing import Any, cast
 
 import pytest
 
+from biphase.cluster.actions import AskToStop
 from biphase.cluster.backend import Handle, Kind
-from biphase.cluster.controller_state import AbandonedLife, ControllerState, Pin, SlotState, first_state
+from biphase.cluster.controller_state import AbandonedLife, ControllerState, Pin, SlotState, first_state, restore
 from biphase.cluster.deployment import Deployment
+from biphase.cluster.reconcile import STOP_S, Reconciler
 from biphase.cluster.slot import FlipTo
 from biphase.cluster.survivors import Served, plan, sort_out, with_routers_anew
+from biphase.protos.process import Announcement
 
 DEPLOYMENT = Deployment(model="/models/a", name="x", backend="ray", served_model_name="a")
 UPDATED = replace(DEPLOYMENT, model="/models/b")
@@ -148,8 +151,24 @@ def test_a_first_serve_says_nothing_of_the_past() -> None:
 
 
 def test_routers_that_look_elsewhere_start_again_and_nothing_else_does() -> None:
-    endings = {name: slot.ending for name, slot in with_routers_anew(state()).slots.items()}
-    assert endings == {"prefill-0": "", "decode-0": "", "router-0": "again"}
+    endings = {name: (slot.ending, slot.grace_s) for name, slot in with_routers_anew(state(), 45.0).slots.items()}
+    assert endings == {"prefill-0": ("", 0.0), "decode-0": ("", 0.0), "router-0": ("again", 45.0)}
+
+
+def test_a_router_that_starts_again_has_its_drain_and_the_time_to_stop() -> None:
+    core = Reconciler((), 100.0)
+    restore(core, ControllerState.from_json(with_routers_anew(state(), 45.0).to_json()))
+    core.adopt("router-0", 1, 0.0)
+    word = Announcement(name="router-0", kind="router", incarnation=1, pid=1, state="ready", address="a:1")
+    core.announced(word, 0.0)
+    assert AskToStop(name="router-0", incarnation=1) in core.decide(1.0)
+    core.announced(replace(word, state="draining"), 1.1)
+    assert core.next_due_s() == 1.0 + 45.0 + STOP_S
+    core.decide(45.9 + STOP_S)
+    assert not core.slots["router-0"].killed
+    core.decide(46.0 + STOP_S)
+    assert core.slots["router-0"].killed
+    assert core.slots["router-0"].reason == f"did not end within {45.0 + STOP_S:g} s of being asked"
 
 
 def test_sort_out_leaves_controllers_alone() -> None:
