@@ -20,7 +20,7 @@ AT_WORK_WITHIN_S, ONE_MORE_WITHIN_S = 30.0, 5.0
 """How long to wait for so many, and at first for one more: one of them may end just before it is hit."""
 POLL_S = 0.01
 STREAMING_TOKENS = 3
-PROMPTS, PROMPT_OUTPUT = 8, 16
+PROMPTS, PROMPT_OUTPUT = 6, 16
 FIRST_INDEX = 1_000_000
 """Of the burst of prompts, so that it has none of the load's."""
 

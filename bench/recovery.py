@@ -200,7 +200,7 @@ async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
         for word in words
         for number in range(arguments.kills if word in ("kill:prefill", "kill:decode") else arguments.repeat)
     ]
-    prompts = RecordedPrompts(recording.usable, seed=arguments.seed, candidates=4)
+    prompts = RecordedPrompts(recording.usable, seed=arguments.seed, candidates=16)
     cores, said = cores_for(arguments.cores)
     if said:
         print(f"recovery: {said}", file=sys.stderr, flush=True)
