@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from fault_outcome import Fault, Outcome, View, seen_unix_s
+from fault_work import POLL_S, at_work, prompt_burst
 from idle_counters import wait_idle
+from load_clock import shifted
 from netns_cluster import NetnsCluster
 
 from biphase.client import AsyncClient
@@ -24,11 +26,12 @@ from biphase.protos.errors import BiphaseError
 HEAL_AFTER_S = 10.0
 SEEN_WITHIN_S = 15.0
 STRONG_WITHIN_S = 90.0
+SERVES_WITHIN_S = 15.0
 FORMER_WITHIN_S = 10.0
-POLL_S = 0.01
-STREAMS_ON_VICTIM = 4
-AT_WORK_WITHIN_S, ONE_MORE_WITHIN_S = 30.0, 5.0
-"""How long to wait for so many, and at first for one more: one of them may end just before it is hit."""
+ANSWERS_AFTER_S = 0.2
+"""A word of a router that was asked sooner after the fault may be from before it."""
+INPUT_TOKENS = 64
+"""Of prompts, as near as the recorded ones come."""
 TIMEOUT_S = 180.0
 """Of each request: far above what any fault may cost, so that one that hangs is a lost one."""
 
@@ -60,6 +63,27 @@ class Load:
         found = [view.legs for view in views if view is not None and view.state == "ready"]
         return sum(found) if len(found) == len(self.clients) else None
 
+    async def open_pulls(self, name: str) -> int:
+        """What an instance pulls from others now, by its own word."""
+        return (await self.cluster.worker_counters()).get(name, {}).get("open_pulls", 0)
+
+    async def failed_handoffs(self) -> int:
+        """As the routers count them that answer."""
+        found = 0
+        for client in self.clients:
+            with contextlib.suppress(BiphaseError):
+                found += (await client.server_info(timeout_s=1.0)).counters.get("replays_handoff_failed", 0)
+        return found
+
+    def client_of(self, address: str) -> AsyncClient:
+        return next(client for client in self.clients if client.address == address)
+
+    async def serves(self, address: str) -> bool:
+        """Whether a request through that router alone is done, with the right tokens."""
+        arrival = Arrival(index=0, at_s=0.0, phase=0, input_tokens=INPUT_TOKENS, output_tokens=4)
+        (one,) = await self.runner(SERVES_WITHIN_S, through=self.client_of(address)).run([arrival])
+        return one.done and not one.wrong
+
     async def strong(self, instances: Mapping[str, int]) -> bool:
         """Whether every router has so many ``instances`` of each role as ready, and the controller calls all ready."""
         for client in self.clients:
@@ -86,31 +110,50 @@ async def run_case(load: Load, fault: Fault, arrivals: Sequence[Arrival], instan
     outcome, runner, cluster = Outcome(fault=fault), load.runner(), load.cluster
     if fault.role == "router":
         outcome.address = cluster.addresses[int(fault.victim.partition("-")[2])]
-    running = asyncio.create_task(runner.run(arrivals))
+    prompts = load.runner()
+    running = [asyncio.create_task(runner.run(arrivals))]
+
+    def send_prompts() -> None:
+        running.append(asyncio.create_task(prompts.run(prompt_burst(INPUT_TOKENS))))
+
     try:
         before = cluster.lives()
         outcome.life = f"{fault.victim}#{before[fault.victim][1]}"
-        outcome.on_victim = await _at_work(load, outcome, runner)
+        failed_before = await load.failed_handoffs()
+        outcome.on_victim = await at_work(load, fault, runner.live, outcome.address, send_prompts)
         hit_at, hit_unix_s, outcome.at_s = time.monotonic(), time.time(), runner.now_s()
         outcome.doomed = [index for index, live in runner.live.items() if live.address == outcome.address]
         heal = inject(cluster, fault)
-        seen = asyncio.create_task(_seen(load, fault, hit_unix_s))
+        if fault.kind == "pair":
+            seen = asyncio.create_task(_pair_seen(load, failed_before, hit_at))
+        else:
+            seen = asyncio.create_task(_seen(load, fault, hit_unix_s))
         replaced = asyncio.create_task(_strong_after(load, instances, hit_at, seen))
         stopped = asyncio.create_task(_work_stopped(load, fault, hit_at))
+        over = asyncio.create_task(_answers_again(load, outcome, runner, hit_at))
         if fault.kind != "kill":
             await asyncio.sleep(HEAL_AFTER_S - (time.monotonic() - hit_at))
         heal()
         former = asyncio.create_task(_former_lives(cluster, time.monotonic()))
         outcome.detected_s, outcome.stopped_s = await seen, await stopped
         healed_s = await _strong_again(load, instances, hit_at)
-        outcome.strong_s = healed_s if math.isnan(healed_s) or math.isnan(outcome.detected_s) else await replaced
+        replaced_s = await replaced
+        by_itself = fault.role in ("prefill", "decode") and fault.kind != "pair"
+        outcome.strong_s = replaced_s if by_itself and not math.isnan(healed_s + replaced_s) else healed_s
+        runner.stop()
+        outcome.over_s = await over
+        if outcome.address and not math.isnan(healed_s):
+            outcome.served_after = await load.serves(outcome.address)
+        if fault.kind == "pair":
+            outcome.failed_handoffs = await load.failed_handoffs() - failed_before
         outcome.former = sorted({*await former, *cluster.former_lives()})
         spared = () if fault.kind == "pair" else (fault.victim,)
         after = cluster.lives()
         outcome.restarted = [name for name in before if name not in spared and after.get(name) != before[name]]
     finally:
         runner.stop()
-    outcome.measured = list(await running)
+        await asyncio.gather(*running)
+    outcome.measured = [*runner.measured, *shifted(prompts.measured, prompts.began_at_s - runner.began_at_s)]
     outcome.left = await wait_idle(cluster, within_s=5.0)
     return outcome
 
@@ -132,27 +175,10 @@ def inject(cluster: NetnsCluster, fault: Fault) -> Callable[[], None]:
             return lambda: cluster.heal_pair(hosts)
 
 
-async def _at_work(load: Load, outcome: Outcome, runner: Runner) -> int:
-    """Wait until an instance has its requests, a router its streams, others see some of the load; returns how much it is.
-    After a while it is what it is, and the goals tell."""
-    began, fault = time.monotonic(), outcome.fault
-    while True:
-        waited_s = time.monotonic() - began
-        streams = [live for live in runner.live.values() if len(live.tokens) >= 3]
-        if fault.role == "decode":
-            found = await load.legs_on(fault.victim) or 0
-        else:
-            found = sum(live.address == outcome.address or not outcome.address for live in streams)
-        enough = STREAMS_ON_VICTIM + (waited_s < ONE_MORE_WITHIN_S)
-        if min(found, len(streams)) >= enough or waited_s > AT_WORK_WITHIN_S:
-            return min(found, len(streams))
-        await asyncio.sleep(POLL_S)
-
-
 async def _seen(load: Load, fault: Fault, hit_unix_s: float) -> float:
     """Seconds until every router had the victim as not ready, by their own clocks; asking has no part in it. NaN for what
     the routers cannot see by themselves."""
-    if fault.role not in ("prefill", "decode") or fault.kind == "pair":
+    if fault.role not in ("prefill", "decode"):
         return math.nan
 
     async def one(client: AsyncClient) -> float:
@@ -168,6 +194,27 @@ async def _seen(load: Load, fault: Fault, hit_unix_s: float) -> float:
 
     found = await asyncio.gather(*(one(client) for client in load.clients))
     return math.nan if any(map(math.isnan, found)) else max(found)
+
+
+async def _pair_seen(load: Load, failed_before: int, hit_at: float) -> float:
+    """Seconds until a router knew of the first handoff that failed; NaN when none has."""
+    while time.monotonic() - hit_at < SEEN_WITHIN_S:
+        if await load.failed_handoffs() > failed_before:
+            return time.monotonic() - hit_at
+        await asyncio.sleep(POLL_S)
+    return math.nan
+
+
+async def _answers_again(load: Load, outcome: Outcome, runner: Runner, hit_at: float) -> float:
+    """When the faulted router answered again, on the load's clock, by the connection that its requests take."""
+    if not outcome.address:
+        return math.inf
+    await asyncio.sleep(ANSWERS_AFTER_S)
+    while time.monotonic() - hit_at < STRONG_WITHIN_S:
+        if await load.views(load.client_of(outcome.address)) is not None:
+            return runner.now_s()
+        await asyncio.sleep(POLL_S)
+    return math.inf
 
 
 async def _work_stopped(load: Load, fault: Fault, hit_at: float) -> float:

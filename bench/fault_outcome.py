@@ -11,6 +11,8 @@ from biphase.client.bench.measured import Measured
 
 Kind = Literal["kill", "stop", "partition", "pair"]
 KINDS_OF: tuple[Kind, ...] = ("kill", "stop", "partition", "pair")
+ENDED_WITHIN_S = 3.0
+"""By when what a faulted router cannot serve has ended at the client with UNAVAILABLE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +66,10 @@ class Outcome:
     at_s: float = math.nan
     """On the load's own clock."""
     on_victim: int = 0
-    """What it had to do when it was hit: requests aboard an instance, streams at a router."""
+    """What it had to do when it was hit: requests aboard an instance, streams at a router, pulls between a pair."""
     detected_s: float = math.nan
-    """Until the last router had the instance as not ready, by the routers' own clocks."""
+    """Until the last router had the instance as not ready, by the routers' own clocks; of a pair: until a router knew of the
+    first handoff that failed."""
     strong_s: float = math.nan
     """When everything was ready again: of an instance when it was replaced, of others once they were healed."""
     stopped_s: float = math.nan
@@ -82,6 +85,12 @@ class Outcome:
     """Of the faulted router."""
     doomed: Sequence[int] = ()
     """The requests that ran at the faulted router when it was hit."""
+    over_s: float = math.inf
+    """Of a router: when it answered again, on the load's own clock; infinite: it has not."""
+    served_after: int = 0
+    """Of a router: requests that it served once all was ready again."""
+    failed_handoffs: int = 0
+    """Between prefill and decode instances, from the fault on."""
 
     @property
     def seen_s(self) -> float:
@@ -93,10 +102,18 @@ class Outcome:
 
     @property
     def excused(self) -> list[Measured]:
-        """Failed as they may: at the faulted router, with UNAVAILABLE."""
+        """Failed as they may: at the faulted router, with UNAVAILABLE, sent before it answered again and ended in time."""
         if self.fault.role != "router":
             return []
-        return [one for one in self.measured if one.kind == "UNAVAILABLE" and one.address == self.address]
+        return [
+            one
+            for one in self.measured
+            if one.kind == "UNAVAILABLE"
+            and one.address == self.address
+            and one.sent_s < self.over_s
+            and one.ended_s >= self.at_s
+            and one.ended_s - max(one.sent_s, self.at_s) <= ENDED_WITHIN_S
+        ]
 
     @property
     def lost(self) -> list[Measured]:

@@ -8,6 +8,9 @@ prompts that wait to be pulled on the one, running requests on the other, all lo
     drain   from the order to the last word on the last leg, which a grace bounds
     turn    from the last word (of an idle instance: the order) to the first link that the new role welcomes
     first   from there to the first token of a request in the new role
+
+Then in a deployment, through a router: streams that are longer than the grace go on elsewhere, with the tokens that they would
+have had (``flip_replay.py``).
 """
 
 import argparse
@@ -25,6 +28,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+from flip_replay import measure_replay
 from report import Report, add_arguments, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -229,6 +233,7 @@ def main() -> int:
     )
     report = Report("flip", columns)
     asyncio.run(measure(arguments, report))
+    asyncio.run(measure_replay(arguments, report))
     return report.finish(arguments)
 
 

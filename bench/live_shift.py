@@ -8,7 +8,8 @@ with half a core of its own (cgroup quota, as root), so that an idle one's time 
 prompts with short answers to short prompts with long answers, and back. First the unloaded times are measured, whose medians
 x 5 are the goals, then what one prefill and one decode instance can do; lengths are chosen so that the right ratio has a
 quarter of headroom and a little more, and each fixed ratio shows before its run what of its capacity the load leaves.
-Attainment counts refused and failed requests as misses; it is taken from 60 s after each turn to its end.
+The fixed ratios have the same requests, but begin each phase empty, for the work that the wrong one leaves behind would spoil the
+next; the third phase, which is as the first, only the autoscaler has. Attainment counts refused and failed requests as misses; it is taken from 60 s after each turn to its end.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from typing import Any
 import cpu_shares
 import report
 import shift_plot
+from load_clock import shifted
 from local_cluster import LocalCluster, local_cluster
 from shift_judge import (
+    AUTO,
     COOLDOWN_S,
     FEWEST_IN_WINDOW,
     FLIP_GRACE_S,
@@ -41,6 +44,7 @@ from shift_judge import (
     Look,
     fewest_in_window,
     judge,
+    parts_of,
     turn_of,
 )
 
@@ -181,8 +185,8 @@ async def calibrate(arguments: argparse.Namespace) -> Shape:
 class Following:
     """Notes, until cancelled, every change of the ratio, the controller's decisions, and how instances turn."""
 
-    def __init__(self, cluster: LocalCluster, client: AsyncClient, runner: Runner, arm: Arm) -> None:
-        self._cluster, self._client, self._runner, self._arm = cluster, client, runner, arm
+    def __init__(self, cluster: LocalCluster, client: AsyncClient, now_s: Callable[[], float], arm: Arm) -> None:
+        self._cluster, self._client, self._now_s, self._arm = cluster, client, now_s, arm
         self._orders: list[tuple[str, float]] = []
         self._looks: dict[str, list[Look]] = defaultdict(list)
 
@@ -198,21 +202,21 @@ class Following:
         return turn_of(name, ordered_unix_s, [one for one in self._looks[name] if one.asked_unix_s < next_unix_s])
 
     async def _follow_status(self) -> None:
-        arm, runner = self._arm, self._runner
+        arm = self._arm
         while True:
             status = await self._cluster.status()
             if status is not None:
                 ready = [process.role for process in status.processes if process.state == "ready" and process.role]
                 now = ready.count(1), ready.count(2)
                 if sum(now) and (not arm.ratios or arm.ratios[-1][1:] != now):
-                    arm.ratios.append((runner.now_s(), *now))
+                    arm.ratios.append((self._now_s(), *now))
                 for event in status.decisions:
                     line = f"{event.kind} {event.subject}: {event.text}"
                     if line not in arm.decisions:
                         arm.decisions.append(line)
                         if (flip := FLIP.search(event.text)) is not None:
                             self._orders.append((flip[1], event.unix_s))
-                        print(f"{arm.name} at {runner.now_s():.0f} s: {line}", file=sys.stderr, flush=True)
+                        print(f"{arm.name} at {self._now_s():.0f} s: {line}", file=sys.stderr, flush=True)
             await asyncio.sleep(STATUS_EVERY_S)
 
     async def _follow_instances(self) -> None:
@@ -255,7 +259,7 @@ async def headroom_of(client: AsyncClient, shape: Shape, ratio: str, rate: float
 
 async def run_arm(arguments: argparse.Namespace, name: str, shape: Shape, phases: Sequence[Phase]) -> Arm:
     arm = Arm(name=name)
-    policy = policy_of(shape) if name == "auto" else None
+    policy = policy_of(shape) if name == AUTO else None
     ratio = RATIOS.get(name, RATIOS["2P1D"])  # the autoscaler begins with what suits the first phase
     with cpu_shares.cpu_shares(CORES_EACH) as env:
         async with local_cluster(deploy_of(arguments, ratio, policy), env) as cluster:
@@ -266,11 +270,17 @@ async def run_arm(arguments: argparse.Namespace, name: str, shape: Shape, phases
                     arm.headroom = await headroom_of(client, shape, name, arguments.rate)
                 model = (await client.model_info()).model
                 prompts = RandomPrompts(vocab_size=model.vocab_size, max_model_len=model.max_model_len, seed=7)
-                runner = Runner([client], prompts, timeout_s=120.0)
-                following = asyncio.create_task(Following(cluster, client, runner, arm).run())
-                arm.measured = list(await runner.run(arrivals(phases, random.Random(arguments.seed))))
-                following.cancel()
-                await asyncio.wait([following])
+                due = list(arrivals(phases, random.Random(arguments.seed)))
+                for begin_s, part in parts_of(name, due, phases):
+                    runner = Runner([client], prompts, timeout_s=120.0)
+
+                    def now_s(runner: Runner = runner, begin_s: float = begin_s) -> float:
+                        return begin_s + runner.now_s()
+
+                    following = asyncio.create_task(Following(cluster, client, now_s, arm).run())
+                    arm.measured += shifted(await runner.run(part), begin_s)
+                    following.cancel()
+                    await asyncio.wait([following])
     return arm
 
 
@@ -323,7 +333,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=1.7, help="requests/s: a window of 30 s must hold 40")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--kv-memory", default="256MiB", help="of each instance")
-    parser.add_argument("--arms", nargs="+", choices=["auto", *RATIOS], default=["auto", *RATIOS])
+    parser.add_argument("--arms", nargs="+", choices=[AUTO, *RATIOS], default=[AUTO, *RATIOS])
     parser.add_argument("--probe-input", type=int, default=128, help="prompt tokens of the calibration")
     parser.add_argument("--probe-output", type=int, default=48, help="output tokens of the calibration")
     parser.add_argument("--seed", type=int, default=1)

@@ -1,18 +1,21 @@
 """What is lost when something dies: every fault on a deployment under load, whose processes have hosts of their own.
 
     python bench/recovery.py [--faults kill:decode stop:prefill ...] [--repeat 3] [--kills 10] [--model smollm2] [--cores 0.5]
-                             [--tokens FILE] [--json FILE] [--check]
+                             [--tokens FILE] [--json FILE] [--check]      (half an hour)
 
 1 prefill and 2 decode instances, 2 routers, mode auto, float32 and codec raw, each process in a network namespace (root).
 Faults: kill -9, SIGSTOP and partition (packets dropped, no end is told) of a prefill instance, a decode instance, the
 controller and one of two routers, and a partition of prefill and decode instance from each other alone; stops and partitions
 heal after 10 s. Each life of an instance has a share of the processors of its own (--cores, by cgroup quota), as on a host of
-its own: else the start of a replacement takes its time from the instance that prefills what was displaced. Answers are compared with recorded ones (``record_tokens.py``; tests/reference has SmolLM2's).
+its own: else the start of a replacement takes its time from the instance that prefills what was displaced. Answers are
+compared with recorded ones (``record_tokens.py``; tests/reference has SmolLM2's).
 
-A request is *lost* when it is not done, save UNAVAILABLE of streams at the faulted router. *Seen*: every router has the
-instance as not ready, by the routers' own clocks; of a router: its last stream has ended at the client. The gap is the longest
-silence of a stream that ran on the lost instance and went on elsewhere, the bound detection + displaced tokens / prefill rate
-under the same load (``prefill_work.py``) + 1 s. A *former* life was replaced and still runs 10 s after the heal.
+A case is a burst, so that all are soon at work, beside an even stream until full strength; it hits once the victim has work in
+hand (``fault_work.py``). A request is *lost* when it is not done, save UNAVAILABLE in time at the faulted router before it
+answers again. *Seen*: every router has the instance as not ready, by the routers' own clocks; of a router: its last stream has
+ended at the client; of a pair: a router knows of a handoff that failed. The gap is the longest silence of a stream that ran on
+the lost instance and went on elsewhere, the bound detection + displaced tokens / prefill rate under the same load
+(``prefill_work.py``) + 1 s. A *former* life was replaced and still runs 10 s after the heal.
 """
 
 import argparse
@@ -21,9 +24,9 @@ import contextlib
 import math
 import os
 import random
-import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,11 +34,12 @@ from typing import Any
 
 import cpu_shares
 import report
-from fault_case import STREAMS_ON_VICTIM, Load, load_of, run_case
-from fault_outcome import Fault, Kind, Outcome, worst
+from fault_case import INPUT_TOKENS, Load, load_of, run_case
+from fault_outcome import Fault, Kind, Outcome
 from netns_cluster import CONTROLLER, NetnsCluster, netns_cluster
 from prefill_work import gap_bound_s, prefill_rate
 from record_tokens import record
+from recovery_judge import BURST, judge, per_fault
 
 from biphase.client.bench.arrivals import Arrival, Phase, arrivals
 from biphase.client.bench.lengths import Lengths, fixed, parse_lengths
@@ -49,13 +53,15 @@ INSTANCES = {"prefill": 1, "decode": 2}
 VICTIMS = ("prefill", "decode", CONTROLLER, "router")
 KINDS: tuple[Kind, ...] = ("kill", "stop", "partition")
 RECORDED = Path(__file__).resolve().parent.parent / "tests" / "reference" / "smollm2_recorded.jsonl"
-OUTPUT_LEN = "uniform:96:256"
-BURST, LONGEST_S = 10, 150.0
-RATE_REQUESTS, RATE_LONGEST_S = 24, 60.0
-"""How long the prefill rate is measured: for so many requests, at most so many seconds."""
-SEEN_WITHIN_S: dict[str, float] = {"kill": 0.1, "stop": 2.5, "partition": 2.5}
-ENDED_WITHIN_S, STOPPED_WITHIN_S = 3.0, 5.0
-"""Of a router: its streams at the client, their work on the instances."""
+DISPLACED_LEN, BURST_LEN, EVEN_LEN = "uniform:96:128", "uniform:32:64", "uniform:16:32"
+"""Answers of the burst where streams of a decode instance are to be displaced, of the burst elsewhere, of the even stream:
+short, for a case lasts until its last answer has ended."""
+LONGEST_S = 150.0
+EVEN_SHARE = 0.25
+"""Of the capacity, for the even stream: the burst is the rest of the load."""
+RATE_S = 12.0
+"""How long the load goes on under which the prefill rate is measured."""
+CORES = 0.5
 COLUMNS = (
     "fault",
     "on victim",
@@ -70,6 +76,7 @@ COLUMNS = (
     "gap s",
     "bound s",
     "strong s",
+    "case s",
 )
 
 
@@ -90,14 +97,29 @@ def fault_of(word: str, cluster: NetnsCluster) -> Fault:
     return Fault(kind=kind, victim=first(role))  # type: ignore[arg-type]
 
 
-def requests(rate: float, seed: int, output: Lengths) -> list[Arrival]:
-    """A burst, so that every instance is soon at work, then an even stream for as long as a case may take."""
-    shape = {"input_tokens": fixed(96), "output_tokens": output}
-    phases = (
-        Phase(name="burst", seconds=1.0, rate=BURST, rate_end=BURST, burstiness=math.inf, **shape),  # type: ignore[arg-type]
-        Phase(name="even", seconds=LONGEST_S, rate=rate, rate_end=rate, burstiness=1.0, **shape),  # type: ignore[arg-type]
-    )
+def requests(
+    rate: float, seed: int, burst: Lengths, even: Lengths | None = None, seconds: float = LONGEST_S
+) -> list[Arrival]:
+    """A burst, so that every instance is soon at work, then an even stream for so many seconds; with answers of such lengths,
+    those of the even stream as the burst's unless told."""
+
+    def phase(name: str, seconds: float, rate: float, burstiness: float, output: Lengths) -> Phase:
+        lengths = {"input_tokens": fixed(INPUT_TOKENS), "output_tokens": output}
+        return Phase(name=name, seconds=seconds, rate=rate, rate_end=rate, burstiness=burstiness, **lengths)
+
+    rush = BURST + 0.5  # requests in a second: what is due at a phase's very end is the next one's
+    phases = (phase("burst", 1.0, rush, math.inf, burst), phase("even", seconds, rate, 1.0, even or burst))
     return list(arrivals(phases, random.Random(seed)))
+
+
+def requests_for(fault: Fault, rate: float, seed: int) -> list[Arrival]:
+    """The load of a case: streams that are to be displaced last longer."""
+    burst = DISPLACED_LEN if fault.role == "decode" and fault.kind != "pair" else BURST_LEN
+    return requests(rate, seed, lengths_of(burst), lengths_of(EVEN_LEN))
+
+
+def lengths_of(text: str) -> Lengths:
+    return parse_lengths(text, "output", read_lengths)
 
 
 async def capacity_of(load: Load, seed: int, output: Lengths) -> float:
@@ -108,10 +130,11 @@ async def capacity_of(load: Load, seed: int, output: Lengths) -> float:
     return len(found) / max(one.ended_s for one in found)
 
 
-async def prefill_rate_at(load: Load, rate: float, seed: int, output: Lengths) -> float:
-    """Prompt tokens/s that a prefilling instance gets under so many requests/s."""
-    some = [one for one in requests(rate, seed, output) if one.at_s >= 1.0][:RATE_REQUESTS]
-    return prefill_rate(await _faultless(load, [one for one in some if one.at_s < 1.0 + RATE_LONGEST_S]))
+async def prefill_rate_at(load: Load, rate: float, seed: int) -> float:
+    """Prompt tokens/s that a prefilling instance gets under the load of a case without its fault."""
+    return prefill_rate(
+        await _faultless(load, requests(rate, seed, lengths_of(BURST_LEN), lengths_of(EVEN_LEN), RATE_S))
+    )
 
 
 async def _faultless(load: Load, due: Sequence[Arrival]) -> list[Measured]:
@@ -147,6 +170,14 @@ def deploy_of(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def cores_for(wanted: float | None) -> tuple[float, str]:
+    """Of each instance, and what is to be said of it: unless told so many as are meant, where cgroups allow it."""
+    if wanted is not None:
+        return wanted, ""
+    reason = cpu_shares.lacking()
+    return (0.0, f"all instances share the processors, a gap may be longer for it: {reason}") if reason else (CORES, "")
+
+
 @contextlib.contextmanager
 def own_cores(cores: float) -> Iterator[dict[str, str]]:
     """The environment that gives each instance so many; empty where 0 is asked for. SetupError where it cannot be."""
@@ -169,37 +200,39 @@ async def measure(arguments: argparse.Namespace, recording: Recording) -> int:
         for word in words
         for number in range(arguments.kills if word in ("kill:prefill", "kill:decode") else arguments.repeat)
     ]
-    prompts = RecordedPrompts(recording.usable, seed=arguments.seed, candidates=1)
-    output = parse_lengths(OUTPUT_LEN, "output", read_lengths)
+    prompts = RecordedPrompts(recording.usable, seed=arguments.seed, candidates=16)
+    cores, said = cores_for(arguments.cores)
+    if said:
+        print(f"recovery: {said}", file=sys.stderr, flush=True)
+    found.extra["cores"] = cores
     deploy = deploy_of(arguments)
     while due:  # a deployment that does not come back is replaced, and what it did is in the table
-        with tempfile.TemporaryDirectory() as folder, own_cores(arguments.cores) as env:
+        with tempfile.TemporaryDirectory() as folder, own_cores(cores) as env:
             num_instances = sum(INSTANCES.values())
             async with netns_cluster(Path(folder), deploy, num_instances=num_instances, env=env) as cluster:
                 async with load_of(cluster, prompts) as load:
-                    capacity = await capacity_of(load, arguments.seed, output)
-                    rate = await prefill_rate_at(load, capacity / 2, arguments.seed, output)
-                    words = f"capacity {capacity:.2f} requests/s, at half of it a prompt is prefilled at {rate:.0f} tokens/s"
+                    offered = EVEN_SHARE * await capacity_of(load, arguments.seed, lengths_of(EVEN_LEN))
+                    rate = await prefill_rate_at(load, offered, arguments.seed)
+                    words = f"even stream {offered:.2f} requests/s, prompts are prefilled at {rate:.0f} tokens/s"
                     print(words, file=sys.stderr, flush=True)
                     while due:
                         word, number = due.pop(0)
                         seed = arguments.seed + 1000 * number + sum(map(ord, word))
-                        outcome = await run_case(
-                            load, fault_of(word, cluster), requests(capacity / 2, seed, output), INSTANCES
-                        )
+                        fault, began_s = fault_of(word, cluster), time.monotonic()
+                        outcome = await run_case(load, fault, requests_for(fault, offered, seed), INSTANCES)
                         bound_s = gap_bound_s(outcome.seen_s, outcome.displaced_tokens, rate)
                         outcomes.append((outcome, bound_s))
-                        _row(found, outcome, bound_s)
+                        _row(found, outcome, bound_s, time.monotonic() - began_s)
                         found.write(arguments)
                         if math.isnan(outcome.strong_s):
                             print(f"not at full strength again\n{cluster.logs()}", file=sys.stderr, flush=True)
                             break
     judge(found, outcomes)
-    found.extra["per_fault"] = _per_fault([outcome for outcome, _ in outcomes])
+    found.extra["per_fault"] = per_fault([outcome for outcome, _ in outcomes])
     return found.finish(arguments)
 
 
-def _row(found: report.Report, outcome: Outcome, bound_s: float) -> None:
+def _row(found: report.Report, outcome: Outcome, bound_s: float, case_s: float) -> None:
     found.row(
         outcome.fault.label,
         outcome.on_victim,
@@ -214,56 +247,17 @@ def _row(found: report.Report, outcome: Outcome, bound_s: float) -> None:
         outcome.gap_s,
         bound_s,
         outcome.strong_s,
+        case_s,
     )
     words = f"{outcome.fault.label}: seen {outcome.seen_s:.3f} s, {len(outcome.lost)} of {len(outcome.measured)} lost, "
     words += f"{outcome.wrong} wrong, {len(outcome.displaced)} displaced with {outcome.displaced_tokens} tokens, "
-    words += f"gap {outcome.gap_s:.2f} of {bound_s:.2f} s, full strength {outcome.strong_s:.1f} s"
+    words += f"gap {outcome.gap_s:.2f} of {bound_s:.2f} s, full strength {outcome.strong_s:.1f} s, case {case_s:.0f} s"
     print(words, file=sys.stderr, flush=True)
     for kind in sorted({one.kind for one in outcome.lost}):
         print(f"    {kind}: {next(one.detail for one in outcome.lost if one.kind == kind)}", file=sys.stderr)
     for name in ("left", "former", "restarted"):
         if getattr(outcome, name):
             print(f"    {name}: {getattr(outcome, name)}", file=sys.stderr, flush=True)
-
-
-def _per_fault(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
-    """Medians and maxima, as docs/reliability.md has them."""
-    found: dict[str, dict[str, float]] = {}
-    for label in dict.fromkeys(outcome.fault.label for outcome in outcomes):
-        mine = [outcome for outcome in outcomes if outcome.fault.label == label]
-        of: dict[str, float] = {"cases": len(mine), "lost": sum(len(one.lost) for one in mine)}
-        for name in ("seen_s", "gap_s", "strong_s", "stopped_s"):
-            values = [value for one in mine if not math.isnan(value := getattr(one, name))]
-            if values:
-                of |= {f"{name}_median": statistics.median(values), f"{name}_max": max(values)}
-        found[label] = of
-    return found
-
-
-def judge(found: report.Report, outcomes: Sequence[tuple[Outcome, float]]) -> None:
-    """What was not measured, or had nothing to lose, is a goal missed."""
-    every = [outcome for outcome, _ in outcomes]
-    found.goal("requests_fewest", min(len(one.measured) for one in every), BURST, at_least=True)
-    found.goal("on_victim_fewest", min(one.on_victim for one in every), STREAMS_ON_VICTIM, at_least=True)
-    found.goal("lost_requests", sum(len(one.lost) for one in every), 0)
-    found.goal("wrong_tokens", sum(one.wrong for one in every), 0)
-    found.goal("leaked", sum(sum(one.left.values()) for one in every), 0)
-    found.goal("former_lives_left", sum(len(one.former) for one in every), 0)
-    found.goal("others_restarted", sum(len(one.restarted) for one in every), 0)
-    found.goal("not_back_at_full_strength", sum(math.isnan(one.strong_s) for one in every), 0)
-    for label in dict.fromkeys(one.fault.label for one in every):
-        cases = [(one, bound_s) for one, bound_s in outcomes if one.fault.label == label]
-        role, kind = cases[0][0].fault.role, cases[0][0].fault.kind
-        name = f"{kind}_{role}"
-        if role == "router":
-            found.goal(f"{name}_streams_ended_worst_s", worst(one.seen_s for one, _ in cases), ENDED_WITHIN_S)
-            found.goal(f"{name}_work_stopped_worst_s", worst(one.stopped_s for one, _ in cases), STOPPED_WITHIN_S)
-        elif role != CONTROLLER and kind != "pair":
-            found.goal(f"{name}_seen_worst_s", worst(one.seen_s for one, _ in cases), SEEN_WITHIN_S[kind])
-        if role == "decode" and kind != "pair":
-            fewest = min(len(one.displaced) for one, _ in cases)
-            found.goal(f"{name}_displaced_fewest", fewest, STREAMS_ON_VICTIM, at_least=True)
-            found.goal(f"{name}_gap_over_bound_worst_s", worst(one.gap_s - bound_s for one, bound_s in cases), 0.0)
 
 
 def main() -> int:
@@ -275,7 +269,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10, help="of prefill and decode instance, each")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--kv-memory", default="256MiB", help="of each instance")
-    parser.add_argument("--cores", type=float, default=0.5, help="of each instance (0: all share what there is)")
+    parser.add_argument(
+        "--cores", type=float, help=f"of each instance (0: all share what there is; {CORES:g} where cgroups allow it)"
+    )
     parser.add_argument("--tokens", type=Path, metavar="FILE", help="recorded answers of at least 256 tokens")
     parser.add_argument("--seed", type=int, default=1)
     report.add_arguments(parser)

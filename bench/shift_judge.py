@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fault_outcome import worst
 from report import Report
@@ -20,6 +20,7 @@ FLIP_GRACE_S, TURN_S = 10.0, 1.0
 DRAIN_SLACK_S = 1.0
 """What is left at the end of the grace ends within one step, here of an instance with half a core."""
 RIGHT = {"prefill-heavy": "2P1D", "decode-heavy": "1P2D"}
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,27 @@ def fewest_in_window(due: Sequence[Arrival], until_s: float) -> int:
     return min(counts, default=0)
 
 
+def phases_run(name: str, phases: Sequence[Phase]) -> list[int]:
+    """Those that an arm runs. A fixed ratio begins each of them empty, so that one that comes again would show nothing new."""
+    names = [phase.name for phase in phases]
+    return [index for index in range(len(names)) if name == AUTO or names[index] not in names[:index]]
+
+
+def parts_of(name: str, due: Sequence[Arrival], phases: Sequence[Phase]) -> list[tuple[float, list[Arrival]]]:
+    """What an arm sends without a pause: (when it begins in the load, its requests, due from there on).
+
+    The autoscaler has the whole load at once. A fixed ratio ends the work of a phase before the next: what the one that it is
+    wrong for has left behind says nothing of the one that it is right for.
+    """
+    if name == AUTO:
+        return [(0.0, list(due))]
+    begins = {index: sum(phase.seconds for phase in phases[:index]) for index in phases_run(name, phases)}
+    return [
+        (begin_s, [replace(one, at_s=one.at_s - begin_s) for one in due if one.phase == index])
+        for index, begin_s in begins.items()
+    ]
+
+
 def attained(measured: Sequence[Measured], goals: dict[Metric, float]) -> float:
     share = summarize(measured, goals).attainment if measured else None
     return math.nan if share is None else share
@@ -93,9 +115,9 @@ def judge(found: Report, arms: Sequence[Arm], goals: dict[Metric, float], phases
     found.goal("ratios_in_the_table", len({arm.name for arm in arms}), 3, at_least=True)
     found.goal("phase_s", min(phase.seconds for phase in phases), PHASE_S, at_least=True)
     for arm in arms:
-        for index in range(len(phases)):
+        for index in phases_run(arm.name, phases):
             _judge_phase(found, arm, goals, index, phases)
-        if arm.name == "auto":
+        if arm.name == AUTO:
             _judge_policy(found, arm)
         else:
             found.goal(f"{arm.name}_headroom_where_right", arm.headroom, HEADROOM, at_least=True)
@@ -123,7 +145,7 @@ def _judge_phase(found: Report, arm: Arm, goals: dict[Metric, float], index: int
     )
     name = f"{arm.name}_{index}_{phase.name}"
     found.goal(f"{name}_fewest_in_window", min(map(len, whole), default=0), FEWEST_IN_WINDOW, at_least=True)
-    if arm.name == "auto":
+    if arm.name == AUTO:
         found.goal(f"{name}_attainment", settled, ATTAINED, at_least=True)
         found.goal(f"{name}_worst_window", lowest, WINDOW_ATTAINED, at_least=True)
     elif arm.name == RIGHT[phase.name]:

@@ -60,18 +60,7 @@ def picture(arms: Sequence[Run], phases: Sequence[Phase], goals: Mapping[Metric,
             )
         )
     shares = [
-        Series(
-            name=arm.name,
-            points=_until(
-                [
-                    (index * window_s, 100 * (summarize(window, goals).attainment or 0.0))
-                    for index, window in enumerate(windows(arm.measured, window_s, end_s))
-                ],
-                end_s,
-            ),
-            style="step",
-            dashed=arm is not first,
-        )
+        Series(name=arm.name, points=shares_of(arm, goals, window_s, end_s), style="step", dashed=arm is not first)
         for arm in arms
     ]
     panels.append(Panel(title=f"attainment, % of {window_s:g} s", series=shares, most=100, marks=turns))
@@ -82,6 +71,17 @@ def _per_window(parts, tokens):  # type: ignore[no-untyped-def]
     return [
         (index * _RATE_WINDOW_S, sum(tokens(one) for one in part) / _RATE_WINDOW_S) for index, part in enumerate(parts)
     ]
+
+
+def shares_of(arm: Run, goals: Mapping[Metric, float], window_s: float, end_s: float) -> list[tuple[float, float]]:
+    """Percent of the requests of each window, as far as the arm has some."""
+    until_s = min(end_s, max((one.due_s for one in arm.measured), default=0.0) + window_s)
+    found = [
+        (index * window_s, 100 * (summarize(window, goals).attainment or 0.0))
+        for index, window in enumerate(windows(arm.measured, window_s, end_s))
+    ]
+    whole_s = window_s * (until_s // window_s)
+    return _until([point for point in found if point[0] < whole_s], whole_s)
 
 
 def _until(points: Sequence[tuple[float, float]], end_s: float) -> list[tuple[float, float]]:

@@ -34,7 +34,8 @@ usage: scripts/long.sh [PART...]     (no part: all, one after the other)
   recovery   bench/recovery.py: kill, SIGSTOP and partition of every kind of process under load; lost requests, wrong tokens, gaps
   chaos      bench/chaos.py: fifteen minutes of faults at random under load
   shift      bench/live_shift.py: the P:D ratio following a load that turns, beside both fixed ratios
-Each part prints its figures and exits with 1 when a bound is missed. Run them on a machine with nothing else to do.
+Each part prints its figures and exits with 1 when a bound is missed; at the end stands how long each has taken. Run them on
+a machine with nothing else to do.
 END
 }
 
@@ -77,7 +78,7 @@ run() {
     drills) "$bin/python" bench/transfer_faults.py --check ;;
     start) "$bin/python" bench/start.py --check ;;
     faults) "$bin/python" bench/faults.py --check ;;
-    flip) "$bin/python" bench/flip.py --check ;;
+    flip) "$bin/python" bench/flip.py --repeat 5 --check ;;
     headless) "$bin/python" bench/controller_dead.py --check ;;
     rayup)
       local failed=0
@@ -103,9 +104,16 @@ done
 
 set_up
 cd "$root"
-failed=""
+as_time() { printf '%d min %02d s' $(($1 / 60)) $(($1 % 60)); }
+
+failed="" times="" SECONDS=0
 for part in ${*:-$parts}; do
   say "== $part"
+  began=$SECONDS
   run "$part" || failed="$failed $part"
+  took=$(printf '%-10s %s' "$part" "$(as_time $((SECONDS - began)))")
+  say "== $took"
+  times+=$took$'\n'
 done
+say "${times}all        $(as_time "$SECONDS")"
 [ -z "$failed" ] || { say "failed:$failed"; exit 1; }

@@ -8,7 +8,8 @@ import pytest
 from fault_outcome import Fault, Outcome, View, seen_unix_s, worst
 from idle_counters import held
 from prefill_work import covered_s, gap_bound_s, prefill_rate, tokens_again
-from recovery import judge
+from recovery import CORES, cores_for, requests_for
+from recovery_judge import judge, per_fault
 from report import Report
 
 from biphase.client.bench.measured import DONE, Measured
@@ -67,13 +68,33 @@ def test_without_displaced_streams_there_is_no_gap() -> None:
 
 def test_only_streams_of_the_faulted_router_are_excused() -> None:
     streams = (
-        one(0, kind="UNAVAILABLE"),
-        one(1, kind="UNAVAILABLE", address="b:1"),
-        one(2, kind="INTERNAL"),
+        one(0, kind="UNAVAILABLE", ended_s=4.0),
+        one(1, kind="UNAVAILABLE", ended_s=4.0, address="b:1"),
+        one(2, kind="INTERNAL", ended_s=4.0),
         one(3, 1.0),
     )
     assert [lost.index for lost in outcome("router-0", *streams).lost] == [1, 2]
     assert [lost.index for lost in outcome("decode-0", *streams).lost] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("sent_s", "ended_s", "is_excused"),
+    [
+        (0.5, 1.9, False),  # before the fault
+        (0.5, 5.0, True),
+        (0.5, 5.1, False),
+        (11.0, 14.0, True),
+        (3.0, 61.0, False),
+        (11.9, 12.5, True),
+        (12.1, 12.2, False),  # the router had answered again
+    ],
+)
+def test_a_router_is_excused_until_it_answers_again_and_only_what_ends_in_time(
+    sent_s: float, ended_s: float, is_excused: bool
+) -> None:
+    stream = one(0, kind="UNAVAILABLE", sent_s=sent_s, ended_s=ended_s)
+    found = outcome("router-0", stream, over_s=12.0)
+    assert (len(found.excused), len(found.lost)) == (is_excused, not is_excused)
 
 
 def test_a_router_is_seen_to_be_gone_when_the_last_of_its_streams_has_ended() -> None:
@@ -151,8 +172,10 @@ def missed(*cases: Outcome) -> set[str]:
 
 def good(victim: str = "decode-0", kind: str = "kill") -> Outcome:
     """Ten requests, four of them displaced, in time."""
-    streams = [one(index, 1.0, 3.0, replays=int(index < 4)) for index in range(10)]
-    found = outcome(victim, *streams, on_victim=4, detected_s=0.05, strong_s=5.0, stopped_s=1.0, doomed=[0])
+    elsewhere = {"prefill_instance": "decode-1#1 (pid 8)"}
+    streams = [one(index, 1.0, 3.0, replays=int(index < 4), **elsewhere) for index in range(10)]
+    values: dict[str, Any] = {"on_victim": 4, "served_after": 1, "failed_handoffs": 2, "doomed": [0]}
+    found = outcome(victim, *streams, detected_s=0.05, strong_s=5.0, stopped_s=1.0, **values)
     found.fault = Fault(kind=kind, victim=victim, other="prefill-0" if kind == "pair" else "")  # type: ignore[arg-type]
     return found
 
@@ -168,7 +191,7 @@ def test_a_good_case_meets_every_goal(victim: str, kind: str) -> None:
     ("harm", "goal"),
     [
         ({"measured": []}, "requests_fewest"),
-        ({"on_victim": 3}, "on_victim_fewest"),
+        ({"on_victim": 3}, "on_victim_lacking"),
         ({"detected_s": math.nan}, "kill_decode_seen_worst_s"),
         ({"detected_s": 0.11}, "kill_decode_seen_worst_s"),
         ({"measured": [one(index, 1.0, 3.0) for index in range(10)]}, "kill_decode_displaced_fewest"),
@@ -186,7 +209,63 @@ def test_each_harm_is_a_goal_missed_among_good_cases(harm: dict[str, Any], goal:
     assert goal in missed(good(), replace(good(), **harm), good())
 
 
+@pytest.mark.parametrize(
+    ("harm", "goal"),
+    [
+        ({"on_victim": 0}, "on_victim_lacking"),
+        ({"failed_handoffs": 0}, "pair_decode_failed_handoffs_fewest"),
+        ({"detected_s": 2.6}, "pair_decode_seen_worst_s"),
+        ({"detected_s": math.nan}, "pair_decode_seen_worst_s"),
+    ],
+)
+def test_a_pair_whose_handoffs_go_on_or_fail_late_is_a_goal_missed(harm: dict[str, Any], goal: str) -> None:
+    assert missed(replace(good(kind="pair"), on_victim=1)) == set(), "one pull under way is enough"
+    assert missed(good(kind="pair"), replace(good(kind="pair"), **harm)) == {goal}
+
+
+def test_a_prefill_instance_that_took_nothing_with_it_shows_nothing() -> None:
+    idle = replace(good("prefill-0"), measured=[one(index, 1.0, 3.0) for index in range(10)])
+    assert missed(good("prefill-0"), idle) == {"kill_prefill_displaced_fewest"}
+
+
+def test_a_router_that_serves_nobody_after_the_heal_is_a_goal_missed() -> None:
+    deaf = replace(good("router-0", "stop"), served_after=0)
+    assert missed(good("router-0", "stop"), deaf) == {"stop_router_served_after_fewest"}
+
+
+def test_figures_of_a_fault_are_medians_and_maxima_of_its_cases() -> None:
+    cases = [replace(good(), strong_s=strong_s) for strong_s in (4.0, 9.0, 5.0)]
+    of = per_fault([*cases, good("prefill-0")])["kill -9 decode"]
+    assert (of["cases"], of["strong_s_median"], of["strong_s_max"], of["gap_s_max"]) == (3, 5.0, 9.0, 2.0)
+
+
 def test_a_router_without_streams_shows_nothing() -> None:
     assert "kill_router_streams_ended_worst_s" in missed(good("router-0"), replace(good("router-0"), doomed=[]))
     late = replace(good("router-0"), stopped_s=math.nan)
     assert missed(good("router-0"), late) == {"kill_router_work_stopped_worst_s"}
+
+
+# -- the load of a case
+
+
+def test_streams_that_are_to_be_displaced_outlast_the_others() -> None:
+    def longest(kind: str, victim: str) -> tuple[int, int]:
+        fault = Fault(kind=kind, victim=victim, other="prefill-0")  # type: ignore[arg-type]
+        due = requests_for(fault, 0.3, 1)
+        burst, even = ([one.output_tokens for one in due if one.phase == phase] for phase in (0, 1))
+        assert len(burst) == 10 and len(even) > 30
+        return max(burst), max(even)
+
+    assert 96 < longest("kill", "decode-0")[0] <= 256
+    for kind, victim in (("kill", "prefill-0"), ("stop", "router-0"), ("pair", "decode-0")):
+        burst, even = longest(kind, victim)
+        assert 32 < burst <= 64 and 16 < even <= 32
+
+
+def test_instances_have_their_own_cores_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpu_shares.lacking", lambda: "")
+    assert cores_for(None) == (CORES, "")
+    monkeypatch.setattr("cpu_shares.lacking", lambda: "not root")
+    cores, said = cores_for(None)
+    assert cores == 0.0 and "not root" in said
+    assert cores_for(0.25) == (0.25, "")

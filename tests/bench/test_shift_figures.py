@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+import shift_plot
 from report import Report
 from shift_judge import (
     PHASE_S,
@@ -12,6 +13,8 @@ from shift_judge import (
     Turn,
     fewest_in_window,
     judge,
+    parts_of,
+    phases_run,
     reversals,
     settled_ratios,
     turn_of,
@@ -141,6 +144,44 @@ def test_fixed_ratios_must_be_there_and_show_what_they_are() -> None:
     assert missed([auto, right, wrong]) == {"2P1D_headroom_where_right"}
     assert "1P2D_0_prefill-heavy_attainment_wrong" in missed([auto, right, arm("1P2D")])
     assert "2P1D_0_prefill-heavy_attainment_right" in missed([auto, arm("2P1D", {0, 1}), wrong])
+
+
+def due() -> list[Arrival]:
+    """One a second over all phases."""
+    return [
+        Arrival(index=index, at_s=float(index), phase=int(index / PHASE_S), input_tokens=1, output_tokens=1)
+        for index in range(int(3 * PHASE_S))
+    ]
+
+
+def test_the_autoscaler_has_the_whole_load_at_once() -> None:
+    assert parts_of("auto", due(), phases()) == [(0.0, due())]
+
+
+def test_a_fixed_ratio_begins_each_phase_empty_and_has_none_twice() -> None:
+    parts = parts_of("1P2D", due(), phases())
+    assert [begin_s for begin_s, _ in parts] == [0.0, PHASE_S]
+    for begin_s, part in parts:
+        sent = [(one.index, one.at_s + begin_s) for one in part]
+        assert sent == [(one.index, one.at_s) for one in due() if begin_s <= one.at_s < begin_s + PHASE_S]
+        assert part[0].at_s == 0.0
+
+
+def test_what_a_fixed_ratio_does_not_run_is_not_asked_of_it() -> None:
+    assert (phases_run("auto", phases()), phases_run("2P1D", phases())) == ([0, 1, 2], [0, 1])
+    auto, *fixed_ones = good()
+    for one in fixed_ones:
+        one.measured = [request for request in one.measured if request.due_s < 2 * PHASE_S]
+    assert missed([auto, *fixed_ones]) == set()
+    auto.measured = [request for request in auto.measured if request.due_s < 2 * PHASE_S]
+    assert "auto_2_prefill-heavy_attainment" in missed([auto, *fixed_ones])
+
+
+def test_the_picture_ends_with_the_requests_of_an_arm() -> None:
+    one = arm("2P1D", {1})
+    one.measured = [request for request in one.measured if request.due_s < 2 * PHASE_S]
+    points = shift_plot.shares_of(one, GOALS, 30.0, 3 * PHASE_S)  # type: ignore[arg-type]
+    assert points == [(30.0 * index, 100.0 if index < 5 else 0.0) for index in range(10)] + [(300.0, 0.0)]
 
 
 def test_short_phases_show_nothing() -> None:
