@@ -60,6 +60,8 @@ def instance_report(
         prefill_step=signals.prefill_step,
         decode_step=signals.decode_step,
         recent=signals.recent,
+        step_s=signals.step_s,
+        step_expected_s=signals.step_expected_s,
     )
 
 

@@ -78,11 +78,21 @@ class StepBook:
             prefill_step=self._known(self.fits.prefill),
             decode_step=self._known(self.fits.decode),
             recent=self._recent_with(running_s, now_s),
+            step_s=running_s,
+            step_expected_s=self._expected_s(),
         )
 
     def _running_s(self, now_s: float) -> float:
         """How long the oldest step under way has run."""
         return max(0.0, now_s - max(self._under_way[0][1], self._last_end_s)) if self._under_way else 0.0
+
+    def _expected_s(self) -> float:
+        """What a step like the oldest one under way took so far; 0: not known."""
+        if not self._under_way:
+            return 0.0
+        plan = self._under_way[0][0]
+        known = self._known(self.fits.of(plan))
+        return known.seconds(*work_of(plan)) if known.is_known else 0.0
 
     def _recent_with(self, running_s: float, now_s: float) -> RecentSteps:
         recent = self._recent.total(now_s)

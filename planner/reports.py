@@ -137,6 +137,10 @@ class InstanceReport:
     prefill_step: StepTime = field(default_factory=StepTime)
     decode_step: StepTime = field(default_factory=StepTime)
     recent: RecentSteps = field(default_factory=RecentSteps)
+    step_s: float = 0.0
+    """How long the oldest step under way has run; 0: none is."""
+    step_expected_s: float = 0.0
+    """What its like took so far; 0: not known."""
 
     @property
     def totals(self) -> tuple[float, ...]:

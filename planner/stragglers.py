@@ -2,8 +2,9 @@
 
 Slow: for ``slow_s`` an instance's recent steps took ``slow_factor`` times what its peers' fitted step times say for the same
 work (the median over at least two peers of its role). It is out, then probed, each time after twice the wait: let in for
-``probe_s``, it stays in if its steps are those of its peers again. Stopped: it holds work and has taken no step, or said
-nothing, for ``stopped_s``; after ``replace_after_s`` it is killed and replaced. Never the last of a role is out, nor more
+``probe_s``, it stays in if its steps are those of its peers again. Stopped: it holds work and has said nothing for
+``stopped_s``, or its step under way takes far longer than its like did. One that holds work and has no step to take, because
+it waits to pull KV or to be pulled from, has not stopped. After ``replace_after_s`` it is killed and replaced. Never the last of a role is out, nor more
 than half: where others go, those that were out are let back, the least slow first.
 """
 
@@ -32,6 +33,9 @@ class Rules:
     min_steps: int = 5
     """Recent steps that a judgement needs."""
     stopped_s: float = 3.0
+    """A step is given at least this long, and ``slow_factor`` times what its like took."""
+    unknown_step_s: float = 20.0
+    """The same of a step whose like has not been yet: the first of a kind may have to compile."""
     replace_after_s: float = 30.0
 
 
@@ -43,9 +47,8 @@ class Record:
     standing: Standing = "in"
     since_s: float = 0.0
     times_out: int = 0
-    num_steps: int = -1
     stepped_s: float = 0.0
-    """When its number of steps last rose, or it had nothing to do."""
+    """When it was last seen without a step that takes too long."""
     heard_s: float = 0.0
     stopped_since_s: float | None = None
     slowness: float = 0.0
@@ -124,7 +127,7 @@ def judge(
     kill = [name for name, record in records.items() if _is_over(record, now_s, rules)]
     for name in kill:
         stopped_s = now_s - (records[name].stopped_since_s or now_s)
-        reasons.append(f"{name} is ended and replaced: no step and no word for {stopped_s:.0f} s with work aboard")
+        reasons.append(f"{name} is ended and replaced: no step or no word for {stopped_s:.0f} s with work aboard")
     verdict = Verdict(
         out=tuple(name for name, record in records.items() if record.standing == "out"),
         probing=tuple(name for name, record in records.items() if record.standing == "probing"),
@@ -156,9 +159,11 @@ def _seen(item: Heard, record: Record | None, now_s: float, rules: Rules) -> Rec
     report = item.report
     if record is None or record.incarnation != report.incarnation:
         record = Record(incarnation=report.incarnation, since_s=now_s, stepped_s=now_s)
-    if report.num_steps != record.num_steps or not (report.running or report.queued):
-        record = replace(record, num_steps=report.num_steps, stepped_s=max(record.stepped_s, item.at_s))
-    record = replace(record, heard_s=max(record.heard_s, item.at_s))
+    known = report.step_expected_s > 0
+    limit_s = max(rules.stopped_s, rules.slow_factor * report.step_expected_s) if known else rules.unknown_step_s
+    hangs = report.step_s > limit_s
+    stepped_s = min(record.stepped_s, item.at_s - report.step_s) if hangs else max(record.stepped_s, item.at_s)
+    record = replace(record, stepped_s=stepped_s, heard_s=max(record.heard_s, item.at_s))
     quiet_s = now_s - min(record.stepped_s, record.heard_s)
     if quiet_s <= rules.stopped_s:
         return replace(record, stopped_since_s=None)

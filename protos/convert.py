@@ -239,6 +239,8 @@ def signals_to_proto(value: WorkerSignals) -> worker_pb2.WorkerSignals:
             tokens=recent.tokens,
             context_tokens=recent.context_tokens,
         ),
+        step_s=value.step_s,
+        step_expected_s=value.step_expected_s,
     )
 
 
@@ -263,4 +265,6 @@ def signals_from_proto(message: worker_pb2.WorkerSignals) -> WorkerSignals:
             tokens=recent.tokens,
             context_tokens=recent.context_tokens,
         ),
+        step_s=message.step_s,
+        step_expected_s=message.step_expected_s,
     )

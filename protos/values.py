@@ -100,7 +100,8 @@ class WorkerSignals:
     """What an instance has done since its incarnation began, and what it holds now; ``uptime_s`` since then.
 
     ``busy_s``: in steps, the one under way so far. ``running_tokens``: context held by what runs. ``recent``: the steps of
-    the last seconds.
+    the last seconds. ``step_s``: how long the oldest step under way has run, 0 without one; ``step_expected_s``: what its
+    like took so far, 0 where nobody knows.
     """
 
     uptime_s: float = 0.0
@@ -116,3 +117,5 @@ class WorkerSignals:
     prefill_step: StepTime = field(default_factory=StepTime)
     decode_step: StepTime = field(default_factory=StepTime)
     recent: RecentSteps = field(default_factory=RecentSteps)
+    step_s: float = 0.0
+    step_expected_s: float = 0.0

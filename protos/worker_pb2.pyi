@@ -693,6 +693,8 @@ class WorkerSignals(google.protobuf.message.Message):
     PREFILL_STEP_FIELD_NUMBER: builtins.int
     DECODE_STEP_FIELD_NUMBER: builtins.int
     RECENT_FIELD_NUMBER: builtins.int
+    STEP_S_FIELD_NUMBER: builtins.int
+    STEP_EXPECTED_S_FIELD_NUMBER: builtins.int
     uptime_s: builtins.float
     prefill_tokens: builtins.int
     """computed"""
@@ -706,6 +708,10 @@ class WorkerSignals(google.protobuf.message.Message):
     running_tokens: builtins.int
     """context held by what runs"""
     free_blocks: builtins.int
+    step_s: builtins.float
+    """how long the oldest step under way has run; 0: none is"""
+    step_expected_s: builtins.float
+    """what its like took so far; 0: not known"""
     @property
     def prefill_step(self) -> Global___StepTime: ...
     @property
@@ -728,9 +734,11 @@ class WorkerSignals(google.protobuf.message.Message):
         prefill_step: Global___StepTime | None = ...,
         decode_step: Global___StepTime | None = ...,
         recent: Global___RecentSteps | None = ...,
+        step_s: builtins.float = ...,
+        step_expected_s: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["decode_step", b"decode_step", "prefill_step", b"prefill_step", "recent", b"recent"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["busy_s", b"busy_s", "decode_step", b"decode_step", "decode_tokens", b"decode_tokens", "free_blocks", b"free_blocks", "num_steps", b"num_steps", "prefill_step", b"prefill_step", "prefill_tokens", b"prefill_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "recent", b"recent", "running", b"running", "running_tokens", b"running_tokens", "uptime_s", b"uptime_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy_s", b"busy_s", "decode_step", b"decode_step", "decode_tokens", b"decode_tokens", "free_blocks", b"free_blocks", "num_steps", b"num_steps", "prefill_step", b"prefill_step", "prefill_tokens", b"prefill_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "recent", b"recent", "running", b"running", "running_tokens", b"running_tokens", "step_expected_s", b"step_expected_s", "step_s", b"step_s", "uptime_s", b"uptime_s"]) -> None: ...
 
 Global___WorkerSignals: typing_extensions.TypeAlias = WorkerSignals
 

@@ -1,7 +1,9 @@
 """Stragglers: who is out at equal work, who never is, trials with backoff, and the end of what has stopped."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.scaling import DECODE_STEP
@@ -112,7 +114,7 @@ def test_what_has_stopped_is_out_at_once_then_ended() -> None:
     assert fleet.look(23).kill == ()
     verdict = fleet.look(3)
     assert verdict.kill == ("decode-1",)
-    assert "decode-1 is ended and replaced: no step and no word for 3" in fleet.said[-1]
+    assert "decode-1 is ended and replaced: no step or no word for 3" in fleet.said[-1]
 
 
 def test_the_last_of_a_role_that_has_stopped_stays_in_and_is_ended_all_the_same() -> None:
@@ -142,10 +144,40 @@ def test_an_idle_instance_has_not_stopped_and_a_new_life_has_a_clean_record() ->
         assert verdict == Verdict()
     busy = replace(idle, running=1)
     for second in range(100, 110):
-        verdict, state = judge([Heard(report=busy, at_s=float(second))], state, float(second), RULES)
+        hangs = replace(busy, step_s=float(second - 100), step_expected_s=0.1)
+        verdict, state = judge([Heard(report=hangs, at_s=float(second))], state, float(second), RULES)
     assert verdict.health == {"decode-0": "stopped"}
     verdict, state = judge([Heard(report=replace(busy, incarnation=2), at_s=111.0)], state, 111.0, RULES)
     assert verdict.health == {}
+
+
+@pytest.mark.parametrize(
+    ("report", "stopped_at_s"),
+    [
+        (lambda second: InstanceReport(name="decode-0", role="decode", running=3, queued=2, num_steps=7), None),
+        (lambda second: step_of(second, expected_s=0.05), 4),
+        (lambda second: step_of(second, expected_s=3.0), 10),
+        (lambda second: step_of(second, expected_s=0.0), 21),
+        (lambda second: step_of(second % 9, expected_s=3.0), None),
+    ],
+    ids=["waits for KV", "a short step", "a long step", "the first of its kind", "one long step after the other"],
+)
+def test_a_step_has_its_time_and_who_has_none_to_take_has_not_stopped(
+    report: Callable[[int], InstanceReport], stopped_at_s: int | None
+) -> None:
+    """A prefill of a long prompt on a slow host takes seconds; a decode instance may wait for KV for as long."""
+    state, found = StragglerState(), None
+    for second in range(40):
+        verdict, state = judge([Heard(report=report(second), at_s=float(second))], state, float(second), RULES)
+        if verdict.health and found is None:
+            found = second
+    assert found == stopped_at_s
+
+
+def step_of(step_s: int, *, expected_s: float) -> InstanceReport:
+    return InstanceReport(
+        name="decode-0", role="decode", running=3, step_s=float(step_s), step_expected_s=expected_s, num_steps=7
+    )
 
 
 @settings(max_examples=30, deadline=None)
