@@ -10,12 +10,11 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.experimental import internal_kv
@@ -28,6 +27,7 @@ from biphase.cluster.local_logs import LocalLogs
 from biphase.cluster.log_source import LogSource
 from biphase.cluster.rank_group import MissingRank
 from biphase.cluster.ray_actor import ProcessActor
+from biphase.cluster.ray_calls import RayCalls
 from biphase.cluster.ray_connect import connect, is_joined
 from biphase.cluster.ray_group import RayGroup
 from biphase.cluster.ray_logs import RayLogs
@@ -49,7 +49,6 @@ RELEASE_S, RELEASE_POLL_S = 5.0, 0.1
 ACTOR_CONCURRENCY = 8
 """Long polls of the supervisor, of the controller and of a controller's former life, a stop, and other ranks' looks for
 rank 0, at once."""
-T = TypeVar("T")
 
 
 class RayBackend:
@@ -63,9 +62,7 @@ class RayBackend:
         self._joined = is_joined()
         self._groups: dict[tuple[str, int], RayGroup] = {}
         self._placing: set[asyncio.Task[None]] = set()
-        # One thread for all blocking Ray calls. It lives as long as the backend: Ray's own processes are told by the
-        # kernel when the thread that started them ends.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="biphase-ray")
+        self._call = RayCalls()
         self._book = NodeBook(self._call, deployment, self._namespace)
         self._book.on_look = self._tell_waiting
         self._placement = RayPlacement(self._namespace, self._book, self._groups, joined=self._joined)
@@ -248,10 +245,10 @@ class RayBackend:
             kind=life.kind,
             incarnation=life.incarnation,
             ranks=[
-                RayRank(actor, changed, self._call) if actor is not None else MissingRank("its actor is gone")
+                RayRank(actor, changed, self._call.within) if actor is not None else MissingRank("its actor is gone")
                 for actor in actors
             ],
-            on_gone=partial(self._call, partial(remove_groups, {placement})) if in_group else None,
+            on_gone=partial(self._call.within, partial(remove_groups, {placement})) if in_group else None,
         )
         self._groups[life.name, life.incarnation] = group
         return group
@@ -401,7 +398,7 @@ class RayBackend:
     async def save_state(self, text: str, key: str = STATE) -> None:
         kept = self._kept_key(key)
         try:
-            await self._call(lambda: internal_kv._internal_kv_put(kept, text.encode(), overwrite=True))
+            await self._call.within(lambda: internal_kv._internal_kv_put(kept, text.encode(), overwrite=True))
         except ray.exceptions.RaySystemError as error:  # the cluster's head is away
             raise OSError(one_line(error)) from error
 
@@ -431,16 +428,12 @@ class RayBackend:
             own.release()
         if self._owner:
             await self._call(ray.shutdown)
-        self._thread.shutdown(wait=True)
+        self._call.close()
 
     def _forget(self, *, all_gone: bool) -> None:
         """An orderly end: the next serve begins anew. Incarnations stay known while one of them is not seen gone."""
         for key in (SERVED, STATE) if all_gone else (SERVED,):
             internal_kv._internal_kv_del(self._kept_key(key))
-
-    async def _call(self, function: Callable[[], T]) -> T:
-        """A blocking Ray call, outside the loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
 
 def _fail(coming: Sequence["asyncio.Future[Any]"], error: Exception) -> None:
