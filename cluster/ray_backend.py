@@ -38,6 +38,7 @@ from biphase.cluster.ray_placement import RayPlacement, groups_there, remove_gro
 from biphase.cluster.ray_rank import RayRank
 from biphase.cluster.ray_requests import NodeRequests
 from biphase.cluster.ray_room import Room, refusal, rooms_asked
+from biphase.cluster.ray_start import Options, RayStart
 from biphase.cluster.ray_turns import Turn, first_without_room, held_of
 from biphase.cluster.survivors import SERVED
 from biphase.protos.errors import InvalidRequest, SetupError, one_line
@@ -68,6 +69,9 @@ class RayBackend:
         self._placement = RayPlacement(self._namespace, self._book, self._groups, joined=self._joined)
         self._requests = NodeRequests(
             self._call, self._namespace, self._book, self._placement, self._share, joined=self._joined
+        )
+        self._start = RayStart(
+            self._call, self._namespace, self._book, self._placement, self._share, self._create_actors
         )
 
     async def open(self) -> None:
@@ -167,56 +171,10 @@ class RayBackend:
             asyncio.get_running_loop().create_future() for _ in range(spec.plan.num_ranks)
         ]
         group = self._hold(life, coming)
-        task = asyncio.create_task(self._place(spec, group, coming))
+        task = asyncio.create_task(self._start.run(spec, group, coming))
         self._placing.add(task)
         task.add_done_callback(self._placing.discard)
         return group
-
-    async def _place(self, spec: ProcessSpec, group: RayGroup, coming: Sequence["asyncio.Future[Any]"]) -> None:
-        """Create an instance's actors once it is time to; Ray starts them when their bundles are there."""
-        try:
-            share = await self._call(partial(self._share, spec))
-            while not group.is_ending:
-                reason = self._book.reason_to_hold(spec.deployment) or self._placement.reason_to_wait(spec, share)
-                if not reason:
-                    break
-                group.say_waiting(reason)
-                async with self._book.changed:
-                    await self._book.changed.wait()
-            if group.is_ending:
-                return
-            await self._book.settle()
-            await self._book.look(check=True)
-        except Exception as error:  # noqa: BLE001 -- whatever it was, the life ends by it and another one begins
-            _fail(coming, error)
-            return
-        await self._bring(spec, group, coming)
-
-    async def _bring(self, spec: ProcessSpec, group: RayGroup, coming: Sequence["asyncio.Future[Any]"]) -> None:
-        """The placement group and the actors of ranks that wait for theirs."""
-        try:
-            actors = await self._call(partial(self._create, spec))
-        except Exception as error:  # noqa: BLE001 -- the same
-            _fail(coming, error)
-            return
-        for rank, actor in zip(coming, actors, strict=True):
-            rank.set_result(actor)
-        if group.is_ending:
-            await group.kill()
-            await self._call(partial(remove_groups, {group_name(self._namespace, spec.name, spec.incarnation)}))
-
-    async def _bring_anew(self, spec: ProcessSpec, group: RayGroup) -> None:
-        """In another placement group: the one that waits for room leaves out hosts that it may go to by now."""
-        coming: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in group.ranks]
-        pairs = zip(group.ranks, coming, strict=True)
-        former = [rank.await_another(future) for rank, future in pairs if isinstance(rank, RayRank)]
-        try:
-            await self._call(partial(_end, former))
-            await self._call(partial(remove_groups, {group_name(self._namespace, spec.name, spec.incarnation)}))
-        except Exception as error:  # noqa: BLE001 -- the same
-            _fail(coming, error)
-            return
-        await self._bring(spec, group, coming)
 
     async def _tell_waiting(self) -> None:
         """What those that have no process yet wait for. One question for all of them."""
@@ -231,8 +189,6 @@ class RayBackend:
             state = states.get(group_name(self._namespace, group.name, group.incarnation))
             if state in ("PENDING", "RESCHEDULING"):
                 group.say_waiting(f"waits for room on a node; there are {rooms}{self._of_refused()}")
-            if state == "PENDING" and not group.is_ending and (spec := self._placement.to_make_anew(group)) is not None:
-                await self._bring_anew(spec, group)
 
     def _hold(self, life: ActorName, actors: Sequence[Any | None]) -> RayGroup:
         """The handle of a life's actors, in the order of their ranks; None for one that is gone."""
@@ -274,12 +230,21 @@ class RayBackend:
         return f"{self._namespace}:gpus".encode()
 
     def _create(self, spec: ProcessSpec) -> list[Any]:
-        """All actors of a life, in the order of their ranks. Ray starts them when their bundles are there."""
+        """All actors of a life and what they lie in. Ray starts them when their bundles are there."""
+        try:
+            options = self._placement.options(spec, self._share(spec))
+        except SetupError:
+            raise
+        except Exception as error:
+            raise SetupError(f"Ray has no place for {spec.name}: {one_line(error)}") from error
+        return self._create_actors(spec, options)
+
+    def _create_actors(self, spec: ProcessSpec, options: Options) -> list[Any]:
+        """In the order of their ranks; ``options``: of a stage's."""
         share = self._share(spec)
         spec = replace(spec, gpus=share, host="" if self._joined else spec.host)
         key = secrets.token_hex(16) if spec.plan.num_ranks > 1 else ""
         try:
-            options = self._placement.options(spec, share)
             return [
                 ray.remote(ProcessActor)
                 .options(
@@ -295,8 +260,6 @@ class RayBackend:
                 .remote(replace(spec, rank=rank, rank_key=key).to_json())
                 for rank in range(spec.plan.num_ranks)
             ]
-        except SetupError:
-            raise
         except Exception as error:
             raise SetupError(f"Ray does not start {spec.name}: {one_line(error)}") from error
 
@@ -434,19 +397,6 @@ class RayBackend:
         """An orderly end: the next serve begins anew. Incarnations stay known while one of them is not seen gone."""
         for key in (SERVED, STATE) if all_gone else (SERVED,):
             internal_kv._internal_kv_del(self._kept_key(key))
-
-
-def _fail(coming: Sequence["asyncio.Future[Any]"], error: Exception) -> None:
-    for rank in coming:
-        rank.set_exception(SetupError(one_line(error)))
-
-
-def _end(actors: Sequence[Any | None]) -> None:
-    """Actors that have never run. Their names are free at once."""
-    for actor in actors:
-        with suppress(Exception):  # gone already
-            if actor is not None:
-                ray.kill(actor, no_restart=True)
 
 
 def _actor_of(spec: ProcessSpec, rank: int) -> ActorName:

@@ -72,6 +72,11 @@ class NodeBook:
         self.on_look: Callable[[], Awaitable[None]] | None = None
 
     @property
+    def follows(self) -> bool:
+        """Whether it looks by itself and checks who joins."""
+        return self._follows
+
+    @property
     def hosts(self) -> list[RayHost]:
         return list(self._seen.hosts.values())
 

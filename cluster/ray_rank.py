@@ -46,13 +46,6 @@ class RayRank:
     def word(self) -> Announcement | None:
         return self._word
 
-    def await_another(self, coming: "asyncio.Future[Any]") -> Any | None:
-        """Follow an actor that is to come in the place of one that has never run; returns that one."""
-        self._follow.cancel()
-        former, self._actor, self._coming = self._actor, None, coming
-        self._follow = asyncio.create_task(self._follow_actor())
-        return former
-
     async def ended(self) -> str:
         await self._gone.wait()
         assert self.end is not None
