@@ -58,6 +58,7 @@ class HostChecks(Generic[Key]):
             self._refuse(host, reason, now_s)
         elif host is not None:
             host.passed, host.reason, host.due_s = True, "", NEVER_S
+            host.failures = host.refusals = 0
 
     def failed(self, key: Key, reason: str, now_s: float) -> None:
         """The check came to no end. A refusal stands with the words that it has."""

@@ -10,12 +10,11 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.experimental import internal_kv
@@ -28,6 +27,7 @@ from biphase.cluster.local_logs import LocalLogs
 from biphase.cluster.log_source import LogSource
 from biphase.cluster.rank_group import MissingRank
 from biphase.cluster.ray_actor import ProcessActor
+from biphase.cluster.ray_calls import RayCalls
 from biphase.cluster.ray_connect import connect, is_joined
 from biphase.cluster.ray_group import RayGroup
 from biphase.cluster.ray_logs import RayLogs
@@ -38,6 +38,7 @@ from biphase.cluster.ray_placement import RayPlacement, groups_there, remove_gro
 from biphase.cluster.ray_rank import RayRank
 from biphase.cluster.ray_requests import NodeRequests
 from biphase.cluster.ray_room import Room, refusal, rooms_asked
+from biphase.cluster.ray_start import Options, RayStart
 from biphase.cluster.ray_turns import Turn, first_without_room, held_of
 from biphase.cluster.survivors import SERVED
 from biphase.protos.errors import InvalidRequest, SetupError, one_line
@@ -49,7 +50,6 @@ RELEASE_S, RELEASE_POLL_S = 5.0, 0.1
 ACTOR_CONCURRENCY = 8
 """Long polls of the supervisor, of the controller and of a controller's former life, a stop, and other ranks' looks for
 rank 0, at once."""
-T = TypeVar("T")
 
 
 class RayBackend:
@@ -63,14 +63,15 @@ class RayBackend:
         self._joined = is_joined()
         self._groups: dict[tuple[str, int], RayGroup] = {}
         self._placing: set[asyncio.Task[None]] = set()
-        # One thread for all blocking Ray calls. It lives as long as the backend: Ray's own processes are told by the
-        # kernel when the thread that started them ends.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="biphase-ray")
+        self._call = RayCalls()
         self._book = NodeBook(self._call, deployment, self._namespace)
         self._book.on_look = self._tell_waiting
         self._placement = RayPlacement(self._namespace, self._book, self._groups, joined=self._joined)
         self._requests = NodeRequests(
             self._call, self._namespace, self._book, self._placement, self._share, joined=self._joined
+        )
+        self._start = RayStart(
+            self._call, self._namespace, self._book, self._placement, self._share, self._create_actors
         )
 
     async def open(self) -> None:
@@ -170,56 +171,10 @@ class RayBackend:
             asyncio.get_running_loop().create_future() for _ in range(spec.plan.num_ranks)
         ]
         group = self._hold(life, coming)
-        task = asyncio.create_task(self._place(spec, group, coming))
+        task = asyncio.create_task(self._start.run(spec, group, coming))
         self._placing.add(task)
         task.add_done_callback(self._placing.discard)
         return group
-
-    async def _place(self, spec: ProcessSpec, group: RayGroup, coming: Sequence["asyncio.Future[Any]"]) -> None:
-        """Create an instance's actors once it is time to; Ray starts them when their bundles are there."""
-        try:
-            share = await self._call(partial(self._share, spec))
-            while not group.is_ending:
-                reason = self._book.reason_to_hold(spec.deployment) or self._placement.reason_to_wait(spec, share)
-                if not reason:
-                    break
-                group.say_waiting(reason)
-                async with self._book.changed:
-                    await self._book.changed.wait()
-            if group.is_ending:
-                return
-            await self._book.settle()
-            await self._book.look(check=True)
-        except Exception as error:  # noqa: BLE001 -- whatever it was, the life ends by it and another one begins
-            _fail(coming, error)
-            return
-        await self._bring(spec, group, coming)
-
-    async def _bring(self, spec: ProcessSpec, group: RayGroup, coming: Sequence["asyncio.Future[Any]"]) -> None:
-        """The placement group and the actors of ranks that wait for theirs."""
-        try:
-            actors = await self._call(partial(self._create, spec))
-        except Exception as error:  # noqa: BLE001 -- the same
-            _fail(coming, error)
-            return
-        for rank, actor in zip(coming, actors, strict=True):
-            rank.set_result(actor)
-        if group.is_ending:
-            await group.kill()
-            await self._call(partial(remove_groups, {group_name(self._namespace, spec.name, spec.incarnation)}))
-
-    async def _bring_anew(self, spec: ProcessSpec, group: RayGroup) -> None:
-        """In another placement group: the one that waits for room leaves out hosts that it may go to by now."""
-        coming: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in group.ranks]
-        pairs = zip(group.ranks, coming, strict=True)
-        former = [rank.await_another(future) for rank, future in pairs if isinstance(rank, RayRank)]
-        try:
-            await self._call(partial(_end, former))
-            await self._call(partial(remove_groups, {group_name(self._namespace, spec.name, spec.incarnation)}))
-        except Exception as error:  # noqa: BLE001 -- the same
-            _fail(coming, error)
-            return
-        await self._bring(spec, group, coming)
 
     async def _tell_waiting(self) -> None:
         """What those that have no process yet wait for. One question for all of them."""
@@ -234,8 +189,6 @@ class RayBackend:
             state = states.get(group_name(self._namespace, group.name, group.incarnation))
             if state in ("PENDING", "RESCHEDULING"):
                 group.say_waiting(f"waits for room on a node; there are {rooms}{self._of_refused()}")
-            if state == "PENDING" and not group.is_ending and (spec := self._placement.to_make_anew(group)) is not None:
-                await self._bring_anew(spec, group)
 
     def _hold(self, life: ActorName, actors: Sequence[Any | None]) -> RayGroup:
         """The handle of a life's actors, in the order of their ranks; None for one that is gone."""
@@ -248,10 +201,10 @@ class RayBackend:
             kind=life.kind,
             incarnation=life.incarnation,
             ranks=[
-                RayRank(actor, changed, self._call) if actor is not None else MissingRank("its actor is gone")
+                RayRank(actor, changed, self._call.within) if actor is not None else MissingRank("its actor is gone")
                 for actor in actors
             ],
-            on_gone=partial(self._call, partial(remove_groups, {placement})) if in_group else None,
+            on_gone=partial(self._call.within, partial(remove_groups, {placement})) if in_group else None,
         )
         self._groups[life.name, life.incarnation] = group
         return group
@@ -277,12 +230,21 @@ class RayBackend:
         return f"{self._namespace}:gpus".encode()
 
     def _create(self, spec: ProcessSpec) -> list[Any]:
-        """All actors of a life, in the order of their ranks. Ray starts them when their bundles are there."""
+        """All actors of a life and what they lie in. Ray starts them when their bundles are there."""
+        try:
+            options = self._placement.options(spec, self._share(spec))
+        except SetupError:
+            raise
+        except Exception as error:
+            raise SetupError(f"Ray has no place for {spec.name}: {one_line(error)}") from error
+        return self._create_actors(spec, options)
+
+    def _create_actors(self, spec: ProcessSpec, options: Options) -> list[Any]:
+        """In the order of their ranks; ``options``: of a stage's."""
         share = self._share(spec)
         spec = replace(spec, gpus=share, host="" if self._joined else spec.host)
         key = secrets.token_hex(16) if spec.plan.num_ranks > 1 else ""
         try:
-            options = self._placement.options(spec, share)
             return [
                 ray.remote(ProcessActor)
                 .options(
@@ -298,8 +260,6 @@ class RayBackend:
                 .remote(replace(spec, rank=rank, rank_key=key).to_json())
                 for rank in range(spec.plan.num_ranks)
             ]
-        except SetupError:
-            raise
         except Exception as error:
             raise SetupError(f"Ray does not start {spec.name}: {one_line(error)}") from error
 
@@ -401,7 +361,7 @@ class RayBackend:
     async def save_state(self, text: str, key: str = STATE) -> None:
         kept = self._kept_key(key)
         try:
-            await self._call(lambda: internal_kv._internal_kv_put(kept, text.encode(), overwrite=True))
+            await self._call.within(lambda: internal_kv._internal_kv_put(kept, text.encode(), overwrite=True))
         except ray.exceptions.RaySystemError as error:  # the cluster's head is away
             raise OSError(one_line(error)) from error
 
@@ -431,29 +391,12 @@ class RayBackend:
             own.release()
         if self._owner:
             await self._call(ray.shutdown)
-        self._thread.shutdown(wait=True)
+        self._call.close()
 
     def _forget(self, *, all_gone: bool) -> None:
         """An orderly end: the next serve begins anew. Incarnations stay known while one of them is not seen gone."""
         for key in (SERVED, STATE) if all_gone else (SERVED,):
             internal_kv._internal_kv_del(self._kept_key(key))
-
-    async def _call(self, function: Callable[[], T]) -> T:
-        """A blocking Ray call, outside the loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
-
-
-def _fail(coming: Sequence["asyncio.Future[Any]"], error: Exception) -> None:
-    for rank in coming:
-        rank.set_exception(SetupError(one_line(error)))
-
-
-def _end(actors: Sequence[Any | None]) -> None:
-    """Actors that have never run. Their names are free at once."""
-    for actor in actors:
-        with suppress(Exception):  # gone already
-            if actor is not None:
-                ray.kill(actor, no_restart=True)
 
 
 def _actor_of(spec: ProcessSpec, rank: int) -> ActorName:

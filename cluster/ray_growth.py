@@ -2,7 +2,7 @@
 
 `ray up` leaves the configuration on the head and hands it to the autoscaler's monitor, whose command line names it.
 Hosts of provider ``local`` do not say there what they have. Where the autoscaler is elsewhere (KubeRay runs it in a container
-of its own) a variable says how many workers there may be.
+of its own) variables say how many workers there may be, and how many come by themselves.
 """
 
 import os
@@ -19,6 +19,8 @@ from biphase.protos.errors import SetupError
 
 WORKERS_VARIABLE = "BIPHASE_MAX_WORKERS"
 """Set on the head where an autoscaler's configuration cannot be read there: the most worker hosts that it may bring."""
+LEAST_VARIABLE = "BIPHASE_MIN_WORKERS"
+"""Set beside it: the worker hosts that come by themselves, which first instances wait for. Unset: none."""
 MAX_WORKERS = 10_000
 _FLAG = "--autoscaling-config="
 UNKNOWN = Room(2**62, 2**62)
@@ -102,9 +104,9 @@ def config_named_by(command_lines: Iterable[str], gcs_address: str) -> Path | No
 def find_growth(gcs_address: str) -> Growth | None:
     """Of the cluster whose head this host is; None where it has no autoscaler, or another host is the head.
 
-    Raises SetupError for a bad value of the variable, also where a configuration is found.
+    Raises SetupError for a bad value of the variables, also where a configuration is found.
     """
-    said = growth_said(os.environ.get(WORKERS_VARIABLE, ""))
+    said = growth_said(os.environ.get(WORKERS_VARIABLE, ""), os.environ.get(LEAST_VARIABLE, ""))
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -120,11 +122,14 @@ def find_growth(gcs_address: str) -> Growth | None:
         return said
 
 
-def growth_said(text: str) -> Growth | None:
-    """By so many workers, of which nothing else is known; None for an empty text. Raises SetupError."""
-    if not text:
+def growth_said(text: str, least: str = "") -> Growth | None:
+    """By at most and at least so many workers, of which nothing else is known; None for empty texts. Raises SetupError."""
+    if not text and not least:
         return None
     if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_WORKERS:
-        raise SetupError(f"{WORKERS_VARIABLE} is {text!r}: a number of worker hosts, 1 to {MAX_WORKERS}")
+        beside = f" beside {LEAST_VARIABLE}" if least and not text else ""
+        raise SetupError(f"{WORKERS_VARIABLE} is {text!r}{beside}: a number of worker hosts, 1 to {MAX_WORKERS}")
     most = int(text)
-    return Growth(most_workers=most, types=(NodeType(room=None, least=0, most=most),))
+    if least and (not re.fullmatch(r"[0-9]{1,9}", least) or int(least) > most):
+        raise SetupError(f"{LEAST_VARIABLE} is {least!r}: a number of worker hosts, 0 to {WORKERS_VARIABLE}, {most}")
+    return Growth(most_workers=most, types=(NodeType(room=None, least=int(least or 0), most=most),))

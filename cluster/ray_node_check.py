@@ -47,14 +47,18 @@ def weights_of(deployment: Deployment) -> Weights:
 def weights_lack(weights: Weights) -> str:
     """Why this host does not have them; empty: it does."""
     model, dummy = weights
-    if dummy and Path(model).suffix == ".json":
-        return "" if Path(model).exists() else f"{model}: no such file"
     try:
+        if dummy and Path(model).suffix == ".json":
+            return "" if Path(model).exists() else f"{model}: no such file"
         if dummy:
             model_source.resolve(model, weights=False)
         else:
             model_source.check_weights(model)
-    except SetupError as error:
+    except (
+        SetupError,
+        OSError,
+        RuntimeError,
+    ) as error:  # a mount that is away, a folder nobody may read, a ~ of nobody
         return one_line(error)
     return ""
 
@@ -79,8 +83,8 @@ def has_answered(error: BaseException) -> bool:
 
 
 def reason_of_failure(node: str, error: BaseException, here: Mapping[str, str]) -> str:
-    """Of a host that could not even say what it has."""
+    """Of a host that could not even say what it has; ``here`` is empty where the head could not."""
     text = one_line(error)
-    if has_answered(error):
+    if here and has_answered(error):
         return f"{node} has no biphase, the head has {here['biphase']}: install the same on every node"
     return f"{node} does not say what is installed there: {text[:160] or type(error).__name__}"

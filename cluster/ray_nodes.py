@@ -22,6 +22,7 @@ from biphase.cluster.host_checks import HostChecks
 from biphase.cluster.ray_growth import Growth, find_growth
 from biphase.cluster.ray_hosts import HostsSeen, RayHost, hosts_of
 from biphase.cluster.ray_node_check import (
+    Installed,
     Weights,
     has_answered,
     installed,
@@ -69,6 +70,11 @@ class NodeBook:
         self.growth: Growth | None = None
         self.changed = asyncio.Condition()
         self.on_look: Callable[[], Awaitable[None]] | None = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether it looks by itself and checks who joins."""
+        return self._follows
 
     @property
     def hosts(self) -> list[RayHost]:
@@ -207,10 +213,10 @@ class NodeBook:
 
     async def _check(self, host: RayHost, weights: Weights) -> None:
         key = host.node_id, weights
-        here = await asyncio.to_thread(installed, *weights)
         before = self._known.refused.get(key, "")
+        here: Installed = {}
         try:
-            there = here
+            there = here = await asyncio.to_thread(installed, *weights)
             if host.node_id != ray.get_runtime_context().get_node_id():
                 asked = await self._call(lambda: _ask(host.node_id, weights))
                 there = await asyncio.wait_for(asyncio.wrap_future(asked), CHECK_S)
@@ -218,10 +224,11 @@ class NodeBook:
         except Exception as error:  # noqa: BLE001 -- Ray's many, each of them a reason to give it nothing
             note = self._known.answered if has_answered(error) else self._known.failed
             note(key, reason_of_failure(host.address, error, here), time.monotonic())
+        finally:
+            self._checks.pop(key, None)
         reason = self._known.refused.get(key, "")
         if reason and reason != before:
             logger.error("%s", reason)
-        self._checks.pop(key, None)
         await self._tell()
 
     async def _tell(self) -> None:

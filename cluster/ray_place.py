@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from biphase.cluster.backend import Kind
 from biphase.cluster.deployment import Placement
@@ -10,6 +11,8 @@ from biphase.cluster.ray_room import Room
 
 Tenants = Mapping[str, Sequence[Kind]]
 """The instances of the deployment on each host, by its id."""
+Verdict = Literal["start", "wait", "anew"]
+"""What becomes of an instance that has a placement group and runs nowhere yet; anew: in another group."""
 
 
 def choose(
@@ -106,3 +109,46 @@ def is_outdated(
     may_be_used = set(without) & set(there) - set(shunned)
     must_be_left_out = set(shunned) - set(unknown) - set(without)
     return bool(may_be_used or must_be_left_out)
+
+
+def on_granted(
+    lies_on: Collection[str], shunned: Collection[str], unknown: Collection[str], there: Collection[str]
+) -> Verdict:
+    """Of a group whose room is on ``lies_on``; the others as in ``is_outdated``. Ray gives room on hosts that nobody has
+    checked, and that no list named when the group was made."""
+    nodes = set(lies_on)
+    if nodes & (set(shunned) - set(unknown)):
+        return "anew"
+    return "wait" if nodes & set(unknown) or nodes - set(there) else "start"
+
+
+def is_better(
+    placement: Placement, kind: Kind, chosen: Collection[str], lies_on: Collection[str], tenants: Tenants
+) -> bool:
+    """Whether ``chosen`` (ids of hosts) is more what ``placement`` wants for an instance than where it has room."""
+
+    def others(nodes: Collection[str]) -> int:
+        return sum(one != kind for node in set(nodes) for one in tenants.get(node, ()))
+
+    match placement:
+        case "spread":
+            return others(chosen) < others(lies_on)
+        case "near":
+            return others(chosen) > others(lies_on)
+        case "pack":
+            return False
+
+
+def given_back(hosts: Sequence[RayHost], lies_on: Sequence[str], stages: Sequence[Room]) -> list[RayHost]:
+    """The hosts as they would be without the room that an instance's stages have there."""
+    free = {host.node_id: host.free for host in hosts}
+    for node, stage in zip(lies_on, stages, strict=True):
+        if node in free:
+            free[node] = Room(free[node].gpus + stage.gpus, free[node].cpus + stage.cpus)
+    return [
+        replace(
+            host,
+            free=Room(min(host.total.gpus, free[host.node_id].gpus), min(host.total.cpus, free[host.node_id].cpus)),
+        )
+        for host in hosts
+    ]

@@ -6,8 +6,8 @@ Ray by their labels, which it obeys to the letter: what then finds no room is ma
 
 import socket
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -22,7 +22,7 @@ from biphase.cluster.gpus import GpuPart
 from biphase.cluster.ray_group import RayGroup
 from biphase.cluster.ray_names import group_name
 from biphase.cluster.ray_nodes import SOON_S, NodeBook
-from biphase.cluster.ray_place import choose_each, is_outdated, missed
+from biphase.cluster.ray_place import Verdict, choose_each, given_back, is_better, is_outdated, missed, on_granted
 from biphase.cluster.ray_room import NOTHING, Room, bundles_of, fits, rooms_asked
 from biphase.protos.errors import SetupError
 
@@ -43,6 +43,10 @@ class Made:
     """Ids of those where it is to go, stage by stage; none: anywhere else."""
     pinned: bool
     """It may go nowhere but there."""
+    moved: bool
+    """It was made anew for the sake of the placement."""
+    lies_on: tuple[str, ...] = ()
+    """Ids of hosts where it has found room, or is about to be asked for."""
 
 
 class RayPlacement:
@@ -66,6 +70,10 @@ class RayPlacement:
             # where the user is: they listen on this host's addresses
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             return lambda stage: {"scheduling_strategy": here}
+        return inside(self.make(spec, share))
+
+    def make(self, spec: ProcessSpec, share: float) -> PlacementGroup:
+        """An instance's group, which Ray gives room in a moment or later; a blocking Ray call."""
         bundles, stages = bundles_of(spec, share), _stages_of(spec, share)
         shunned = self.shunned(spec)
         targets = self._targets(spec, stages, shunned) if self._joined else []
@@ -78,40 +86,67 @@ class RayPlacement:
             options["bundle_label_selector"] = [{NODE_ID_LABEL: target} for target in targets]
         else:
             options |= avoiding(shunned, len(bundles))
-        group = placement_group(
+        group: PlacementGroup = placement_group(
             bundles, name=group_name(self._namespace, spec.name, spec.incarnation), lifetime="detached", **options
         )
         self._note(spec, stages[0], shunned, targets, pinned=pinned)
-        return lambda stage: {
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=stage)
-        }
+        return group
 
     def _note(self, spec: ProcessSpec, stage: Room, shunned: set[str], targets: list[str], *, pinned: bool) -> None:
-        made = Made(spec=spec, at_s=time.monotonic(), without=frozenset(shunned), targets=tuple(targets), pinned=pinned)
+        before = self._made.get((spec.name, spec.incarnation))
+        made = Made(
+            spec=spec,
+            at_s=time.monotonic(),
+            without=frozenset(shunned),
+            targets=tuple(targets),
+            pinned=pinned,
+            moved=before is not None and before.moved,
+        )
         living = {key: one for key, one in self._made.items() if key in self._groups and self._groups[key].end is None}
         self._made = {**living, (spec.name, spec.incarnation): made}
         self._stages[spec.kind] = stage
         self._wanted = spec.deployment.placement
 
-    def to_make_anew(self, group: RayGroup) -> ProcessSpec | None:
-        """Of a group that waits for room: the spec to make it anew with, where that may find some."""
-        made = self._made.get((group.name, group.incarnation))
-        if made is None:
-            return None
+    def verdict(self, spec: ProcessSpec, share: float, lies_on: Sequence[str]) -> Verdict:
+        """Of an instance that nothing runs of. ``lies_on``: the hosts of its stages, by their ids; empty: no room yet. Where ``make``
+        is called, too: what was made is one thread's."""
+        key = spec.name, spec.incarnation
+        made = self._made[key]
+        shunned, unknown = self.shunned(spec), self._book.unknown(spec.deployment)
         there = {host.node_id for host in self._book.hosts}
-        late = made.pinned and time.monotonic() - made.at_s >= PINNED_S
-        outdated = is_outdated(made.without, self.shunned(made.spec), self._book.unknown(made.spec.deployment), there)
-        return made.spec if late or outdated else None
+        if not lies_on:
+            late = made.pinned and time.monotonic() - made.at_s >= PINNED_S
+            return "anew" if late or is_outdated(made.without, shunned, unknown, there) else "wait"
+        self._made[key] = made = replace(made, lies_on=tuple(lies_on))
+        found = on_granted(lies_on, shunned, unknown, there)
+        if found == "wait" and self._has_room(spec, share, shunned):
+            return "anew"  # on hosts that have passed, rather than wait for the check of this one
+        if found == "start" and not made.targets and not made.moved:
+            return self._by_wish(made, share, shunned)
+        return found
+
+    def _by_wish(self, made: Made, share: float, shunned: set[str]) -> Verdict:
+        """Of one for which no hosts could be chosen when it was made: several may be there by now."""
+        spec, stages = made.spec, _stages_of(made.spec, share)
+        placement = spec.deployment.placement
+        if placement != "pack" and self._book.reason_to_wait_for_checks(spec.deployment, SOON_S):
+            return "wait"
+        hosts, tenants = given_back(self._book.hosts, made.lies_on, stages), self._tenants(but=spec.name)
+        chosen = tuple(host.node_id for host in choose_each(placement, spec.kind, stages, hosts, tenants, shunned))
+        if not chosen or not is_better(placement, spec.kind, chosen, made.lies_on, tenants):
+            return "start"
+        # others that are looked at before it is made must know already that it goes
+        self._made[spec.name, spec.incarnation] = replace(made, moved=True, lies_on=chosen)
+        return "anew"
 
     def reason_to_wait(self, spec: ProcessSpec, share: float) -> str:
         """Why an instance is not placed just now: who has room may be known in a moment. Empty: it is to be placed."""
-        shunned = self.shunned(spec)
-        usable = [host.free for host in self._book.hosts if host.node_id not in shunned]
-        return (
-            ""
-            if fits(_stages_of(spec, share), usable)
-            else self._book.reason_to_wait_for_checks(spec.deployment, SOON_S)
-        )
+        if self._has_room(spec, share, self.shunned(spec)):
+            return ""
+        return self._book.reason_to_wait_for_checks(spec.deployment, SOON_S)
+
+    def _has_room(self, spec: ProcessSpec, share: float, shunned: set[str]) -> bool:
+        return fits(_stages_of(spec, share), [host.free for host in self._book.hosts if host.node_id not in shunned])
 
     def views(self) -> list[NodeView]:
         shunned = self._book.shunned()
@@ -140,7 +175,7 @@ class RayPlacement:
             words = [word for rank in group.ranks if (word := rank.word()) is not None]
             found = {host.node_id for word in words if (host := self._book.find(word.node)) is not None}
             if not found and planned and key in self._made:
-                found = set(self._made[key].targets)
+                found = set(self._made[key].lies_on or self._made[key].targets)
             role: Kind = group.kind if not words else "prefill" if words[0].kind == "prefill" else "decode"
             for node in found:
                 tenants.setdefault(node, []).append(role)
@@ -161,6 +196,25 @@ class RayPlacement:
         """Ids of hosts where it may not go."""
         avoided = {host.node_id for host in self._book.hosts if any(host.is_called(name) for name in spec.avoid_nodes)}
         return self._book.shunned(spec.deployment) | avoided
+
+
+def inside(group: PlacementGroup) -> Callable[[int], dict[str, Any]]:
+    """Options of the actors of a stage."""
+    return lambda stage: {
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=stage)
+    }
+
+
+def lies_on(group: PlacementGroup) -> list[str] | None:
+    """The hosts of its bundles, by their ids; empty: it has no room yet. None: it is gone. A blocking Ray call."""
+    found = placement_group_table(group)
+    match found.get("state", "REMOVED"):
+        case "REMOVED":
+            return None
+        case "CREATED":
+            return [found["bundles_to_node_id"][bundle] for bundle in sorted(found["bundles_to_node_id"])]
+        case _:
+            return []
 
 
 def avoiding(shunned: set[str], num_bundles: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One actor, as the Ray backend sees it: followed by a long poll, and by a pidfd where it runs on this host."""
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -20,7 +21,8 @@ UNAVAILABLE_RETRY_S = 0.2
 LOOK_EVERY_S = 0.1
 
 CallRay = Callable[[Callable[[], Any]], Awaitable[Any]]
-"""Makes a blocking Ray call outside the loop."""
+"""Makes a blocking Ray call outside the loop. OSError: it is not done yet, and will be."""
+logger = logging.getLogger("biphase.cluster.ray")
 
 
 class RayRank:
@@ -44,13 +46,6 @@ class RayRank:
     def word(self) -> Announcement | None:
         return self._word
 
-    def await_another(self, coming: "asyncio.Future[Any]") -> Any | None:
-        """Follow an actor that is to come in the place of one that has never run; returns that one."""
-        self._follow.cancel()
-        former, self._actor, self._coming = self._actor, None, coming
-        self._follow = asyncio.create_task(self._follow_actor())
-        return former
-
     async def ended(self) -> str:
         await self._gone.wait()
         assert self.end is not None
@@ -73,8 +68,15 @@ class RayRank:
         if self._pidfd >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        with suppress(Exception):  # an actor that is gone already, or a cluster that is
-            await self._call(partial(ray.kill, self._actor, no_restart=True))
+        await self._kill_actor(self._actor)
+
+    async def _kill_actor(self, actor: Any) -> None:
+        try:
+            await self._call(partial(ray.kill, actor, no_restart=True))
+        except OSError as error:
+            logger.warning("an actor is killed later: %s", error)
+        except Exception as error:  # noqa: BLE001 -- an actor that is gone already, or a cluster that is
+            logger.debug("an actor is not killed: %s", one_line(error))
 
     def release(self) -> None:
         self._follow.cancel()
@@ -89,8 +91,7 @@ class RayRank:
                 self._set_end(one_line(error))
                 return
             if self.end is not None:  # wanted no more meanwhile
-                with suppress(Exception):
-                    await self._call(partial(ray.kill, self._actor, no_restart=True))
+                await self._kill_actor(self._actor)
                 return
         assert self._actor is not None
         version = 0

@@ -16,6 +16,7 @@ from biphase.cluster.backend import ProcessSpec
 from biphase.cluster.gpus import GpuPart
 from biphase.cluster.ray_names import request_name
 from biphase.cluster.ray_nodes import NodeBook
+from biphase.cluster.ray_place import on_granted
 from biphase.cluster.ray_placement import RayPlacement, avoiding, remove_groups
 from biphase.cluster.ray_room import NOTHING, Room, bundles_of, how_many, room_of, rooms_asked
 from biphase.protos.values import Role
@@ -70,12 +71,14 @@ class NodeRequests:
         if found["state"] != "CREATED":
             return False
         nodes = set(found["bundles_to_node_id"].values())
-        shunned = self._placement.shunned(spec)
-        if nodes & (shunned - self._book.unknown()):
+        if nodes - {host.node_id for host in self._book.hosts}:  # it has joined since the last look
+            await self._book.look(check=self._book.follows)
+        there = {host.node_id for host in self._book.hosts}
+        verdict = on_granted(nodes, self._placement.shunned(spec), self._book.unknown(), there)
+        if verdict == "anew":
             await self._call(partial(remove_groups, {found["name"]}))
             await self._make(spec)
-            return False
-        return not nodes & shunned
+        return verdict == "start"
 
     async def idle(self, spec: ProcessSpec) -> int:
         share = await self._call(partial(self._share, spec))

@@ -64,6 +64,20 @@ def test_a_refusal_keeps_its_words_when_the_next_check_fails() -> None:
     assert checks.due(3 * FIRST_AGAIN_S) == ["a"]
 
 
+def test_a_pass_ends_what_was_counted_before() -> None:
+    checks, now_s = joined("a"), 0.0
+    for _ in range(MAX_FAILED_CHECKS):
+        checks.failed("a", "does not say", now_s)
+    checks.answered("a", "", 10.0)
+    for number in range(1, MAX_FAILED_CHECKS):
+        checks.failed("a", "does not say", 500.0)
+        assert (checks.refused, checks.passes("a")) == ({}, True), f"{number} failed since"
+        assert checks.due(500.0 + RETRY_S) == ["a"]
+    checks.failed("a", "does not say", 500.0)
+    assert checks.refused == {"a": "does not say"}
+    assert checks.due(500.0 + FIRST_AGAIN_S) == ["a"], "the first refusal since"
+
+
 def test_the_wait_stays_bounded() -> None:
     checks = joined("a")
     for round_number in range(2000):

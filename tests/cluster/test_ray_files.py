@@ -164,6 +164,7 @@ def test_the_kuberay_manifest_says_the_sum_of_its_workers() -> None:
     (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
     said = {each["name"]: each.get("value") for each in head["env"]}
     assert said["BIPHASE_MAX_WORKERS"] == str(sum(group["maxReplicas"] for group in spec["workerGroupSpecs"]))
+    assert said["BIPHASE_MIN_WORKERS"] == str(sum(group["minReplicas"] for group in spec["workerGroupSpecs"]))
     for group in spec["workerGroupSpecs"]:
         (worker,) = group["template"]["spec"]["containers"]
-        assert {each["name"] for each in worker["env"]} == set(said) - {"BIPHASE_MAX_WORKERS"}
+        assert {each["name"] for each in worker["env"]} == set(said) - {"BIPHASE_MAX_WORKERS", "BIPHASE_MIN_WORKERS"}

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,3 +115,37 @@ async def test_the_next_life_of_a_controller_waits_for_its_hosts(monkeypatch: py
     assert cluster.book.reason_to_wait_for_checks(NEW, 5.0) == ""
     assert cluster.book.shunned() == set()
     await cluster.book.close()
+
+
+async def test_a_check_that_fails_on_the_head_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from biphase.cluster import ray_nodes
+
+    cluster = Cluster(monkeypatch, head={"old"}, b={"old"})
+    works = ray_nodes.installed
+
+    def fails(model: str, dummy: bool) -> dict[str, str]:
+        raise OSError("[Errno 116] Stale file handle")
+
+    monkeypatch.setattr(ray_nodes, "installed", fails)
+    await cluster.open()
+    assert cluster.book.unknown() == {"head", "b"}, "one that fails says little"
+    with pytest.raises(SetupError, match="does not say what is installed"):
+        await cluster.book.check_now(OLD)
+    monkeypatch.setattr(ray_nodes, "installed", works)
+    assert await cluster.book.check_now(OLD) == []
+    assert cluster.book.shunned() == set()
+    await cluster.book.close()
+
+
+@pytest.mark.parametrize("dummy", [True, False])
+def test_weights_that_cannot_be_read_are_lacking_in_one_line(dummy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from biphase.cluster import ray_node_check
+
+    def fails(path: Path, **options: object) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", fails)
+    monkeypatch.setattr(Path, "is_dir", fails)
+    monkeypatch.setattr(Path, "is_file", fails)
+    lack = ray_node_check.weights_lack(ray_node_check.Weights("/far/model.json" if dummy else "/far/model", dummy))
+    assert "Permission denied" in lack and "\n" not in lack

@@ -1,5 +1,6 @@
 """Where instances go, how far a cluster may grow, and what has joined and gone: values only, no Ray."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from biphase.cluster.backend import Kind
 from biphase.cluster.deployment import Placement
 from biphase.cluster.gpus import WHOLE
 from biphase.cluster.ray_growth import (
+    LEAST_VARIABLE,
     MAX_WORKERS,
     WORKERS_VARIABLE,
     Growth,
@@ -19,7 +21,7 @@ from biphase.cluster.ray_growth import (
     growth_said,
 )
 from biphase.cluster.ray_hosts import HostsSeen, RayHost, hosts_of
-from biphase.cluster.ray_place import choose, choose_each, is_outdated, missed
+from biphase.cluster.ray_place import choose, choose_each, given_back, is_better, is_outdated, missed, on_granted
 from biphase.cluster.ray_room import Room
 from biphase.protos.errors import SetupError
 
@@ -111,6 +113,33 @@ def test_a_group_that_waits_is_made_anew_when_it_may_go_to_other_hosts() -> None
     assert not is_outdated(set(), {"b"}, {"b"}, hosts), "b has just joined: its check tells soon"
 
 
+def test_what_has_room_starts_only_on_hosts_that_have_passed() -> None:
+    hosts = {"a", "b", "c"}
+    assert on_granted(["a", "a"], {"b", "c"}, {"c"}, hosts) == "start"
+    assert on_granted(["a", "c"], {"b", "c"}, {"c"}, hosts) == "wait", "c is being checked"
+    assert on_granted(["a", "new"], {"b"}, set(), hosts) == "wait", "nobody has seen it yet"
+    assert on_granted(["b"], {"b", "c"}, {"c"}, hosts) == "anew"
+    assert on_granted(["b", "c"], {"b", "c"}, {"c"}, hosts) == "anew", "whatever c's check says"
+
+
+@pytest.mark.parametrize(
+    ("placement", "better"), [("spread", (False, True)), ("near", (True, False)), ("pack", (False,) * 2)]
+)
+def test_only_what_the_placement_wants_is_better(placement: Placement, better: tuple[bool, bool]) -> None:
+    tenants: dict[str, list[Kind]] = {"n1": ["prefill"], "n2": ["decode"]}
+    assert is_better(placement, "decode", ["n1"], ["n2"], tenants) == better[0]
+    assert is_better(placement, "decode", ["n2", "n3"], ["n1", "n1"], tenants) == better[1]
+    assert not is_better(placement, "decode", ["n3"], ["n2"], tenants), "as good as it is"
+
+
+def test_a_host_is_seen_as_without_the_instance_and_never_as_more_than_it_has() -> None:
+    full = replace(host(1, cpus=2.0), free=Room(0, 0))
+    stages = [ONE_CPU] * 3
+    (one, other) = given_back([full, host(2, cpus=2.0)], ["n1", "n2", "gone"], stages)
+    assert (one.free, other.free) == (ONE_CPU, Room(0, 2 * WHOLE))
+    assert given_back([full], ["n1", "n1", "n1"], stages)[0].free == Room(0, 2 * WHOLE)
+
+
 def test_joined_and_gone() -> None:
     seen = HostsSeen()
     assert seen.look([host(1), host(2)]) == ([host(1), host(2)], [])
@@ -173,6 +202,31 @@ def test_where_the_autoscaler_cannot_be_seen_a_variable_says_how_many_workers_th
     assert growth is not None
     assert (growth.most_workers, growth.least_workers, growth.num_gpus(3), len(growth.rooms())) == (4, 0, 3, 4)
     assert growth_said("") is None
+    for least in ("0", "2", "4"):
+        growth = growth_said("4", least)
+        assert growth is not None and (growth.most_workers, growth.least_workers) == (4, int(least))
+
+
+@pytest.mark.parametrize(
+    ("most", "least", "line"),
+    [
+        ("4", "5", "BIPHASE_MIN_WORKERS is '5': a number of worker hosts, 0 to BIPHASE_MAX_WORKERS, 4"),
+        ("4", "two", "BIPHASE_MIN_WORKERS is 'two': a number of worker hosts, 0 to BIPHASE_MAX_WORKERS, 4"),
+        (
+            "",
+            "2",
+            f"BIPHASE_MAX_WORKERS is '' beside BIPHASE_MIN_WORKERS: a number of worker hosts, 1 to {MAX_WORKERS}",
+        ),
+    ],
+)
+def test_a_bad_least_number_of_workers_is_refused_in_one_line(
+    most: str, least: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(WORKERS_VARIABLE, most)
+    monkeypatch.setenv(LEAST_VARIABLE, least)
+    with pytest.raises(SetupError) as refused:
+        find_growth("10.0.0.1:6379")
+    assert str(refused.value) == line
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "four", "1.5", " 4", "10001", "²"])

@@ -38,6 +38,7 @@ class MadeUp:
         self.avoided: set[str] = set()
         self.growth = Growth(most_workers=2, types=(NodeType(room=None, least=0, most=2),))
         self.hosts: list[Any] = []
+        self.joining: list[Any] = []
         monkeypatch.setattr(ray_requests, "placement_group_table", lambda: dict(self.groups))
         monkeypatch.setattr(ray_requests, "placement_group", self.make)
         monkeypatch.setattr(ray_requests, "remove_groups", self.remove)
@@ -60,6 +61,12 @@ class MadeUp:
 
     # Of the node book and the placement.
 
+    follows = True
+
+    async def look(self, *, check: bool) -> None:
+        assert check
+        self.hosts = [*self.joining]
+
     def unknown(self) -> set[str]:
         return self.checked
 
@@ -74,7 +81,8 @@ async def test_a_request_comes_once_its_host_is_there_and_checked(monkeypatch: p
     assert await there.requests.ask(SPEC) == "", "twice is once"
     assert await there.requests.came(SPEC) is False
     there.put("new")
-    there.checked = {"new"}
+    assert await there.requests.came(SPEC) is False, "no list has named it yet"
+    there.joining, there.checked = [SimpleNamespace(node_id="new")], {"new"}
     assert await there.requests.came(SPEC) is False
     assert there.groups[NAME]["state"] == "CREATED", "it is not known yet what is installed there"
     there.checked = set()
