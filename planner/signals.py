@@ -226,7 +226,9 @@ class SignalWindow:
         at_least = max(at_least, 1.0)
         if flow.num_ended <= 0:
             known = self._lengths[1] if self._lengths else 0.0
-            mean = max(known, flow.output_tokens_per_s / max(1e-12, flow.requests_per_s), at_least)
+            # with no request begun, tokens are drawn for what began before: they say nothing of lengths
+            begun = flow.output_tokens_per_s / flow.requests_per_s if flow.num_requests > 0 else 0.0
+            mean = max(known, begun, at_least)
             return mean, mean * mean
         low, high = flow.outputs.mean_within()
         drawn = flow.output_tokens_per_s * flow.seconds / flow.num_ended

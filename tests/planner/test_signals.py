@@ -3,6 +3,7 @@
 import pytest
 from support.scaling import DECODE_STEP, PREFILL_STEP, make_members
 
+from biphase.planner.flow import Flow
 from biphase.planner.ratio import Ratio
 from biphase.planner.reports import Histogram, InstanceReport, JointHistogram, RouterReport
 from biphase.planner.signals import SignalWindow
@@ -175,3 +176,13 @@ def test_lengths_lie_within_what_the_buckets_allow() -> None:
     assert histogram.mean_within() == (5.0, 15.0)
     assert histogram.since(Histogram(bounds=(10.0, 20.0), counts=(1, 0, 0))).counts == (0, 1, 0)
     assert histogram.plus(histogram).total == 4
+
+
+@pytest.mark.parametrize("num_requests", [0, 2])
+def test_tokens_of_an_answer_that_began_before_say_nothing_of_lengths(num_requests: int) -> None:
+    """The part of the window that says how long answers are may hold one that runs, and none that begins or ends."""
+    answers = Flow(
+        seconds=10.0, num_requests=num_requests, requests_per_s=num_requests / 10.0, output_tokens_per_s=20.0
+    )
+    mean, square = SignalWindow()._outputs(answers, at_least=0.0)
+    assert (mean, square) == ((100.0, 10_000.0) if num_requests else (1.0, 1.0))
