@@ -6,13 +6,11 @@ import json
 import random
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from biphase.client.async_client import AsyncClient
 from biphase.client.bench import progress, report
 from biphase.client.bench.arrivals import arrivals
-from biphase.client.bench.measured import Measured
 from biphase.client.bench.prompts import Prompts, RandomPrompts, RecordedPrompts
 from biphase.client.bench.runner import Live, Runner
 from biphase.client.bench.settings import Settings
@@ -26,12 +24,12 @@ _CANDIDATES = 8
 
 
 def bench(settings: Settings) -> int:
-    """Returns 0, or 1 when an answer was wrong or no request was done."""
+    """Returns 0, 1 when an answer was wrong or no request was done, 130 after Ctrl-C, with the figures of what was sent."""
     recording = read_recording(settings.check_tokens) if settings.check_tokens else None
     for path in (settings.json_file, settings.record_tokens):
         if path is not None and not path.absolute().parent.is_dir():
             raise SetupError(f"cannot write {path}: there is no folder {path.absolute().parent}")
-    served, runner = asyncio.run(_run(settings, recording))
+    served, runner, interrupted = asyncio.run(_run(settings, recording))
     summary = summarize(runner.measured, settings.goals)
     print("\n".join(report.lines(summary, settings.goals)))
     if settings.json_file is not None:
@@ -39,10 +37,10 @@ def bench(settings: Settings) -> int:
         _write(settings.json_file, json.dumps(document, indent=1) + "\n")
     if settings.record_tokens is not None:
         write_recording(settings.record_tokens, _recording(served, runner))
-    return 1 if summary.wrong or not summary.done else 0
+    return 130 if interrupted else 1 if summary.wrong or not summary.done else 0
 
 
-async def _run(settings: Settings, recording: Recording | None) -> tuple[ServedModel, Runner]:
+async def _run(settings: Settings, recording: Recording | None) -> tuple[ServedModel, Runner, bool]:
     async with AsyncClient(settings.addresses) as client:
         served = await client.model_info()
         runner = Runner(
@@ -53,12 +51,13 @@ async def _run(settings: Settings, recording: Recording | None) -> tuple[ServedM
             ignore_eos=settings.ignore_eos,
         )
         runner.keep_answers = settings.record_tokens is not None
-        await _accompanied(settings, runner)
-        return served, runner
+        interrupted = await _accompanied(settings, runner)
+        return served, runner, interrupted
 
 
-async def _accompanied(settings: Settings, runner: Runner) -> Sequence[Measured]:
-    """Run it, with its progress shown. The first Ctrl-C sends no more and waits for what runs, the second cuts it."""
+async def _accompanied(settings: Settings, runner: Runner) -> bool:
+    """Run it, with its progress shown; whether it was interrupted. The first Ctrl-C sends no more and waits for what runs,
+    the second cuts it."""
     shown = asyncio.create_task(
         progress.show(runner, planned_s=settings.planned_s, num_prompts=settings.num_prompts)
         if settings.progress
@@ -73,6 +72,9 @@ async def _accompanied(settings: Settings, runner: Runner) -> Sequence[Measured]
         nonlocal stopping
         if stopping:
             work.cancel()
+        elif runner.live:
+            words = f"{len(runner.live)} request{'s' if len(runner.live) > 1 else ''}"
+            print(f"\nno more is sent; waiting for {words}, Ctrl-C again cuts them short", file=sys.stderr)
         stopping = True
         runner.stop()
 
@@ -81,7 +83,7 @@ async def _accompanied(settings: Settings, runner: Runner) -> Sequence[Measured]
     try:
         with contextlib.suppress(asyncio.CancelledError):
             await work
-        return runner.measured
+        return stopping
     finally:
         loop.remove_signal_handler(signal.SIGINT)
         work.cancel()

@@ -61,7 +61,8 @@ class Runner:
         self._stopped.set()
 
     async def run(self, arrivals: Iterable[Arrival]) -> list[Measured]:
-        """Every request of ``arrivals``, measured, in the order of their ends. Cancelled, it cancels what runs."""
+        """Every request of ``arrivals``, measured, in the order of their ends. Cancelled, it cancels what runs, which is
+        measured as far as it came."""
         self.began_at_s = time.perf_counter()
         async with asyncio.TaskGroup() as tasks:
             for arrival in arrivals:
@@ -95,7 +96,7 @@ class Runner:
             ignore_eos=self._ignore_eos,
             timeout_s=self._timeout_s,
         )
-        kind, detail = DONE, ""
+        kind, detail, cut = DONE, "", False
         try:
             async for delta in generation:
                 at_s = self.now_s()
@@ -104,6 +105,8 @@ class Runner:
                     live.token_at_s.append(at_s)
         except BiphaseError as error:
             kind, detail = error.code.name, one_line(error)
+        except asyncio.CancelledError:
+            kind, detail, cut = "CANCELLED", "cut short by whoever measures", True
         finally:
             self.live.pop(live.arrival.index, None)
         result = generation.result if kind == DONE else None
@@ -133,6 +136,8 @@ class Runner:
         )
         if self.keep_answers and result:
             self.answers[live.arrival.index] = live
+        if cut:
+            raise asyncio.CancelledError
 
     def _not_sent(self, arrival: Arrival) -> None:
         now_s = self.now_s()

@@ -3,8 +3,12 @@
 import contextlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,3 +181,27 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], words
 def test_nobody_listens_is_one_line_and_exit_code_1() -> None:
     done = bench("--address", "127.0.0.1:1")
     assert (done.returncode, done.stderr) == (1, "biphase: nothing listens at 127.0.0.1:1\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_it_with_the_figures_of_what_was_sent(served: Deployment, tmp_path: Path, times: int) -> None:
+    """Once: what runs is waited for; twice: it is cut short, and told as cancelled."""
+    shape = ("--request-rate", "20", "--num-prompts", "100000", "--input-len", "20", "--output-len", "200")
+
+    def interrupt() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # two that come at once may be one
+
+    timer = threading.Timer(2.0, interrupt)
+    timer.start()
+    done = bench("--address", served.address, *shape, "--no-progress", "--json", str(tmp_path / "out.json"))
+    timer.join()
+    assert done.returncode == 130, done.stderr
+    assert "no more is sent; waiting for " in done.stderr
+    requests = json.loads((tmp_path / "out.json").read_text())["requests"]
+    kinds = {request["kind"] for request in requests}
+    assert len(requests) > 10
+    assert kinds <= {"DONE", "CANCELLED"} and "DONE" in kinds
+    assert ("CANCELLED" in kinds) == (times == 2)
