@@ -290,7 +290,8 @@ class Admin:
         to_decode = any(role == "decode" for _, role in plan.flips)
         if leaving and not (self._mode == "auto" and to_decode and not plan.stops):
             new = [(role, self._controller.generation) for role in plan.adds]
-            wanted_set.check_others_serve(core, self._mode, leaving, "this", then=dict(plan.flips), new=new)
+            doing = f"a change in which {plan}"
+            wanted_set.check_others_serve(core, self._mode, leaving, doing, then=dict(plan.flips), new=new)
         return plan
 
     def _check_budget(self, wanted: Mapping[Role, int], *, turns: bool = False) -> None:
