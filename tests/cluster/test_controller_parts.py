@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from support.fake_backend import FakeBackend, FakeHandle
+from support.fake_backend import FakeBackend, FakeHandle, controller_over
 from support.scripted_worker import ScriptedWorker
 
 from biphase.cluster import controller as controller_module
@@ -25,7 +25,6 @@ from biphase.cluster.retiring import GIVES_UP_S, MAX_LIVES, Retiring
 from biphase.cluster.run_dir import RunDir
 from biphase.cluster.slot import FlipTo
 from biphase.cluster.worker_link import Told, retire
-from biphase.protos.process import Announcement, Announcer
 
 DEPLOYMENT = Deployment(model="/models/a", name="x")
 SLOTS = {
@@ -38,16 +37,7 @@ WITHIN_S = 10.0
 
 
 def made(backend: FakeBackend, run_dir: Path) -> Controller:
-    spec = ProcessSpec(
-        name="controller",
-        kind="controller",
-        incarnation=1,
-        deployment=DEPLOYMENT,
-        run_dir=str(run_dir),
-        controller_address="127.0.0.1:1",
-    )
-    word = Announcement(name="controller", kind="controller", incarnation=1, pid=1)
-    return Controller(spec, backend, Announcer(word, lambda said: None))
+    return controller_over(backend, run_dir, DEPLOYMENT)
 
 
 def served_before(backend: FakeBackend, **changes: object) -> None:

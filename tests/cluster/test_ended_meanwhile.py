@@ -5,13 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.fake_backend import FakeBackend, FakeHandle
+from support.fake_backend import FakeBackend, FakeHandle, controller_over
 
-from biphase.cluster.backend import STATE, ProcessSpec
-from biphase.cluster.controller import Controller
+from biphase.cluster.backend import STATE
 from biphase.cluster.controller_state import ControllerState, SlotState
 from biphase.cluster.deployment import Deployment
-from biphase.protos.process import Announcement, Announcer
 
 NAMES = ("prefill-0", "decode-0", "decode-1")
 WITHIN_S = 10.0
@@ -49,16 +47,7 @@ async def test_there_is_nothing_to_do_with_a_life_that_has_ended_meanwhile(
     tmp_path: Path, slow: Callable[[ControllerState], bool], kills: int
 ) -> None:
     backend = SlowBackend(slow)
-    spec = ProcessSpec(
-        name="controller",
-        kind="controller",
-        incarnation=1,
-        deployment=Deployment(model="/models/a", name="x"),
-        run_dir=str(tmp_path),
-        controller_address="127.0.0.1:1",
-    )
-    word = Announcement(name="controller", kind="controller", incarnation=1, pid=1)
-    controller = Controller(spec, backend, Announcer(word, lambda said: None))
+    controller = controller_over(backend, tmp_path, Deployment(model="/models/a", name="x"))
     stop = asyncio.Event()
     run = asyncio.create_task(controller.run(stop))
     async with asyncio.timeout(WITHIN_S):

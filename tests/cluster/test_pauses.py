@@ -6,18 +6,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from support.fake_backend import FakeBackend
+from support.fake_backend import FakeBackend, controller_over
 from support.wanted import idle, made, say, up
 
 from biphase.cluster import reach_watch, wanted_set
 from biphase.cluster.actions import Abandon, AskToStop, Kill
-from biphase.cluster.backend import ProcessSpec
-from biphase.cluster.controller import Controller
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.reach import PAUSE_S, Reach
 from biphase.cluster.reach_watch import ReachWatch
 from biphase.cluster.reconcile import STOP_S, Reconciler
-from biphase.protos.process import Announcement, Announcer
 
 
 def stopped(core: Reconciler, from_s: float, to_s: float) -> None:
@@ -80,16 +77,7 @@ def test_a_pause_within_a_cut_is_discounted_once() -> None:
 
 
 async def test_the_controller_hears_first_what_has_happened(tmp_path: Path) -> None:
-    spec = ProcessSpec(
-        name="controller",
-        kind="controller",
-        incarnation=1,
-        deployment=Deployment(model="/models/a", name="x"),
-        run_dir=str(tmp_path),
-        controller_address="127.0.0.1:1",
-    )
-    word = Announcement(name="controller", kind="controller", incarnation=1, pid=1)
-    controller = Controller(spec, FakeBackend(), Announcer(word, lambda said: None))
+    controller = controller_over(FakeBackend(), tmp_path, Deployment(model="/models/a", name="x"))
     core, now_s = controller.core, controller.now_s()
     core.kill_patience_s = 2.0
     core.decide(now_s - 30.0)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from support.fake_backend import FakeBackend
+from support.fake_backend import FakeBackend, controller_over
 from support.scaling import POLICY
 from support.wanted import up
 
@@ -24,7 +24,6 @@ from biphase.planner.history import read_history
 from biphase.planner.policy import GpuBudget, Policy, RoleBounds, Schedule
 from biphase.protos import worker_pb2
 from biphase.protos.errors import InvalidRequest
-from biphase.protos.process import Announcer
 from biphase.protos.values import Role
 
 DEPLOYMENT = Deployment(model="m", prefill=RolePlan(replicas=1), decode=RolePlan(replicas=2))
@@ -62,15 +61,7 @@ class NotingBackend(FakeBackend):
 
 
 def make_controller(backend: NotingBackend, tmp_path: Path, deployment: Deployment = DEPLOYMENT) -> Controller:
-    spec = ProcessSpec(
-        name="controller",
-        kind="controller",
-        incarnation=1,
-        deployment=deployment,
-        run_dir=str(tmp_path),
-        controller_address="",
-    )
-    controller = Controller(spec, backend, cast("Announcer", None))
+    controller = controller_over(backend, tmp_path, deployment)
     controller.core.decide(0.0)
     for name in controller.core.slots:
         up(controller.core, name, 0.0)

@@ -72,6 +72,13 @@ def carry_out(core: Reconciler, mode: Mode, update: rolling.RollingUpdate = NEW)
     raise AssertionError(words)
 
 
+def end_renewed(core: Reconciler) -> None:
+    """prefill-0 has ended at 101, to start anew in the new generation."""
+    wanted_set.renew(core, "prefill-0", 5.0, 100.0, generation="new", role=None)
+    core.decide(100.0)
+    core.gone("prefill-0", 1, "ended", 101.0)
+
+
 def test_prefill_and_decode_are_renewed_in_turns() -> None:
     core = old(2, 2)
     assert planned(core, "strict") == ["prefill-0", "decode-0", "prefill-1", "decode-1"]
@@ -104,9 +111,7 @@ def test_where_nobody_would_serve_it_is_refused(prefill: int, decode: int, mode:
 
 def test_the_first_new_one_that_fails_pauses_it() -> None:
     core = old(2, 2)
-    wanted_set.renew(core, "prefill-0", 5.0, 100.0, generation="new", role=None)
-    core.decide(100.0)
-    core.gone("prefill-0", 1, "ended", 101.0)
+    end_renewed(core)
     assert core.slots["prefill-0"].generation == "new"
     core.decide(101.0)
     core.gone("prefill-0", 2, "no such model", 102.0)
@@ -119,9 +124,7 @@ def test_the_first_new_one_that_fails_pauses_it() -> None:
 def test_one_that_finds_no_room_in_time_has_failed() -> None:
     core = old(2, 2)
     update = replace(NEW, current="prefill-0")
-    wanted_set.renew(core, "prefill-0", 5.0, 100.0, generation="new", role=None)
-    core.decide(100.0)
-    core.gone("prefill-0", 1, "ended", 101.0)
+    end_renewed(core)
     core.decide(101.0)
     waits = Announcement(name="prefill-0", kind="prefill", incarnation=2, pid=0, detail="waits for room on a node")
     core.announced(waits, 102.0)
@@ -136,9 +139,7 @@ def test_one_that_finds_no_room_in_time_has_failed() -> None:
 def test_no_limit_runs_out_while_this_host_is_cut_off() -> None:
     core = old(2, 2)
     update = replace(NEW, current="prefill-0")
-    wanted_set.renew(core, "prefill-0", 5.0, 100.0, generation="new", role=None)
-    core.decide(100.0)
-    core.gone("prefill-0", 1, "ended", 101.0)
+    end_renewed(core)
     core.decide(101.0)
     core.announced(Announcement(name="prefill-0", kind="prefill", incarnation=2, pid=0), 102.0)
     core.looked({"a": False, "b": False}, 110.0)

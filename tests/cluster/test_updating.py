@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_backend import FakeBackend
+from support.fake_backend import FakeBackend, controller_over
 from support.wanted import idle, up
 
 from biphase.cluster import rolling
 from biphase.cluster.backend import ProcessSpec
-from biphase.cluster.controller import Controller
 from biphase.cluster.deployment import Deployment, RolePlan
 from biphase.cluster.generation import generation_of
 from biphase.cluster.router_places import RouterPlace
 from biphase.cluster.updating import FIXED, TAKEN_OVER
 from biphase.protos.errors import InvalidRequest, SetupError
-from biphase.protos.process import Announcement, Announcer
 from biphase.protos.step_time import StepTime
 from biphase.router.config import RequestLimits
 
@@ -61,20 +59,12 @@ class MemoryBackend(FakeBackend):
         self.checks_for = list(dict.fromkeys(deployment.model for deployment in deployments))
 
 
-def controller_of(backend: MemoryBackend, deployment: Deployment = OLD) -> Controller:
-    base = ProcessSpec(
-        name="controller", kind="controller", incarnation=1, deployment=deployment, run_dir="run", controller_address=""
-    )
-    said = Announcer(Announcement(name="controller", kind="controller", incarnation=1, pid=1), lambda said: None)
-    return Controller(base, backend, said)
-
-
 class World:
     """A deployment that is up, and one update of it."""
 
     def __init__(self, deployment: Deployment = OLD) -> None:
         self.backend = MemoryBackend()
-        self.controller = controller_of(self.backend, deployment)
+        self.controller = controller_over(self.backend, Path("run"), deployment)
         self.core = self.controller.core
         self.core.decide(0.0)
         for slot in self.core.slots.values():
@@ -223,7 +213,7 @@ async def test_all_are_renewed_and_hosts_are_checked_for_the_new_weights() -> No
     assert world.lines[-1].startswith("update is done")
     await world.controller.save()
     assert world.backend.checks_for == ["m2"]
-    again = controller_of(world.backend)
+    again = controller_over(world.backend, Path("run"), OLD)
     await again._restore()
     assert (again.deployment.model, again.core.start_timeout_s) == ("m2", 7.0)
 

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 
 from biphase.cluster.backend import STATE, Handle, Kind, NodeView, ProcessSpec
+from biphase.cluster.controller import Controller
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.local_logs import LocalLogs
 from biphase.cluster.log_source import LogSource
-from biphase.protos.process import Announcement
+from biphase.protos.process import Announcement, Announcer
 from biphase.protos.values import Role
 
 
@@ -110,3 +112,17 @@ class FakeBackend:
         return self.kept.get(key)
 
     async def close(self) -> None: ...
+
+
+def controller_over(backend: FakeBackend, run_dir: Path, deployment: Deployment) -> Controller:
+    """The real controller over a backend without processes; nothing of it runs yet."""
+    spec = ProcessSpec(
+        name="controller",
+        kind="controller",
+        incarnation=1,
+        deployment=deployment,
+        run_dir=str(run_dir),
+        controller_address="127.0.0.1:1",
+    )
+    word = Announcement(name="controller", kind="controller", incarnation=1, pid=1)
+    return Controller(spec, backend, Announcer(word, lambda said: None))
