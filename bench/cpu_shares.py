@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
-PERIOD_US = 50_000
+PERIOD_US = 10_000
+"""A process that has used up its share waits for the next period with whatever it does, with its end after a kill too."""
 
 
 def _base() -> Path | None:

@@ -63,6 +63,11 @@ class Load:
         found = [view.legs for view in views if view is not None and view.state == "ready"]
         return sum(found) if len(found) == len(self.clients) else None
 
+    async def streams_on(self, name: str) -> int:
+        """Requests that an instance decodes now, by its own word: their KV is there."""
+        counters = (await self.cluster.worker_counters()).get(name, {})
+        return counters.get("running", 0) - counters.get("open_pulls", 0)
+
     async def open_pulls(self, name: str) -> int:
         """What an instance pulls from others now, by its own word."""
         return (await self.cluster.worker_counters()).get(name, {}).get("open_pulls", 0)

@@ -146,11 +146,12 @@ class Outcome:
 
     @property
     def gap_s(self) -> float:
-        """The longest silence of a displaced stream that ended after the fault."""
+        """The longest silence of a displaced stream that ended after the fault; before a first token it counts from the
+        fault, for what a prompt had waited by then has other causes."""
         gaps = [
-            later - max(earlier, one.sent_s)
+            later - earlier
             for one in self.displaced
-            for earlier, later in zip((one.sent_s, *one.token_at_s), one.token_at_s, strict=False)
+            for earlier, later in zip((self.at_s, *one.token_at_s), one.token_at_s, strict=False)
             if later > self.at_s
         ]
         return max(gaps, default=math.nan)

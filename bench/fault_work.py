@@ -1,7 +1,7 @@
 """Something to lose: waits until the load is on all instances and the victim of a fault has work in hand.
 
-A decode instance has requests aboard, a router streams, and others see some of the load, by the load's first burst alone. What a
-prefill instance has is gone in seconds, so that it gets a burst of its own while the others decode, and is hit with it in hand:
+A decode instance has streams once the burst has been prefilled, a router too, and others see some of the load, by the load's first burst alone. What a prefill
+instance has is gone in seconds, so that it gets a burst of its own while the others decode, and is hit with it in hand:
 one that is killed with prompts aboard, a pair that is cut apart while one end pulls from the other.
 """
 
@@ -14,11 +14,13 @@ from fault_outcome import Fault
 
 from biphase.client.bench.arrivals import Arrival
 
+BURST = 10
+"""Requests that every case has at least, and begins with: its first indices."""
 WORK_ON_VICTIM, PULLS_ON_PAIR = 4, 1
-"""Requests aboard or streams of a victim when it is hit; of a pair, pulls under way at its decode instance."""
+"""Streams of a victim when it is hit, prompts aboard a prefill instance; of a pair, pulls under way at its decode instance."""
 AT_WORK_WITHIN_S, ONE_MORE_WITHIN_S = 30.0, 5.0
 """How long to wait for so many, and at first for one more: one of them may end just before it is hit."""
-POLL_S = 0.01
+POLL_S = 0.02
 STREAMING_TOKENS = 3
 PROMPTS, PROMPT_OUTPUT = 6, 16
 FIRST_INDEX = 1_000_000
@@ -36,6 +38,8 @@ class Looks(Protocol):
     """What can be asked about a deployment under load."""
 
     async def legs_on(self, name: str) -> int | None: ...
+
+    async def streams_on(self, name: str) -> int: ...
 
     async def open_pulls(self, name: str) -> int: ...
 
@@ -67,10 +71,15 @@ async def at_work(
     async def streams() -> int:
         return sum(len(one.tokens) >= STREAMING_TOKENS and address in ("", one.address) for one in live.values())
 
+    async def burst_streams() -> bool:
+        return all(len(one.tokens) >= STREAMING_TOKENS for index, one in live.items() if index < BURST)
+
     async def work() -> int:
         if fault.kind == "pair":
             found = await looks.open_pulls(fault.victim)
-        elif fault.role in ("prefill", "decode"):
+        elif fault.role == "decode":
+            found = await looks.streams_on(fault.victim) if await burst_streams() else 0
+        elif fault.role == "prefill":
             found = await looks.legs_on(fault.victim) or 0
         else:
             return await streams()

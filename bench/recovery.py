@@ -36,10 +36,11 @@ import cpu_shares
 import report
 from fault_case import INPUT_TOKENS, Load, load_of, run_case
 from fault_outcome import Fault, Kind, Outcome
+from fault_work import BURST
 from netns_cluster import CONTROLLER, NetnsCluster, netns_cluster
 from prefill_work import gap_bound_s, prefill_rate
 from record_tokens import record
-from recovery_judge import BURST, judge, per_fault
+from recovery_judge import judge, per_fault
 
 from biphase.client.bench.arrivals import Arrival, Phase, arrivals
 from biphase.client.bench.lengths import Lengths, fixed, parse_lengths
@@ -62,6 +63,9 @@ EVEN_SHARE = 0.25
 RATE_S = 12.0
 """How long the load goes on under which the prefill rate is measured."""
 CORES = 0.5
+PREFILL_LIMITS = {"max_num_batched_tokens": 128, "max_queued_tokens": 1280}
+"""Steps of two prompts, some 0.8 s on such a share: the last of what is displaced need not wait for a step of many new ones
+beside it. Half of the queue is the replays' budget, room for five streams of 120 tokens."""
 COLUMNS = (
     "fault",
     "on victim",
@@ -164,7 +168,7 @@ def deploy_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "mode": "auto",
         "kv_transport": "tcp",
         "max_model_len": 1024,
-        "prefill": {"replicas": 1, **plan},
+        "prefill": {"replicas": 1, **PREFILL_LIMITS, **plan},
         "decode": {"replicas": 2, **plan},
         "drain_s": 1.0,
     }

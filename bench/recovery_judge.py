@@ -5,11 +5,9 @@ import statistics
 from collections.abc import Sequence
 
 from fault_outcome import ENDED_WITHIN_S, Outcome, worst
-from fault_work import WORK_ON_VICTIM, work_needed
+from fault_work import BURST, WORK_ON_VICTIM, work_needed
 from report import Report
 
-BURST = 10
-"""Requests that every case has at least."""
 SEEN_WITHIN_S: dict[str, float] = {"kill": 0.1, "stop": 2.5, "partition": 2.5, "pair": 2.5}
 DISPLACED_FEWEST = {"prefill": 1, "decode": WORK_ON_VICTIM}
 """Requests that go on elsewhere: of those aboard a prefill instance some may have been through."""

@@ -83,13 +83,27 @@ class Dispatcher:
         if link is not None:
             view = link.view()
             fits = view.takes_work and not view.full and view.generation == request.place.generation
-            if fits and link.account.has_promise(request.id):
+            prefill = request.prefill_key
+            open_pair = prefill is None or self._fleet.pairs.is_open_to(
+                Pair(prefill=prefill, decode=view.key), request.id
+            )
+            if fits and open_pair and link.account.has_promise(request.id):
                 request.open_decode(link)
                 return
             link.account.settle(request.id)
         request.promised_decode = None
         self._seekers.append(request)
         self.schedule()
+
+    def can_pull(self, request: Request) -> bool:
+        """Whether a decode instance is left, with room or not, that could pull from the request's prefill instance."""
+        view, prefill = self._fleet.view(), request.prefill_key
+        return any(
+            one.takes_work
+            and one.generation == request.place.generation
+            and (prefill is None or Pair(prefill=prefill, decode=one.key) not in view.broken)
+            for one in view.of_role("decode")
+        )
 
     def forget(self, request: Request) -> None:
         """It has ended: it waits for nothing any more, and nothing is promised to it."""
@@ -128,7 +142,7 @@ class Dispatcher:
             if key is not None:
                 self._seekers.remove(request)
                 self._promise_decode(request, key)
-                self._try_pair(request.prefill_key, key)
+                self._try_pair(request, request.prefill_key, key)
                 request.open_decode(self._fleet.links[key])
                 continue
             answer = wait_for_decode(request.place, view, self._rules)
@@ -174,7 +188,7 @@ class Dispatcher:
                 link = self._fleet.links[placement.prefill]
                 if placement.decode is not None:
                     self._promise_decode(request, placement.decode)
-                    self._try_pair(placement.prefill, placement.decode)
+                    self._try_pair(request, placement.prefill, placement.decode)
                 link.account.promise(request.id, tokens=request.place.prompt_tokens, blocks=0)
                 request.open_prefill(link, placement.reason)
             case Local():
@@ -203,9 +217,9 @@ class Dispatcher:
                 untils.append(placement.until_s)
         return untils
 
-    def _try_pair(self, prefill: InstanceKey | None, decode: InstanceKey) -> None:
+    def _try_pair(self, request: Request, prefill: InstanceKey | None, decode: InstanceKey) -> None:
         if prefill is not None:
-            self._fleet.pairs.tried(Pair(prefill=prefill, decode=decode), self._loop.time())
+            self._fleet.pairs.tried(Pair(prefill=prefill, decode=decode), request.id, self._loop.time())
 
     def _promise_decode(self, request: Request, key: InstanceKey) -> None:
         link = self._fleet.links[key]

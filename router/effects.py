@@ -20,15 +20,6 @@ class Requeue:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SeekDecode:
-    """Find a decode instance with room and open a leg there with this ticket."""
-
-    ticket: KvTicket
-    pull_epoch: int
-    refusals: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CancelLeg:
     """Tell the leg's instance to end it."""
 
@@ -56,6 +47,19 @@ class Replay:
     cause: ReplayCause
     detail: str
     blames_pair: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeekDecode:
+    """Find a decode instance with room and open a leg there with this ticket.
+
+    ``instead``: the decode instance that pulled is gone, and where no other one can pull this is what to do.
+    """
+
+    ticket: KvTicket
+    pull_epoch: int
+    refusals: int
+    instead: Replay | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -269,6 +269,11 @@ class Front:
     def seek_decode(self, request: Request) -> None:
         self._dispatcher.seek_decode(request)
 
+    def can_pull_again(self, request: Request) -> bool:
+        can = self._dispatcher.can_pull(request)
+        self.counters.add("pulls_again", int(can))
+        return can
+
     def replay(self, request: Request, effect: Replay, pair: Pair | None) -> None:
         self.counters.add("replays")
         self.counters.add(f"replays_{effect.cause}")

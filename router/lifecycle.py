@@ -8,7 +8,9 @@ tokens make; it orders tokens, decides when the decode leg opens, and what an in
     local          none                                 open -> closed
 
 A leg that is lost does not end the request: what is left of it is called off, and both legs begin anew (a replay), with
-the tokens emitted so far forced. The caller passes on no events of legs that were given up.
+the tokens emitted so far forced. A decode leg that is lost before its handoff is complete costs less: what the prefill
+instance has, and goes on computing, another decode instance pulls with the next epoch. The caller passes on no events of
+legs that were given up.
 """
 
 from collections.abc import Sequence
@@ -125,6 +127,12 @@ class Lifecycle:
         self.ended = True
         return self._cancel("prefill", reason) + self._cancel("decode", reason)
 
+    def begin_anew(self, replay: Replay) -> list[Effect]:
+        """What a ``SeekDecode`` has ``instead``: nobody else can pull."""
+        effects = [*self._cancel("prefill", replay.detail), *self._cancel("decode", replay.detail)]
+        self._begin_anew()
+        return [*effects, replay]
+
     # ---- what the instances say
 
     def handle(self, event: LegEvent) -> list[Effect]:
@@ -186,11 +194,12 @@ class Lifecycle:
         self._ticket = event.ticket
         return self._seek()
 
-    def _seek(self) -> list[Effect]:
+    def _seek(self, instead: Replay | None = None) -> list[Effect]:
         assert self._ticket is not None
         self.decode = Leg.SEEKING
         self.pull_epoch += 1
-        return [SeekDecode(ticket=self._ticket, pull_epoch=self.pull_epoch, refusals=self._refusals["decode"])]
+        refusals = self._refusals["decode"]
+        return [SeekDecode(ticket=self._ticket, pull_epoch=self.pull_epoch, refusals=refusals, instead=instead)]
 
     def _handed_off(self, event: HandedOff) -> list[Effect]:
         if self.decode not in (Leg.OPEN, Leg.IN_DOUBT):
@@ -221,7 +230,7 @@ class Lifecycle:
     def _lost(self, event: Lost, was: Leg) -> list[Effect]:
         trouble = _Trouble(cause="lost", detail=event.detail)
         if event.role == "decode":
-            return self._make_good(trouble)
+            return self._make_good(trouble, pulled=was is Leg.OPEN)
         return self._prefill_gone(trouble, was)
 
     def _prefill_gone(self, trouble: _Trouble, was: Leg) -> list[Effect]:
@@ -287,14 +296,15 @@ class Lifecycle:
                 detail = event.detail or "the decode instance ended the request"
                 cause: ReplayCause = "drained" if event.outcome == "drained" else "lost"
                 gone = self._gone if was is Leg.IN_DOUBT else None
-                return self._make_good(gone or _Trouble(cause=cause, detail=detail))
+                return self._make_good(gone or _Trouble(cause=cause, detail=detail), pulled=was is Leg.OPEN)
             case _:
                 return self._fail(Fail(kind="internal", detail=event.detail or "the decode instance failed"))
 
     # ---- replay
 
-    def _make_good(self, trouble: _Trouble) -> list[Effect]:
-        """Go on elsewhere, unless that was tried too often or makes no sense."""
+    def _make_good(self, trouble: _Trouble, *, pulled: bool = False) -> list[Effect]:
+        """Go on elsewhere, unless that was tried too often or makes no sense. ``pulled``: what is gone is a decode leg whose
+        handoff was not complete."""
         if trouble.cause == "internal":
             return self._fail(Fail(kind="internal", detail=trouble.detail))
         if trouble.cause == "lost":
@@ -310,9 +320,10 @@ class Lifecycle:
             if self._failed_handoffs > MAX_FAILED_HANDOFFS:
                 detail = f"{self._failed_handoffs} handoffs failed; the last: {trouble.detail}"
                 return self._fail(Fail(kind="handoff_failed", detail=detail))
-        effects = [*self._cancel("prefill", trouble.detail), *self._cancel("decode", trouble.detail)]
-        self._begin_anew()
-        return [*effects, Replay(cause=trouble.cause, detail=trouble.detail, blames_pair=trouble.blames_pair)]
+        replay = Replay(cause=trouble.cause, detail=trouble.detail, blames_pair=trouble.blames_pair)
+        if pulled and self._ticket is not None and self.prefill in _LIVE:
+            return self._seek(replay)
+        return self.begin_anew(replay)
 
     def _begin_anew(self) -> None:
         """As a new request that has emitted what this one has. Tokens that came before their turn are made again."""

@@ -6,6 +6,7 @@ handoff is known the pair counts as broken still. What becomes known of an insta
 
 from dataclasses import dataclass
 
+from biphase.protos.ids import RequestId
 from biphase.router.view import InstanceKey, Pair
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 30.0
@@ -16,7 +17,8 @@ class _Trouble:
     failures: int
     retry_s: float
     detail: str
-    on_trial: bool = False
+    on_trial: RequestId | None = None
+    """The request that tries it."""
 
 
 class PairTable:
@@ -28,17 +30,22 @@ class PairTable:
     def failed(self, pair: Pair, detail: str, now_s: float) -> None:
         """A handoff between them failed. Of those that were under way together the first counts."""
         known = self._troubles.get(pair)
-        if known is not None and not known.on_trial:
+        if known is not None and known.on_trial is None:
             known.detail = detail
             return
         failures = 1 if known is None else known.failures + 1
         self._troubles[pair] = _Trouble(failures=failures, retry_s=now_s + backoff_s(failures), detail=detail)
 
-    def tried(self, pair: Pair, now_s: float) -> None:
+    def tried(self, pair: Pair, request: RequestId, now_s: float) -> None:
         """A request is on its way over this pair: where it had failed, nobody else tries before that is decided."""
         known = self._troubles.get(pair)
         if known is not None:
-            known.retry_s, known.on_trial = now_s + backoff_s(known.failures), True
+            known.retry_s, known.on_trial = now_s + backoff_s(known.failures), request
+
+    def is_open_to(self, pair: Pair, request: RequestId) -> bool:
+        """Whether a request that was sent this way may go on so: the pair has not failed since, or it is the one that tries."""
+        known = self._troubles.get(pair)
+        return known is None or known.on_trial == request
 
     def worked(self, pair: Pair) -> None:
         """A handoff between them was complete."""

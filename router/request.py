@@ -53,6 +53,9 @@ class RequestHost(Protocol):
     def seek_decode(self, request: "Request") -> None:
         """Its ticket is there; find it a decode instance."""
 
+    def can_pull_again(self, request: "Request") -> bool:
+        """Its decode instance is gone: whether another one could pull what the prefill instance has. It is counted."""
+
     def replay(self, request: "Request", effect: Replay, pair: Pair | None) -> None:
         """It was cut off from an instance; find it others. ``pair``: the two that it was on, when it was on two."""
 
@@ -245,8 +248,7 @@ class Request:
                     if leg is not None and leg.is_open:
                         leg.cancel(effect.reason, unless_handed_off=effect.unless_handed_off)
                 case SeekDecode():
-                    self.seeking = effect
-                    self._host.seek_decode(self)
+                    self._seek(effect)
                 case Requeue():
                     self.refusals = effect.refusals
                     self._legs.clear()  # the refused one
@@ -265,6 +267,16 @@ class Request:
                             effect.detail,
                         )
                     self._over(_ERRORS[effect.kind](f"{self.id}: {effect.detail}"))
+
+    def _seek(self, effect: SeekDecode) -> None:
+        if effect.instead is not None:
+            self._legs.pop("decode", None)
+            if not self._host.can_pull_again(self):
+                self._perform(self.lifecycle.begin_anew(effect.instead))
+                return
+            logger.warning("%s is pulled by another decode instance: %s", self.id, effect.instead.detail)
+        self.seeking = effect
+        self._host.seek_decode(self)
 
     def _replay(self, effect: Replay) -> None:
         """Ask for a place again, for the prompt and what was emitted of the output. What is left of its legs was called

@@ -58,8 +58,8 @@ def test_a_stream_that_ended_on_the_life_that_was_hit_was_not_displaced_from_it(
     assert outcome("decode-0", came_back).displaced == [came_back]
 
 
-def test_a_first_token_that_came_late_counts_from_the_sending() -> None:
-    assert outcome("prefill-0", one(0, 4.0, replays=1, prefill_instance="")).gap_s == 3.5
+def test_a_first_token_that_came_late_counts_from_the_fault() -> None:
+    assert outcome("prefill-0", one(0, 4.0, replays=1, prefill_instance="")).gap_s == 2.0
 
 
 def test_without_displaced_streams_there_is_no_gap() -> None:

@@ -30,6 +30,9 @@ class Looks:
     async def legs_on(self, name: str) -> int | None:
         return self._next(f"legs on {name}")
 
+    async def streams_on(self, name: str) -> int:
+        return self._next(f"streams of {name}") or 0
+
     async def open_pulls(self, name: str) -> int:
         return self._next(f"pulls of {name}") or 0
 
@@ -45,10 +48,10 @@ def work_at_hit(hit: Fault, looks: Looks, streams: list[Stream], address: str = 
     return asyncio.run(at_work(looks, hit, live, address, lambda: sent.append(len(live)))), sent
 
 
-def test_a_decode_instance_is_hit_with_requests_aboard_and_one_to_spare() -> None:
-    looks = Looks(None, 3, 4, 6)
+def test_a_decode_instance_is_hit_with_streams_and_one_to_spare() -> None:
+    looks = Looks(0, 3, 4, 6)
     assert work_at_hit(fault("kill", "decode-0"), looks, [Stream()] * 7) == (6, [])
-    assert looks.asked == ["legs on decode-0"] * 4
+    assert looks.asked == ["streams of decode-0"] * 4
 
 
 def test_a_prefill_instance_is_hit_with_prompts_that_were_sent_once_the_others_decode() -> None:

@@ -114,6 +114,47 @@ async def test_prefill_dies_and_the_handoff_was_not_complete(stage):
         await s.door.until_idle()
 
 
+@pytest.mark.parametrize("first_token", [True, False])
+@pytest.mark.parametrize("how", ["dies", "drains"])
+async def test_a_decode_instance_is_lost_under_a_pull_and_another_one_pulls(stage, how, first_token):
+    """Nothing is prefilled again."""
+    async with stage(decode=2, mode="strict") as s:
+        answer = s.door.ask(max_tokens=2)
+        prefill, decode = await opened(s, answer, first_token=first_token)
+        if how == "dies":
+            await s.d.die()
+        else:
+            s.d.load(draining=True)
+            s.d.end(decode, worker_pb2.LEG_DRAINED, "grace is over")
+        other = s.decode[1]
+        there = await other.next("open_decode")
+        assert there.pull_epoch == 2 and there.HasField("ticket")
+        other.hand_off(there.leg_id, first_token=b"A"[0])
+        if not first_token:
+            s.p.tokens(prefill, 0, b"A")
+        s.p.end(prefill)
+        other.tokens(there.leg_id, 1, b"B", LENGTH)
+        other.end(there.leg_id)
+        finished = await answer.finished()
+        assert answer.token_ids == [*b"AB"]
+        assert (finished.replays, finished.decode_instance) == (0, other.label)
+        assert s.p.commands.empty()
+        counters = await s.door.until_idle()
+        assert (counters["pulls_again"], counters.get("replays", 0)) == (1, 0)
+
+
+async def test_the_only_decode_instance_is_lost_under_a_pull_and_the_prompt_waits_for_another(stage):
+    """It does not hold the prefill instance's memory meanwhile."""
+    async with stage(mode="strict") as s:
+        answer = s.door.ask(max_tokens=2)
+        prefill, _ = await opened(s, answer)
+        await s.d.die()
+        assert (await s.p.next("cancel")).leg_id == prefill
+        s.p.end(prefill, worker_pb2.LEG_CANCELLED)
+        counters = await s.door.counters()
+        assert (counters["replays_lost"], counters.get("pulls_again", 0)) == (1, 0)
+
+
 @pytest.mark.parametrize("how", ["dies", "hangs up", "drains"])
 async def test_a_decode_instance_is_lost_and_the_output_goes_on(stage, how):
     async with stage(decode=2, mode="strict") as s:
@@ -149,20 +190,23 @@ async def test_a_decode_instance_is_lost_and_the_output_goes_on(stage, how):
         assert counters[f"replays_{'drained' if how == 'drains' else 'lost'}"] == 1
 
 
-async def test_a_decode_instance_dies_under_a_pull(stage):
+async def test_a_decode_instance_dies_before_the_prefill_leg_has_ended(stage):
     async with stage(decode=2) as s:
-        answer = s.door.ask(max_tokens=2)
-        prefill, _ = await opened(s, answer)
+        answer = s.door.ask(max_tokens=3)
+        prefill, decode = await opened(s, answer)
+        s.d.hand_off(decode)
+        s.d.tokens(decode, 1, b"B")
+        await answer.text_is("AB")
         await s.d.die()
         assert (await s.p.next("cancel")).leg_id == prefill
         again = (await s.p.next("open_prefill")).leg_id  # before the end of the old leg
         s.p.start(again, ticket=False)
         s.p.tokens(prefill, 0, b"A")  # nobody listens to that one any more
         s.p.end(prefill, worker_pb2.LEG_CANCELLED)
-        s.p.tokens(again, 1, b"B", LENGTH)
+        s.p.tokens(again, 2, b"C", LENGTH)
         s.p.end(again)
         await answer.finished()
-        assert answer.text == "AB"
+        assert answer.text == "ABC"
         await s.door.until_idle()
 
 
@@ -260,6 +304,21 @@ async def test_a_failed_handoff_revokes_the_ticket_and_is_tried_with_another_ins
         await s.decode[1].next("open_decode")
         assert s.d.commands.empty()  # the pair is avoided
         assert (await s.door.counters())["replays_handoff_failed"] == 1
+
+
+async def test_a_request_that_was_sent_over_a_pair_before_it_failed_goes_to_another_instance(stage):
+    async with stage(decode=2, mode="strict") as s:
+        first = s.door.ask("first", max_tokens=2)
+        _, decode = await opened(s, first)
+        s.door.ask("second", max_tokens=2)  # is promised the other instance, the third one this one again
+        await s.p.next("open_prefill")
+        s.door.ask("third", max_tokens=2)
+        late = (await s.p.next("open_prefill")).leg_id
+        s.d.end(decode, worker_pb2.LEG_HANDOFF_FAILED, "cannot reach 127.0.0.1:1")
+        await s.door.until(lambda info: info.counters.get("replays_handoff_failed") == 1)
+        s.p.start(late)
+        assert (await s.decode[1].next("open_decode")).HasField("ticket")
+        assert s.d.commands.empty()
 
 
 async def test_where_no_pair_is_left_auto_prefills_locally(stage):

@@ -252,13 +252,63 @@ def test_prefill_lost_while_a_finished_output_waits_for_the_first_token() -> Non
     assert machine.handle(lost("prefill")) == [replay("prefill-0 was lost")]
 
 
-@pytest.mark.parametrize("state", ["pulling", "decoding"])
-def test_decode_lost(state: str) -> None:
-    machine = pulling() if state == "pulling" else decoding()
-    assert machine.handle(lost("decode")) == [
+def test_decode_lost() -> None:
+    assert decoding().handle(lost("decode")) == [
         cancel("prefill", "decode-0 was lost"),
         replay("decode-0 was lost"),
     ]
+
+
+def seek_again(instead: Replay, pull_epoch: int = 2) -> SeekDecode:
+    return SeekDecode(ticket=TICKET, pull_epoch=pull_epoch, refusals=0, instead=instead)
+
+
+@pytest.mark.parametrize("first_token", [True, False])
+@pytest.mark.parametrize(
+    ("end", "instead"),
+    [
+        (lost("decode"), replay("decode-0 was lost")),
+        (ended("decode", "drained", "grace is over"), replay("grace is over", "drained")),
+        (ended("decode", "cancelled", "it stops"), replay("it stops")),
+    ],
+    ids=["lost", "drained", "cancelled"],
+)
+def test_decode_gone_under_a_pull_and_another_one_pulls(first_token: bool, end: LegEvent, instead: Replay) -> None:
+    """What the prefill instance has computed is not lost with it."""
+    machine = pulling(first_token)
+    assert machine.handle(end) == [seek_again(instead)]
+    assert machine.decode is Leg.SEEKING
+    machine.opened_decode()
+    assert machine.handle(HandedOff(first_token=65)) == ([] if first_token else [emit(0, b"A")])
+    assert machine.handle(ended("prefill")) == []
+    assert machine.handle(from_d(1, 66, LENGTH)) == [emit(1, b"B", LENGTH)]
+    assert (machine.replays, machine.losses) == (0, int(instead.cause == "lost"))
+
+
+def test_decode_gone_under_a_pull_and_nobody_else_can() -> None:
+    machine = pulling()
+    (seek,) = machine.handle(lost("decode"))
+    assert isinstance(seek, SeekDecode) and seek.instead is not None
+    assert machine.begin_anew(seek.instead) == [cancel("prefill", "decode-0 was lost"), replay("decode-0 was lost")]
+    assert (machine.phase, machine.replays, machine.losses) == ("queue", 1, 1)
+
+
+def test_decode_gone_once_it_had_released_the_ticket() -> None:
+    """The word that it had everything was still on its way: the next one finds nothing to pull."""
+    machine = pulling()
+    machine.handle(lost("decode"))
+    machine.handle(ended("prefill"))
+    machine.opened_decode()
+    assert machine.handle(ended("decode", "handoff_failed", "released")) == [replay("released", "handoff_failed")]
+
+
+def test_decode_gone_under_too_many_pulls() -> None:
+    machine = pulling()
+    for number in range(3):
+        assert machine.handle(lost("decode")) == [seek_again(replay("decode-0 was lost"), number + 2)]
+        machine.opened_decode()
+    effect = machine.handle(lost("decode"))[-1]
+    assert isinstance(effect, Fail) and effect.kind == "suspect"
 
 
 def test_both_lost() -> None:
@@ -380,7 +430,7 @@ def test_tokens_that_came_before_their_turn_are_made_again() -> None:
 
 
 def test_the_loss_of_a_leg_that_was_given_up_is_nothing_new() -> None:
-    machine = pulling()
+    machine = decoding()
     machine.handle(lost("decode"))
     assert machine.handle(lost("decode")) == []
     assert machine.handle(ended("prefill", "cancelled")) == []

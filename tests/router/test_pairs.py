@@ -3,8 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from biphase.protos.ids import RequestId
 from biphase.router.pairs import FIRST_BACKOFF_S, LAST_BACKOFF_S, PairTable, backoff_s
 from biphase.router.view import InstanceKey, Pair
+
+ONE, ANOTHER = RequestId("req-1"), RequestId("req-2")
 
 
 def pair(prefill: str = "p0", decode: str = "d0") -> Pair:
@@ -31,18 +34,29 @@ def test_those_that_fail_together_count_once() -> None:
 def test_one_tries_and_the_others_wait_for_how_that_ends() -> None:
     table = PairTable()
     table.failed(pair(), "unreachable", 10.0)
-    table.tried(pair(), 11.0)
+    table.tried(pair(), ONE, 11.0)
     assert table.broken(11.0) == {pair()}
     table.failed(pair(), "still unreachable", 11.1)
     assert table.next_retry_s(11.1) == 11.1 + 2 * FIRST_BACKOFF_S
-    table.tried(pair(), 13.0)
+    table.tried(pair(), ONE, 13.0)
     table.worked(pair())
     assert (table.broken(13.0), table.troubles()) == (frozenset(), [])
 
 
+def test_what_was_sent_over_a_pair_before_it_failed_does_not_follow() -> None:
+    table = PairTable()
+    assert table.is_open_to(pair(), ONE)
+    table.failed(pair(), "unreachable", 10.0)
+    assert not table.is_open_to(pair(), ONE)
+    table.tried(pair(), ONE, 11.0)
+    assert table.is_open_to(pair(), ONE) and not table.is_open_to(pair(), ANOTHER)
+    table.worked(pair())
+    assert table.is_open_to(pair(), ANOTHER)
+
+
 def test_a_pair_that_never_failed_is_tried_by_all() -> None:
     table = PairTable()
-    table.tried(pair(), 10.0)
+    table.tried(pair(), ONE, 10.0)
     assert table.broken(10.0) == frozenset()
 
 

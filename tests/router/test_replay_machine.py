@@ -36,6 +36,7 @@ class ReplayMachine(RuleBasedStateMachine):
         self.losses = 0
         self.failure: Fail | None = None
         self.ticket: KvTicket | None = None
+        self.instead: Replay | None = None
         self.done = False
 
     @precondition(lambda self: self.machine.ended and not any(self.said.values()))
@@ -62,13 +63,14 @@ class ReplayMachine(RuleBasedStateMachine):
                         self.said["decode"].clear()
                         self.said["decode"].append(ended("decode", "handoff_failed"))
                 case SeekDecode():
-                    self.ticket = effect.ticket
+                    self.ticket, self.instead = effect.ticket, effect.instead
+                    self.losses += effect.instead is not None and effect.instead.cause == "lost"
                 case Requeue():
                     self.said = {"prefill": deque(), "decode": deque()}
                 case Replay():
                     assert position == len(effects) - 1
                     assert (self.machine.prefill, self.machine.decode) == (Leg.NONE, Leg.NONE)
-                    self.losses += effect.cause == "lost"
+                    self.losses += effect.cause == "lost" and effect is not self.instead
                     self.said = {"prefill": deque(), "decode": deque()}  # what legs given up say is not passed on
                 case Fail():
                     assert position == len(effects) - 1
@@ -108,6 +110,12 @@ class ReplayMachine(RuleBasedStateMachine):
         self.said["decode"] = deque([HandedOff(first_token=token)])
         self.said["decode"] += [self.token("decode", index) for index in range(first + 1, self.length)]
         self.said["decode"].append(ended("decode", "done"))
+
+    @precondition(lambda self: self.is_live() and self.machine.decode is Leg.SEEKING and self.instead is not None)
+    @rule()
+    def find_nobody(self) -> None:
+        assert self.instead is not None
+        self.perform(self.machine.begin_anew(self.instead))
 
     @precondition(lambda self: any(self.said.values()))
     @rule(prefer=st.sampled_from(["prefill", "decode"]))
