@@ -1,12 +1,14 @@
 """Where a deployment's policy comes from: a file that may change while it runs, or deploy.yaml itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.signal_reports import setup_of
 from biphase.planner.policy import Policy, contradiction
 from biphase.planner.policy_file import policy_from, policy_from_text
+from biphase.planner.ratio import Ratio, outside
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.values import Role
 
@@ -14,6 +16,24 @@ from biphase.protos.values import Role
 def check_policy(deployment: Deployment) -> Policy | None:
     """The policy that ``deployment`` names, None where it names none. Raises SetupError, one line."""
     return parse_policy(deployment, read_policy(deployment)) if deployment.autoscale else None
+
+
+def check_counts(deployment: Deployment) -> None:
+    """Raises SetupError for replicas beyond what the deployment's policy allows: they would start, to be stopped again. Too
+    few are no trouble, it starts more."""
+    policy = check_policy(deployment)
+    if policy is None or policy.dry_run:
+        return
+    no_least = replace(
+        policy,
+        gpu_budget=replace(policy.gpu_budget, min=0.0),
+        prefill=replace(policy.prefill, min_replicas=0),
+        decode=replace(policy.decode, min_replicas=0),
+    )
+    ratio = Ratio(prefill=deployment.prefill.replicas, decode=deployment.decode.replicas)
+    reason = outside(ratio, no_least, setup_of(deployment))
+    if reason is not None:
+        raise SetupError(f"{reason}, {name_of(deployment)}: give fewer replicas to begin with, or a higher bound")
 
 
 def read_policy(deployment: Deployment) -> str:

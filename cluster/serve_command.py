@@ -18,12 +18,13 @@ from typing import Any
 from biphase.cluster.backend import WAIT_VARIABLE
 from biphase.cluster.deploy_schema import deployment_from, load_deployment
 from biphase.cluster.deployment import Deployment
-from biphase.cluster.policy_source import check_policy
+from biphase.cluster.gpus import host_gpus
+from biphase.cluster.model_checks import check_model
+from biphase.cluster.policy_source import check_counts, check_policy
 from biphase.cluster.progress import Progress
 from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord
 from biphase.cluster.served_already import leave_or_take
 from biphase.engine.checkpoint import gguf_config, hf_config
-from biphase.engine.model_config import ModelConfig
 from biphase.protos import model_source
 from biphase.protos.errors import SetupError, one_line
 from biphase.protos.gguf_file import GgufFile
@@ -44,7 +45,9 @@ def serve(arguments: argparse.Namespace) -> int:
     began_s = time.monotonic()
     wait_s = _wait_of(arguments)
     asked = deployment_of(arguments)
-    deployment = checked(asked)
+    joined = asked.backend == "ray" and bool(os.environ.get("RAY_ADDRESS"))
+    deployment = checked(asked, on_this_host=not joined)
+    check_counts(deployment)
     run_dir = RunDir.of(deployment.name)
     if not arguments.detach:
         lock = run_dir.lock()  # before the port: who has the name mostly has the port as well
@@ -55,7 +58,6 @@ def serve(arguments: argparse.Namespace) -> int:
             print(up_line(found, already=True), flush=True)
             return 0
         lock = found
-    joined = deployment.backend == "ray" and bool(os.environ.get("RAY_ADDRESS"))
     try:
         _check_ports(deployment, may_survive=joined)
         run_dir.prepare(deployment, keep_logs=joined and not run_dir.ended_in_order)
@@ -142,13 +144,14 @@ def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def checked(deployment: Deployment) -> Deployment:
-    """Refuse early what would fail late: the model's files, plans that it cannot be cut by. Paths become absolute."""
+def checked(deployment: Deployment, *, on_this_host: bool) -> Deployment:
+    """Refuse early what would fail late: the model's files, plans and KV memory that do not fit it. Paths become
+    absolute. ``on_this_host``: whether all of it runs here."""
     if deployment.load_format == "dummy" and Path(deployment.model).suffix == ".json":
         raise SetupError(f"{deployment.model}: a lone configuration has no tokenizer; give a directory that has both")
     source = model_source.resolve(deployment.model, weights=False)
     config = gguf_config.config_of(GgufFile(source.path)) if source.kind == "gguf" else hf_config.config_of(source.path)
-    _check_plans(deployment, config)
+    check_model(deployment, config, may_have_gpus=not on_this_host or bool(host_gpus()))
     check_policy(deployment)
     deployment = replace(deployment, served_model_name=deployment.served_model_name or source.name)
     with contextlib.suppress(OSError):
@@ -157,20 +160,6 @@ def checked(deployment: Deployment) -> Deployment:
     if deployment.weights_cache is not None:
         deployment = replace(deployment, weights_cache=str(Path(deployment.weights_cache).expanduser().absolute()))
     return deployment
-
-
-def _check_plans(deployment: Deployment, config: ModelConfig) -> None:
-    """Raises SetupError for a plan that this model cannot be cut by."""
-    for role, plan in (("prefill", deployment.prefill), ("decode", deployment.decode)):
-        reason = plan.parallel.reason_against(
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            intermediate_size=config.intermediate_size,
-            num_experts=config.num_experts,
-        )
-        if plan.replicas and reason is not None:
-            raise SetupError(f"{role}: {reason}")
 
 
 def _check_ports(deployment: Deployment, *, may_survive: bool) -> None:

@@ -38,10 +38,12 @@ def checked_update(path: Path, deployment: Deployment, arguments: argparse.Names
     from biphase.cluster.status_command import chosen
     from biphase.cluster.updating import FIXED
 
+    on_this_host = False
     if not (arguments.controller or os.environ.get(CONTROLLER_VARIABLE)):
         said = set(yaml.safe_load(path.read_text(encoding="utf-8")))
         arguments.name = arguments.name or (deployment.name if "name" in said else None)
         running = chosen(arguments.name)[0].deployment()
         kept = {key: getattr(running, key) for key in FIXED if key not in said}
         deployment = replace(deployment, **kept)
-    return checked(deployment)
+        on_this_host = running.backend == "process"
+    return checked(deployment, on_this_host=on_this_host)
