@@ -43,15 +43,20 @@ def bench(settings: Settings) -> int:
 async def _run(settings: Settings, recording: Recording | None) -> tuple[ServedModel, Runner, bool]:
     async with AsyncClient(settings.addresses) as client:
         served = await client.model_info()
+        prompts = _prompts(settings, served, recording)
         runner = Runner(
             [client],
-            _prompts(settings, served, recording),
+            prompts,
             timeout_s=settings.timeout_s,
             max_in_flight=settings.max_in_flight,
             ignore_eos=settings.ignore_eos,
         )
         runner.keep_answers = settings.record_tokens is not None
         interrupted = await _accompanied(settings, runner)
+        if isinstance(prompts, RandomPrompts) and prompts.num_cut:
+            context = f"the context of {served.model.max_model_len} tokens"
+            words = f"{prompts.num_cut} of {len(runner.measured)} requests were longer than {context} and were cut to it"
+            print(words, file=sys.stderr)
         return served, runner, interrupted
 
 

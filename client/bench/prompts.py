@@ -33,12 +33,13 @@ class Prompts(Protocol):
 class RandomPrompts:
     """Tokens drawn by (seed, salt, index of the request). Another salt gives the same load with other tokens.
 
-    Lengths beyond what the model takes are cut to it: half of it for the prompt where both are too long.
+    Lengths beyond what the model takes are cut to it, and counted: half of it for the prompt where both are too long.
     """
 
     def __init__(
         self, *, vocab_size: int, max_model_len: int, seed: int, salt: int = 0, temperature: float = 0.0
     ) -> None:
+        self.num_cut = 0
         self._first = min(_SPECIAL_IDS, vocab_size // 2)
         self._vocab_size, self._max_model_len = vocab_size, max_model_len
         self._seed, self._salt, self._temperature = seed, salt, temperature
@@ -47,10 +48,12 @@ class RandomPrompts:
         draws = random.Random(f"{self._seed}/{self._salt}/{arrival.index}")
         room = self._max_model_len
         num_input = min(arrival.input_tokens, max(room - arrival.output_tokens, room // 2))
+        num_output = max(1, min(arrival.output_tokens, room - num_input))
+        self.num_cut += (num_input, num_output) != (arrival.input_tokens, arrival.output_tokens)
         span = self._vocab_size - self._first
         return Prompt(
             token_ids=[self._first + int(draws.random() * span) for _ in range(num_input)],
-            max_tokens=max(1, min(arrival.output_tokens, room - num_input)),
+            max_tokens=num_output,
             temperature=self._temperature,
             seed=draws.getrandbits(63) if self._temperature else None,
         )

@@ -84,6 +84,13 @@ def test_the_load_is_the_same_for_a_seed(served: Deployment, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_requests_that_are_cut_to_the_context_are_told_of(served: Deployment) -> None:
+    done = bench("--address", served.address, "--num-prompts", "2", "--input-len", "100000", "--output-len", "2")
+    assert done.returncode == 0
+    assert "2 of 2 requests were longer than the context of" in done.stderr
+
+
+@pytest.mark.slow
 def test_phases_change_rate_and_lengths(served: Deployment, tmp_path: Path) -> None:
     phases = "phases:\n- {name: a, seconds: 1, rate: 10, input_len: 4, output_len: 2}\n"
     (tmp_path / "p.yaml").write_text(phases + "- {name: b, seconds: 1, rate: [10, 30], input_len: 9, output_len: 3}\n")

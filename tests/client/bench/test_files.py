@@ -112,6 +112,7 @@ def test_random_prompts_depend_on_seed_salt_and_index_alone_and_fit_the_model() 
         source = RandomPrompts(vocab_size=500, max_model_len=64, seed=seed, salt=salt)
         made = source.of(Arrival(index=index, at_s=0.0, phase=0, input_tokens=tokens, output_tokens=output))
         assert len(made.token_ids) + made.max_tokens <= 64
+        assert source.num_cut == (tokens + output > 64)
         return tuple(made.token_ids)
 
     assert prompt() == prompt() and len(prompt()) == 20
