@@ -40,7 +40,8 @@ class Phase:
             return 0.0
         # the root of rate * t + slope * t^2 / 2 = expected, in the form that stays exact for a small slope
         root = math.sqrt(max(self.rate**2 + 2 * slope * expected, 0.0))
-        return 0.0 if not expected else min(2 * expected / (self.rate + root), self.seconds)
+        both = self.rate + root  # 0 too for an expectation so small that the root of its product with the slope is
+        return 0.0 if not both else min(2 * expected / both, self.seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

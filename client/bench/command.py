@@ -55,7 +55,9 @@ async def _run(settings: Settings, recording: Recording | None) -> tuple[ServedM
         interrupted = await _accompanied(settings, runner)
         if isinstance(prompts, RandomPrompts) and prompts.num_cut:
             context = f"the context of {served.model.max_model_len} tokens"
-            words = f"{prompts.num_cut} of {len(runner.measured)} requests were longer than {context} and were cut to it"
+            words = (
+                f"{prompts.num_cut} of {len(runner.measured)} requests were longer than {context} and were cut to it"
+            )
             print(words, file=sys.stderr)
         return served, runner, interrupted
 

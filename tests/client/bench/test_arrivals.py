@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from biphase.client.bench.arrivals import Arrival, Phase, arrivals, total_s
@@ -60,6 +60,7 @@ def test_equal_gaps_give_exactly_the_expected_count(phases: list[Phase]) -> None
 
 
 @given(rate=rates, rate_end=rates, seconds=st.floats(0.1, 100), share=st.floats(0, 1))
+@example(rate=0.0, rate_end=0.1, seconds=100.0, share=5e-324)
 def test_seconds_at_inverts_the_integral_of_the_rate(
     rate: float, rate_end: float, seconds: float, share: float
 ) -> None:
