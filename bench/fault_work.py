@@ -72,7 +72,8 @@ async def at_work(
         return sum(len(one.tokens) >= STREAMING_TOKENS and address in ("", one.address) for one in live.values())
 
     async def burst_streams() -> bool:
-        return all(len(one.tokens) >= STREAMING_TOKENS for index, one in live.items() if index < BURST)
+        of_burst = [one for index, one in live.items() if index < BURST]
+        return max(live, default=0) >= BURST - 1 and all(len(one.tokens) >= STREAMING_TOKENS for one in of_burst)
 
     async def work() -> int:
         if fault.kind == "pair":

@@ -153,3 +153,8 @@ def host_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path(
         return tuple(name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles"))
     found = (path.name.removeprefix("nvidia") for path in devices.glob("nvidia[0-9]*"))
     return tuple(str(index) for index in sorted(int(name) for name in found if name.isdecimal()))
+
+
+def may_have_gpus(devices: Path = Path("/dev")) -> bool:
+    """Whether torch might find one here, by other doors than the driver's own too (WSL, Tegra), hidden ones included."""
+    return any(any(devices.glob(pattern)) for pattern in ("nvidia[0-9]*", "dxg", "nvmap", "nvhost*"))

@@ -19,11 +19,17 @@ def check_policy(deployment: Deployment) -> Policy | None:
 
 
 def check_counts(deployment: Deployment) -> None:
-    """Raises SetupError for replicas beyond what the deployment's policy allows: they would start, to be stopped again. Too
-    few are no trouble, it starts more."""
+    """Raises SetupError for replicas beyond what the deployment's policy allows at any time: they would start, to be stopped
+    again. Too few are no trouble, it starts more."""
     policy = check_policy(deployment)
     if policy is None or policy.dry_run:
         return
+    reasons = [_too_many(deployment, one) for one in (policy, *map(policy.with_schedule, policy.schedules))]
+    if all(reasons):
+        raise SetupError(f"{reasons[0]}, {name_of(deployment)}: give fewer replicas to begin with, or a higher bound")
+
+
+def _too_many(deployment: Deployment, policy: Policy) -> str | None:
     no_least = replace(
         policy,
         gpu_budget=replace(policy.gpu_budget, min=0.0),
@@ -31,9 +37,7 @@ def check_counts(deployment: Deployment) -> None:
         decode=replace(policy.decode, min_replicas=0),
     )
     ratio = Ratio(prefill=deployment.prefill.replicas, decode=deployment.decode.replicas)
-    reason = outside(ratio, no_least, setup_of(deployment))
-    if reason is not None:
-        raise SetupError(f"{reason}, {name_of(deployment)}: give fewer replicas to begin with, or a higher bound")
+    return outside(ratio, no_least, setup_of(deployment))
 
 
 def read_policy(deployment: Deployment) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from biphase.cluster.backend import WAIT_VARIABLE
 from biphase.cluster.deploy_schema import deployment_from, load_deployment
 from biphase.cluster.deployment import Deployment
-from biphase.cluster.gpus import host_gpus
+from biphase.cluster.gpus import may_have_gpus
 from biphase.cluster.model_checks import check_model
 from biphase.cluster.policy_source import check_counts, check_policy
 from biphase.cluster.progress import Progress
@@ -47,7 +47,6 @@ def serve(arguments: argparse.Namespace) -> int:
     asked = deployment_of(arguments)
     joined = asked.backend == "ray" and bool(os.environ.get("RAY_ADDRESS"))
     deployment = checked(asked, on_this_host=not joined)
-    check_counts(deployment)
     run_dir = RunDir.of(deployment.name)
     if not arguments.detach:
         lock = run_dir.lock()  # before the port: who has the name mostly has the port as well
@@ -59,6 +58,7 @@ def serve(arguments: argparse.Namespace) -> int:
             return 0
         lock = found
     try:
+        _check_counts(deployment, may_survive=joined)
         _check_ports(deployment, may_survive=joined)
         run_dir.prepare(deployment, keep_logs=joined and not run_dir.ended_in_order)
     except BaseException:
@@ -151,7 +151,7 @@ def checked(deployment: Deployment, *, on_this_host: bool) -> Deployment:
         raise SetupError(f"{deployment.model}: a lone configuration has no tokenizer; give a directory that has both")
     source = model_source.resolve(deployment.model, weights=False)
     config = gguf_config.config_of(GgufFile(source.path)) if source.kind == "gguf" else hf_config.config_of(source.path)
-    check_model(deployment, config, may_have_gpus=not on_this_host or bool(host_gpus()))
+    check_model(deployment, config, may_have_gpus=not on_this_host or may_have_gpus())
     check_policy(deployment)
     deployment = replace(deployment, served_model_name=deployment.served_model_name or source.name)
     with contextlib.suppress(OSError):
@@ -160,6 +160,16 @@ def checked(deployment: Deployment, *, on_this_host: bool) -> Deployment:
     if deployment.weights_cache is not None:
         deployment = replace(deployment, weights_cache=str(Path(deployment.weights_cache).expanduser().absolute()))
     return deployment
+
+
+def _check_counts(deployment: Deployment, *, may_survive: bool) -> None:
+    """Of what begins. ``may_survive``: it may go on from an earlier supervisor, and its policy have changed since."""
+    try:
+        check_counts(deployment)
+    except SetupError as error:
+        if not may_survive:
+            raise
+        print(f"biphase: {one_line(error)}", file=sys.stderr)
 
 
 def _check_ports(deployment: Deployment, *, may_survive: bool) -> None:

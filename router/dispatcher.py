@@ -8,7 +8,7 @@ from biphase.protos.errors import Aborted, BiphaseError, Overloaded, Unavailable
 from biphase.router.config import RequestLimits
 from biphase.router.counters import Counters
 from biphase.router.fleet import Fleet
-from biphase.router.policy import choose_decode, place, wait_for_decode
+from biphase.router.policy import choose_decode, in_reach, place, wait_for_decode
 from biphase.router.replay_budget import UNKNOWN_QUEUE_TOKENS, ReplayBudget
 from biphase.router.request import Request
 from biphase.router.view import Disaggregated, InstanceKey, Local, Pair, Refuse, Rules, Wait
@@ -87,7 +87,9 @@ class Dispatcher:
             open_pair = prefill is None or self._fleet.pairs.is_open_to(
                 Pair(prefill=prefill, decode=view.key), request.id
             )
-            if fits and open_pair and link.account.has_promise(request.id):
+            # where there is nobody else it finds out by itself, and begins anew from there
+            may = open_pair or not self.can_pull(request)
+            if fits and may and link.account.has_promise(request.id):
                 request.open_decode(link)
                 return
             link.account.settle(request.id)
@@ -95,15 +97,11 @@ class Dispatcher:
         self._seekers.append(request)
         self.schedule()
 
-    def can_pull(self, request: Request) -> bool:
-        """Whether a decode instance is left, with room or not, that could pull from the request's prefill instance."""
-        view, prefill = self._fleet.view(), request.prefill_key
-        return any(
-            one.takes_work
-            and one.generation == request.place.generation
-            and (prefill is None or Pair(prefill=prefill, decode=one.key) not in view.broken)
-            for one in view.of_role("decode")
-        )
+    def can_pull(self, request: Request, but: InstanceKey | None = None) -> bool:
+        """Whether a decode instance is left, with room or not, that could pull from the request's prefill instance; another
+        one than ``but``."""
+        found = in_reach(request.place, self._fleet.view(), request.prefill_key)
+        return any(one.key != but for one in found)
 
     def forget(self, request: Request) -> None:
         """It has ended: it waits for nothing any more, and nothing is promised to it."""
@@ -137,6 +135,9 @@ class Dispatcher:
     def _pump_seekers(self) -> list[float]:
         untils: list[float] = []
         for request in list(self._seekers):
+            if not request.is_seeking:  # its first token was its last
+                self._seekers.remove(request)
+                continue
             view = self._fleet.view()
             key = choose_decode(request.place, view, request.prefill_key)
             if key is not None:
@@ -145,7 +146,11 @@ class Dispatcher:
                 self._try_pair(request, request.prefill_key, key)
                 request.open_decode(self._fleet.links[key])
                 continue
-            answer = wait_for_decode(request.place, view, self._rules)
+            if request.has_lost_decode and not self.can_pull(request):  # the others are gone too by now
+                self._seekers.remove(request)
+                request.begin_anew()
+                continue
+            answer = wait_for_decode(request.place, view, self._rules, request.prefill_key)
             if isinstance(answer, Refuse):
                 request.end(_refusal(request, answer))
             elif answer.until_s is not None:

@@ -53,13 +53,15 @@ class Replay:
 class SeekDecode:
     """Find a decode instance with room and open a leg there with this ticket.
 
-    ``instead``: the decode instance that pulled is gone, and where no other one can pull this is what to do.
+    ``instead``: a decode instance that pulled is gone, and where no other one can pull this is what to do; ``gone``: it is
+    the last one that had the leg, which did not refuse it.
     """
 
     ticket: KvTicket
     pull_epoch: int
     refusals: int
     instead: Replay | None = None
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

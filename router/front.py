@@ -34,7 +34,7 @@ from biphase.router.report import LoadReport
 from biphase.router.report_wire import report_to_proto
 from biphase.router.request import Request
 from biphase.router.validate import Asked, Capacity, check_asked, resolve
-from biphase.router.view import Pair, Rules
+from biphase.router.view import InstanceKey, Pair, Rules
 
 logger = logging.getLogger(__name__)
 
@@ -269,10 +269,11 @@ class Front:
     def seek_decode(self, request: Request) -> None:
         self._dispatcher.seek_decode(request)
 
-    def can_pull_again(self, request: Request) -> bool:
-        can = self._dispatcher.can_pull(request)
-        self.counters.add("pulls_again", int(can))
-        return can
+    def can_pull_again(self, request: Request, gone: InstanceKey | None) -> bool:
+        return self._dispatcher.can_pull(request, but=gone)
+
+    def pulls_again(self, request: Request) -> None:
+        self.counters.add("pulls_again")
 
     def replay(self, request: Request, effect: Replay, pair: Pair | None) -> None:
         self.counters.add("replays")

@@ -81,6 +81,7 @@ class Lifecycle:
         self._ticket: KvTicket | None = None
         self._refusals: dict[Role, int] = {"prefill": 0, "decode": 0}
         self._gone: _Trouble | None = None  # why the prefill leg is no longer there, when it did not end well
+        self._instead: Replay | None = None  # what to do where nobody else pulls what a lost decode instance had not
         self._doomed: _Trouble | None = None  # the handoff failed; the prefill leg, called off, has the last word
 
     @property
@@ -127,11 +128,11 @@ class Lifecycle:
         self.ended = True
         return self._cancel("prefill", reason) + self._cancel("decode", reason)
 
-    def begin_anew(self, replay: Replay) -> list[Effect]:
-        """What a ``SeekDecode`` has ``instead``: nobody else can pull."""
-        effects = [*self._cancel("prefill", replay.detail), *self._cancel("decode", replay.detail)]
-        self._begin_anew()
-        return [*effects, replay]
+    def begin_anew(self) -> list[Effect]:
+        """Do what a ``SeekDecode`` has ``instead``: nobody else can pull."""
+        self._expect(self.decode is Leg.SEEKING and self._instead is not None)
+        assert self._instead is not None
+        return self._replay(self._instead)
 
     # ---- what the instances say
 
@@ -194,12 +195,19 @@ class Lifecycle:
         self._ticket = event.ticket
         return self._seek()
 
-    def _seek(self, instead: Replay | None = None) -> list[Effect]:
+    def _seek(self, *, gone: bool = False) -> list[Effect]:
         assert self._ticket is not None
         self.decode = Leg.SEEKING
         self.pull_epoch += 1
-        refusals = self._refusals["decode"]
-        return [SeekDecode(ticket=self._ticket, pull_epoch=self.pull_epoch, refusals=refusals, instead=instead)]
+        return [
+            SeekDecode(
+                ticket=self._ticket,
+                pull_epoch=self.pull_epoch,
+                refusals=self._refusals["decode"],
+                instead=self._instead,
+                gone=gone,
+            )
+        ]
 
     def _handed_off(self, event: HandedOff) -> list[Effect]:
         if self.decode not in (Leg.OPEN, Leg.IN_DOUBT):
@@ -260,6 +268,8 @@ class Lifecycle:
             case "done":
                 if self._doomed is not None:
                     return self._make_good(self._doomed)
+                if self._instead is not None and self.decode is Leg.SEEKING:  # the lost one had pulled it all
+                    return self._replay(self._instead)
                 if self._next_index > self._first_index:
                     return []
                 failure = Fail(kind="internal", detail="the prefill leg is done, but its first token never came")
@@ -322,8 +332,14 @@ class Lifecycle:
                 return self._fail(Fail(kind="handoff_failed", detail=detail))
         replay = Replay(cause=trouble.cause, detail=trouble.detail, blames_pair=trouble.blames_pair)
         if pulled and self._ticket is not None and self.prefill in _LIVE:
-            return self._seek(replay)
-        return self.begin_anew(replay)
+            self._instead = replay
+            return self._seek(gone=True)
+        return self._replay(replay)
+
+    def _replay(self, replay: Replay) -> list[Effect]:
+        effects = [*self._cancel("prefill", replay.detail), *self._cancel("decode", replay.detail)]
+        self._begin_anew()
+        return [*effects, replay]
 
     def _begin_anew(self) -> None:
         """As a new request that has emitted what this one has. Tokens that came before their turn are made again."""
@@ -332,7 +348,7 @@ class Lifecycle:
         self._local = False
         self._first_index = self._next_index
         self._early.clear()
-        self._ticket = self._gone = self._doomed = None
+        self._ticket = self._instead = self._gone = self._doomed = None
         self._refusals = {"prefill": 0, "decode": 0}
 
     # ---- helpers

@@ -105,15 +105,29 @@ def has_room(instance: InstanceView, prompt_tokens: int) -> bool:
     return instance.room_blocks >= instance.blocks_for(prompt_tokens + 1)
 
 
-def wait_for_decode(request: PlaceRequest, view: ClusterView, rules: Rules) -> Wait | Refuse:
-    """The answer for a request with a ticket that no decode instance takes now."""
+def wait_for_decode(
+    request: PlaceRequest, view: ClusterView, rules: Rules, prefill: InstanceKey | None = None
+) -> Wait | Refuse:
+    """The answer for a request with a ticket of ``prefill`` that no decode instance takes now."""
     if request.generation is not None:
         if _generation_gone(request, view):
             return _without_generation(request, view, rules)
         view = view.of_generation(request.generation)
-    if _fitting(request, view):  # out of reach of its prefill instance
+    if in_reach(request, view, prefill):
+        return Wait(reason="decode_busy", until_s=view.retry_s)
+    if _fitting(request, view):
         return _without_pair(request, view, rules)
     return _without_decode(request, view, rules)
+
+
+def in_reach(request: PlaceRequest, view: ClusterView, prefill: InstanceKey | None) -> list[InstanceView]:
+    """Decode instances that could pull what ``prefill`` has of the request, those without room now too."""
+    if request.generation is not None:
+        view = view.of_generation(request.generation)
+    takers = [one for one in view.of_role("decode") if one.takes_work]
+    if prefill is None:
+        return takers
+    return [one for one in takers if Pair(prefill=prefill, decode=one.key) not in view.broken]
 
 
 def _takes_prompt(instance: InstanceView, prompt_tokens: int) -> bool:

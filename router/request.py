@@ -26,6 +26,7 @@ from biphase.router.config import RequestLimits, Waits
 from biphase.router.deadline import has_run_out
 from biphase.router.effects import CancelLeg, Effect, Emit, Fail, FailureKind, Replay, Requeue, SeekDecode
 from biphase.router.events import HandedOff, LegEnded, LegEvent, Lost, Started
+from biphase.router.lifecycle import Leg as LegState
 from biphase.router.lifecycle import Lifecycle
 from biphase.router.links import Leg, LegRequest, Link
 from biphase.router.output import Output, Piece
@@ -53,8 +54,11 @@ class RequestHost(Protocol):
     def seek_decode(self, request: "Request") -> None:
         """Its ticket is there; find it a decode instance."""
 
-    def can_pull_again(self, request: "Request") -> bool:
-        """Its decode instance is gone: whether another one could pull what the prefill instance has. It is counted."""
+    def can_pull_again(self, request: "Request", gone: InstanceKey | None) -> bool:
+        """Its decode instance is gone: whether another one could pull what the prefill instance has."""
+
+    def pulls_again(self, request: "Request") -> None:
+        """Another decode instance pulls now."""
 
     def replay(self, request: "Request", effect: Replay, pair: Pair | None) -> None:
         """It was cut off from an instance; find it others. ``pair``: the two that it was on, when it was on two."""
@@ -148,6 +152,16 @@ class Request:
         return [leg for leg in (*self._given_up, *self._legs.values()) if leg.is_open]
 
     @property
+    def is_seeking(self) -> bool:
+        """It waits for a decode instance with its ticket in hand."""
+        return self.lifecycle.decode is LegState.SEEKING
+
+    @property
+    def has_lost_decode(self) -> bool:
+        """It seeks one in place of one that was lost."""
+        return self.seeking is not None and self.seeking.instead is not None
+
+    @property
     def is_replay(self) -> bool:
         """It has been cut off from an instance before."""
         return self.lifecycle.replays > 0
@@ -181,6 +195,9 @@ class Request:
         """Open the decode leg that ``seeking`` asked for."""
         assert self.seeking is not None
         sought, self.seeking = self.seeking, None
+        if sought.instead is not None:
+            logger.warning("%s is pulled by another decode instance: %s", self.id, sought.instead.detail)
+            self._host.pulls_again(self)
         self.lifecycle.opened_decode()
         leg = link.open_decode(
             self.asked, self, ticket=sought.ticket, pull_epoch=sought.pull_epoch, refusals=sought.refusals
@@ -269,14 +286,18 @@ class Request:
                     self._over(_ERRORS[effect.kind](f"{self.id}: {effect.detail}"))
 
     def _seek(self, effect: SeekDecode) -> None:
-        if effect.instead is not None:
-            self._legs.pop("decode", None)
-            if not self._host.can_pull_again(self):
-                self._perform(self.lifecycle.begin_anew(effect.instead))
-                return
-            logger.warning("%s is pulled by another decode instance: %s", self.id, effect.instead.detail)
         self.seeking = effect
-        self._host.seek_decode(self)
+        leg = self._legs.pop("decode", None)
+        self.record.stats.pop("decode", None)
+        gone = leg.link.member.key if leg is not None and effect.gone else None
+        if effect.instead is not None and not self._host.can_pull_again(self, gone):
+            self.begin_anew()
+        else:
+            self._host.seek_decode(self)
+
+    def begin_anew(self) -> None:
+        """It seeks a decode instance in place of a lost one, and none is left that could pull."""
+        self._perform(self.lifecycle.begin_anew())
 
     def _replay(self, effect: Replay) -> None:
         """Ask for a place again, for the prompt and what was emitted of the output. What is left of its legs was called
@@ -415,6 +436,7 @@ class Request:
             if wait_s <= 0:
                 leg.cancel("the instance is silent")
                 leg.link.forget(leg)
+                self._after("silence", self._waits.silence_s, self._look_for_silence)
                 detail = f"{leg.role} instance {leg.label} has sent nothing for {self._waits.silence_s:g} s"
                 self.on_leg_event(leg, Lost(role=leg.role, detail=detail))
                 return

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from fault_outcome import Fault
-from fault_work import PROMPTS, at_work, needs_prompts, prompt_burst, work_needed
+from fault_work import BURST, PROMPTS, at_work, needs_prompts, prompt_burst, work_needed
 from load_clock import shifted
 
 from biphase.client.bench.measured import DONE, Measured
@@ -50,8 +50,18 @@ def work_at_hit(hit: Fault, looks: Looks, streams: list[Stream], address: str = 
 
 def test_a_decode_instance_is_hit_with_streams_and_one_to_spare() -> None:
     looks = Looks(0, 3, 4, 6)
-    assert work_at_hit(fault("kill", "decode-0"), looks, [Stream()] * 7) == (6, [])
+    assert work_at_hit(fault("kill", "decode-0"), looks, [Stream()] * BURST) == (6, [])
     assert looks.asked == ["streams of decode-0"] * 4
+
+
+@pytest.mark.parametrize("streams", [[Stream()] * (BURST - 1), [*[Stream()] * (BURST - 1), Stream(tokens=[1])]])
+def test_a_decode_instance_is_hit_once_the_burst_has_been_prefilled(
+    streams: list[Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fault_work.AT_WORK_WITHIN_S", 0.05)
+    looks = Looks(6)
+    assert work_at_hit(fault("kill", "decode-0"), looks, streams) == (0, [])
+    assert looks.asked == []
 
 
 def test_a_prefill_instance_is_hit_with_prompts_that_were_sent_once_the_others_decode() -> None:

@@ -155,6 +155,37 @@ async def test_the_only_decode_instance_is_lost_under_a_pull_and_the_prompt_wait
         assert (counters["replays_lost"], counters.get("pulls_again", 0)) == (1, 0)
 
 
+@pytest.mark.parametrize("then", ["refuses", "dies", "drains"])
+async def test_a_decode_instance_is_lost_under_a_pull_and_the_other_one_is_busy(stage, then):
+    """One that is busy is waited for; when it goes too there is no more to wait for."""
+    async with stage(decode=2, mode="strict") as s:
+        answer = s.door.ask(max_tokens=2)
+        prefill, _ = await opened(s, answer)
+        other = s.decode[1]
+        other.load(running=1, room_blocks=0)
+        await s.door.until_running(1)
+        await s.d.die()
+        await s.door.until(lambda info: any(one.state == "lost" for one in info.instances))
+        match then:
+            case "refuses":
+                other.load()
+                there = await other.next("open_decode")
+                other.load(running=1, room_blocks=0)
+                other.refuse(there.leg_id)
+                other.load()
+                assert (await other.next("open_decode")).pull_epoch == 3
+                assert s.p.commands.empty()
+                return
+            case "dies":
+                await other.die()
+            case "drains":
+                other.load(running=1, room_blocks=0, draining=True)
+        assert (await s.p.next("cancel")).leg_id == prefill
+        s.p.end(prefill, worker_pb2.LEG_CANCELLED)
+        counters = await s.door.counters()
+        assert (counters["replays_lost"], counters.get("pulls_again", 0)) == (1, 0)
+
+
 @pytest.mark.parametrize("how", ["dies", "hangs up", "drains"])
 async def test_a_decode_instance_is_lost_and_the_output_goes_on(stage, how):
     async with stage(decode=2, mode="strict") as s:
@@ -319,6 +350,25 @@ async def test_a_request_that_was_sent_over_a_pair_before_it_failed_goes_to_anot
         s.p.start(late)
         assert (await s.decode[1].next("open_decode")).HasField("ticket")
         assert s.d.commands.empty()
+
+
+async def test_a_request_that_was_sent_over_the_only_pair_before_it_failed_is_prefilled_locally(stage):
+    async with stage() as s:
+        first, second = s.door.ask("first", max_tokens=3), s.door.ask("second", max_tokens=3)
+        (first_prefill, late) = [(await s.p.next("open_prefill")).leg_id for _ in range(2)]
+        s.p.start(first_prefill)
+        s.p.tokens(first_prefill, 0, b"A")
+        await first.text_is("A")
+        s.d.end((await s.d.next("open_decode")).leg_id, worker_pb2.LEG_HANDOFF_FAILED, "cannot reach 127.0.0.1:1")
+        assert not (await s.d.next("open_decode")).HasField("ticket")
+        s.p.start(late)
+        s.p.tokens(late, 0, b"A")
+        await second.text_is("A")
+        tried = await s.d.next("open_decode")
+        assert tried.HasField("ticket")
+        s.d.end(tried.leg_id, worker_pb2.LEG_HANDOFF_FAILED, "cannot reach 127.0.0.1:1")
+        assert not (await s.d.next("open_decode")).HasField("ticket")
+        assert (first.error, second.error) == (None, None)
 
 
 async def test_where_no_pair_is_left_auto_prefills_locally(stage):

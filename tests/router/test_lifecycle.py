@@ -260,7 +260,7 @@ def test_decode_lost() -> None:
 
 
 def seek_again(instead: Replay, pull_epoch: int = 2) -> SeekDecode:
-    return SeekDecode(ticket=TICKET, pull_epoch=pull_epoch, refusals=0, instead=instead)
+    return SeekDecode(ticket=TICKET, pull_epoch=pull_epoch, refusals=0, instead=instead, gone=True)
 
 
 @pytest.mark.parametrize("first_token", [True, False])
@@ -287,19 +287,38 @@ def test_decode_gone_under_a_pull_and_another_one_pulls(first_token: bool, end: 
 
 def test_decode_gone_under_a_pull_and_nobody_else_can() -> None:
     machine = pulling()
-    (seek,) = machine.handle(lost("decode"))
-    assert isinstance(seek, SeekDecode) and seek.instead is not None
-    assert machine.begin_anew(seek.instead) == [cancel("prefill", "decode-0 was lost"), replay("decode-0 was lost")]
+    machine.handle(lost("decode"))
+    assert machine.begin_anew() == [cancel("prefill", "decode-0 was lost"), replay("decode-0 was lost")]
     assert (machine.phase, machine.replays, machine.losses) == ("queue", 1, 1)
 
 
-def test_decode_gone_once_it_had_released_the_ticket() -> None:
-    """The word that it had everything was still on its way: the next one finds nothing to pull."""
+def test_decode_gone_under_a_pull_and_the_next_one_refuses() -> None:
     machine = pulling()
     machine.handle(lost("decode"))
-    machine.handle(ended("prefill"))
     machine.opened_decode()
-    assert machine.handle(ended("decode", "handoff_failed", "released")) == [replay("released", "handoff_failed")]
+    again = SeekDecode(ticket=TICKET, pull_epoch=3, refusals=1, instead=replay("decode-0 was lost"))
+    assert machine.handle(busy("decode")) == [again]
+    assert machine.begin_anew()[-1] == replay("decode-0 was lost")
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_decode_gone_once_it_had_released_the_ticket(found: bool) -> None:
+    """The word that it had everything was still on its way: nobody will find anything to pull."""
+    machine = pulling()
+    machine.handle(lost("decode"))
+    if found:
+        machine.opened_decode()
+        machine.handle(ended("prefill"))
+        assert machine.handle(ended("decode", "handoff_failed", "released")) == [replay("released", "handoff_failed")]
+    else:
+        assert machine.handle(ended("prefill")) == [replay("decode-0 was lost")]
+
+
+def test_only_who_seeks_for_a_lost_one_begins_anew() -> None:
+    machine = prefilling()
+    machine.handle(STARTED)
+    with pytest.raises(RuntimeError, match="cannot open this leg now"):
+        machine.begin_anew()
 
 
 def test_decode_gone_under_too_many_pulls() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biphase.protos.ids import RequestId
-from biphase.router.policy import choose_decode, has_room, place, wait_for_decode
+from biphase.router.policy import choose_decode, has_room, in_reach, place, wait_for_decode
 from biphase.router.view import (
     ClusterView,
     Disaggregated,
@@ -214,10 +214,19 @@ def test_without_any_pair_auto_goes_local_and_strict_waits_for_the_next_try() ->
     assert place(request(), cluster, STRICT) == Wait(reason="no_pair", until_s=101.0)
     late = place(request(arrived_s=70.0), cluster, STRICT)
     assert isinstance(late, Refuse) and late.detail.endswith("reaches (p0-d0 broken)")
-    assert wait_for_decode(request(), cluster, STRICT) == Wait(reason="no_pair", until_s=101.0)
+    assert wait_for_decode(request(), cluster, STRICT, InstanceKey("p0")) == Wait(reason="no_pair", until_s=101.0)
     assert place(request(max_tokens=1), cluster, STRICT) == Disaggregated(
         prefill=InstanceKey("p0"), decode=None, reason="prefill_ready"
     )
+
+
+def test_a_ticket_waits_for_the_busy_instance_in_reach_or_the_pairs_next_try() -> None:
+    cluster = with_broken(view(p(), d(), d("d1", full=True)), BROKEN)
+    late = request(arrived_s=0.0)
+    assert wait_for_decode(late, cluster, STRICT, InstanceKey("p0")) == Wait(reason="decode_busy", until_s=101.0)
+    assert [one.key for one in in_reach(late, cluster, InstanceKey("p0"))] == ["d1"]
+    assert [one.key for one in in_reach(late, cluster, InstanceKey("p1"))] == ["d0", "d1"]
+    assert in_reach(request(generation="old"), cluster, InstanceKey("p0")) == []
 
 
 # ---- generations of the weights

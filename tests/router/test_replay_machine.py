@@ -64,7 +64,7 @@ class ReplayMachine(RuleBasedStateMachine):
                         self.said["decode"].append(ended("decode", "handoff_failed"))
                 case SeekDecode():
                     self.ticket, self.instead = effect.ticket, effect.instead
-                    self.losses += effect.instead is not None and effect.instead.cause == "lost"
+                    self.losses += effect.gone and effect.instead is not None and effect.instead.cause == "lost"
                 case Requeue():
                     self.said = {"prefill": deque(), "decode": deque()}
                 case Replay():
@@ -114,8 +114,7 @@ class ReplayMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.is_live() and self.machine.decode is Leg.SEEKING and self.instead is not None)
     @rule()
     def find_nobody(self) -> None:
-        assert self.instead is not None
-        self.perform(self.machine.begin_anew(self.instead))
+        self.perform(self.machine.begin_anew())
 
     @precondition(lambda self: any(self.said.values()))
     @rule(prefer=st.sampled_from(["prefill", "decode"]))
