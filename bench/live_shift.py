@@ -6,8 +6,9 @@
 Mode strict (in auto a decode instance would repair a wrong ratio by prefilling itself), 3 instances under a fixed budget, each
 with half a core of its own (cgroup quota, as root), so that an idle one's time flows to nobody. The load turns from long
 prompts with short answers to short prompts with long answers, and back. First the unloaded times are measured, whose medians
-x 5 are the goals, then what one prefill and one decode instance can do; lengths are chosen so that the right ratio has a
-quarter of headroom and a little more, and each fixed ratio shows before its run what of its capacity the load leaves.
+x 5 are the goals, then what one prefill and one decode instance can do within them (``shift_shape.py``); lengths are chosen so
+that the right ratio has a quarter of headroom and a little more, and each fixed ratio shows before its run what of its capacity
+the load leaves (``shift_calibration.py``).
 The fixed ratios have the same requests, but begin each phase empty, for the work that the wrong one leaves behind would spoil the
 next; the third phase, which is as the first, only the autoscaler has. Attainment counts refused and failed requests as misses; it is taken from 60 s after each turn to its end.
 """
@@ -16,12 +17,11 @@ import argparse
 import asyncio
 import random
 import re
-import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ import report
 import shift_plot
 from load_clock import shifted
 from local_cluster import LocalCluster, local_cluster
+from shift_calibration import (
+    DECODE_HEAVY_INPUT,
+    PREFILL_HEAVY_OUTPUT,
+    burst,
+    choose,
+    decode_capacity,
+    prefill_capacity,
+)
 from shift_judge import (
     AUTO,
     COOLDOWN_S,
@@ -47,35 +55,20 @@ from shift_judge import (
     parts_of,
     turn_of,
 )
+from shift_shape import Shape
 
 from biphase.client import AsyncClient
-from biphase.client.bench.arrivals import Arrival, Phase, arrivals, total_s
-from biphase.client.bench.goals import Metric
+from biphase.client.bench.arrivals import Phase, arrivals, total_s
 from biphase.client.bench.lengths import fixed
-from biphase.client.bench.measured import Measured
 from biphase.client.bench.prompts import RandomPrompts
 from biphase.client.bench.runner import Runner
 from biphase.protos.errors import BiphaseError
 
 CORES_EACH = 0.5
-GOAL_FACTOR = 5.0
-CHOSEN_HEADROOM = HEADROOM + 0.05
+CHOSEN_HEADROOM = HEADROOM + 0.07
 LOOK_EVERY_S, STATUS_EVERY_S = 0.1, 0.5
 FLIP = re.compile(r"\bflip ([\w-]+) to ")
-PREFILL_HEAVY_OUTPUT, DECODE_HEAVY_INPUT = 4, 16
 RATIOS = {"2P1D": (2, 1), "1P2D": (1, 2)}
-NUM_UNLOADED, NUM_LOADED = 5, 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What was chosen: lengths of the two kinds of phases, and the goals."""
-
-    input_tokens: int
-    output_tokens: int
-    goals: dict[Metric, float]
-    prefill_rate: float
-    decode_rate: float
 
 
 def phases_of(shape: Shape, rate: float, seconds: float) -> list[Phase]:
@@ -128,56 +121,11 @@ def policy_of(shape: Shape) -> dict[str, Any]:
     }
 
 
-async def burst(client: AsyncClient, count: int, input_tokens: int, output_tokens: int, gap_s: float) -> list[Measured]:
-    """``count`` requests, ``gap_s`` apart."""
-    model = (await client.model_info()).model
-    prompts = RandomPrompts(
-        vocab_size=model.vocab_size, max_model_len=model.max_model_len, seed=count, salt=time.monotonic_ns()
-    )
-    due = [
-        Arrival(index=index, at_s=index * gap_s, phase=0, input_tokens=input_tokens, output_tokens=output_tokens)
-        for index in range(count)
-    ]
-    found = await Runner([client], prompts, timeout_s=300.0).run(due)
-    bad = [one for one in found if not one.done]
-    if bad:
-        raise SystemExit(f"a request failed while nothing was wrong: {bad[0].detail}")
-    return found
-
-
 async def calibrate(arguments: argparse.Namespace) -> Shape:
-    """Unloaded times, and what one instance of each role can do under its share of the processors."""
     with cpu_shares.cpu_shares(CORES_EACH) as env:
         async with local_cluster(deploy_of(arguments, (1, 2), None), env) as cluster:
             async with AsyncClient(cluster.address) as client:
-                await burst(client, 2, 64, 8, 0.0)
-                loaded = await burst(client, NUM_LOADED, arguments.probe_input, 1, 0.0)
-                prefill_rate = sum(one.input_tokens for one in loaded) / max(one.ended_s for one in loaded)
-                loaded = await burst(client, NUM_LOADED, DECODE_HEAVY_INPUT, arguments.probe_output, 0.0)
-                began_s = statistics.median(one.token_at_s[0] for one in loaded)
-                tokens = sum(sum(at_s >= began_s for at_s in one.token_at_s) for one in loaded)
-                decode_rate = tokens / (max(one.ended_s for one in loaded) - began_s) / 2
-                usable = (1 - CHOSEN_HEADROOM) * 2 / arguments.rate
-                input_tokens, output_tokens = int(usable * prefill_rate), int(usable * decode_rate)
-                longest = (await client.model_info()).model.max_model_len - DECODE_HEAVY_INPUT
-                if max(input_tokens, output_tokens) > longest:
-                    most = max(input_tokens, output_tokens)
-                    raise SystemExit(
-                        f"--rate {arguments.rate:g} asks for {most} tokens a request, the most is {longest}: raise it"
-                    )
-                alone = []
-                for shape in ((input_tokens, PREFILL_HEAVY_OUTPUT), (DECODE_HEAVY_INPUT, output_tokens)):
-                    for _ in range(NUM_UNLOADED):
-                        alone.append((await burst(client, 1, *shape, 0.0))[0])
-    ttft = statistics.median(one.ttft_ms or 0.0 for one in alone[:NUM_UNLOADED])
-    tpot = statistics.median(one.tpot_ms or 0.0 for one in alone[NUM_UNLOADED:])
-    found = Shape(
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        goals={"ttft": GOAL_FACTOR * ttft, "tpot": GOAL_FACTOR * tpot},
-        prefill_rate=prefill_rate,
-        decode_rate=decode_rate,
-    )
+                found = await choose(client, arguments.rate, CHOSEN_HEADROOM)
     print(f"chosen: {found}", file=sys.stderr, flush=True)
     return found
 
@@ -248,13 +196,10 @@ def check_shares(env: dict[str, str]) -> None:
 
 async def headroom_of(client: AsyncClient, shape: Shape, ratio: str, rate: float) -> float:
     """The share of what the ratio can do with the load that it is right for, that ``rate`` leaves."""
-    of = {
-        "prefill-heavy": (shape.input_tokens, PREFILL_HEAVY_OUTPUT),
-        "decode-heavy": (DECODE_HEAVY_INPUT, shape.output_tokens),
-    }
-    lengths = next(of[name] for name, right in RIGHT.items() if right == ratio)
-    found = await burst(client, NUM_LOADED, *lengths, 0.0)
-    return 1.0 - rate / (len(found) / max(one.ended_s for one in found))
+    num_prefill, num_decode = RATIOS[ratio]
+    if RIGHT["prefill-heavy"] == ratio:
+        return 1.0 - rate / await prefill_capacity(client, shape, num_prefill)
+    return 1.0 - rate / await decode_capacity(client, shape, num_decode)
 
 
 async def run_arm(arguments: argparse.Namespace, name: str, shape: Shape, phases: Sequence[Phase]) -> Arm:
@@ -315,6 +260,7 @@ async def measure(arguments: argparse.Namespace) -> int:
         "goals_ms": shape.goals,
         "prefill_tokens_per_s": shape.prefill_rate,
         "decode_tokens_per_s": shape.decode_rate,
+        "decode_requests": shape.decode_requests,
         "rate": arguments.rate,
     }
     judge(found, arms, shape.goals, phases)
@@ -334,8 +280,6 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--kv-memory", default="256MiB", help="of each instance")
     parser.add_argument("--arms", nargs="+", choices=[AUTO, *RATIOS], default=[AUTO, *RATIOS])
-    parser.add_argument("--probe-input", type=int, default=128, help="prompt tokens of the calibration")
-    parser.add_argument("--probe-output", type=int, default=48, help="output tokens of the calibration")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plot", metavar="FILE", help="an SVG")
     report.add_arguments(parser)

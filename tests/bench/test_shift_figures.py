@@ -19,6 +19,7 @@ from shift_judge import (
     settled_ratios,
     turn_of,
 )
+from shift_shape import decode_step, first_tokens_between, length_for, tokens_between
 
 from biphase.client.bench.arrivals import Arrival, Phase
 from biphase.client.bench.lengths import fixed
@@ -195,3 +196,40 @@ def test_the_emptiest_window_counts() -> None:
         for index, at_s in enumerate((1.0, 2.0, 31.0))
     ]
     assert (fewest_in_window(due, 60.0), fewest_in_window(due, 90.0)) == (1, 0)
+
+
+# -- the load that is chosen
+
+
+def test_what_a_decode_instance_can_do_is_bounded_by_the_goal() -> None:
+    step = decode_step((6.0, 0.11), (20.0, 0.226))
+    assert (step.base_s, step.slope_s) == (pytest.approx(0.06029, abs=1e-4), pytest.approx(0.00829, abs=1e-4))
+    assert step.most_at_once(0.35) == pytest.approx(34.96, abs=0.01)
+    assert step.capacity(0.35) == pytest.approx(99.9, abs=0.1)
+    assert step.capacity(0.35) < 1 / step.slope_s
+    assert decode_step((6.0, 0.1), (20.0, 0.1)).most_at_once(0.35) == math.inf
+
+
+def test_lengths_leave_the_right_ratio_its_headroom() -> None:
+    assert length_for(100.0, 2, 2.0, 0.25) == 75
+    assert 1.0 - 2.0 * 75 / (2 * 100.0) == 0.25
+
+
+def stream(*token_at_s: float) -> Measured:
+    return Measured(
+        index=0,
+        phase=0,
+        due_s=0.0,
+        sent_s=0.0,
+        ended_s=max(token_at_s, default=0.0),
+        token_at_s=token_at_s,
+        input_tokens=1,
+        asked_tokens=1,
+        kind=DONE,
+    )
+
+
+def test_tokens_count_when_they_came() -> None:
+    some = [stream(1.0, 2.0, 3.0), stream(2.5, 3.5), stream()]
+    assert tokens_between(some, 2.0, 3.0) == 2
+    assert first_tokens_between(some, 2.0, 3.0) == 1
