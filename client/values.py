@@ -61,8 +61,8 @@ class Result:
     """A finished request. ``ttft_ms`` and ``tpot_ms`` are measured at the client, from sending the request.
 
     ``tpot_ms`` is (last token - first token) / (output tokens - 1), 0 for a single token. ``stop_reason`` is the stop
-    string, or "token:ID", that ended the output, else "". ``replays``: how often it went on elsewhere after an instance
-    was lost; instances, decision and durations are then those of the last way it took.
+    string, or "token:ID", that ended the output, else "". ``replays``: how often it was prefilled again after an
+    instance was lost; instances, decision and durations are then those of the last way it took.
     """
 
     request_id: RequestId
