@@ -1,6 +1,7 @@
 """What of a deployment its model does not allow, known before anything starts or drains. Pure."""
 
 from biphase.cluster.deployment import Deployment
+from biphase.cluster.wanted_set import ROLES
 from biphase.engine.model_config import ModelConfig
 from biphase.engine.parallel.local_config import local_config
 from biphase.kernels.kv_layout import ITEM_BYTES, KvLayout, uniform_scales
@@ -8,7 +9,6 @@ from biphase.protos.errors import SetupError
 from biphase.protos.values import Role
 
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 64
-ROLES: tuple[Role, ...] = ("prefill", "decode")
 
 
 def check_model(deployment: Deployment, config: ModelConfig, *, may_have_gpus: bool = True) -> None:

@@ -148,7 +148,7 @@ class Stage:
         return found
 
     async def nothing_is_held(self) -> None:
-        deadline = time.monotonic() + WITHIN_S
+        deadline = time.monotonic() + 5.0
         while held := await self.held():
             assert time.monotonic() < deadline, held
             await asyncio.sleep(0.02)
@@ -289,9 +289,11 @@ async def test_a_router_dies_and_its_work_ends_while_the_others_goes_on(served: 
                 assert not any(task.done() for task in reading), "one has ended before its router died"
                 await asyncio.sleep(0.005)
             await kill(second)
-            ends = await asyncio.wait_for(asyncio.gather(*reading[1:], return_exceptions=True), WITHIN_S)
+            died_s = time.monotonic()
+            ends = await asyncio.wait_for(asyncio.gather(*reading[1:], return_exceptions=True), 3.0)
             assert [type(end).__name__ for end in ends] == ["Unavailable", "Unavailable"]
-            await asyncio.wait_for(s.until(deployment.decode[-1], lambda stats: stats["legs"] <= 1), WITHIN_S)
+            await asyncio.wait_for(s.until(deployment.decode[-1], lambda stats: stats["legs"] == 1), WITHIN_S)
+            assert time.monotonic() - died_s < 5.0
             await reading[0]
             assert seen[0] == LONGEST
             await s.nothing_is_held()

@@ -143,16 +143,21 @@ async def test_a_decode_instance_is_lost_under_a_pull_and_another_one_pulls(stag
         assert (counters["pulls_again"], counters.get("replays", 0)) == (1, 0)
 
 
+async def begins_anew(s, prefill):
+    """The prefill leg is called off, and the request is replayed."""
+    assert (await s.p.next("cancel")).leg_id == prefill
+    s.p.end(prefill, worker_pb2.LEG_CANCELLED)
+    counters = await s.door.counters()
+    assert (counters["replays_lost"], counters.get("pulls_again", 0)) == (1, 0)
+
+
 async def test_the_only_decode_instance_is_lost_under_a_pull_and_the_prompt_waits_for_another(stage):
     """It does not hold the prefill instance's memory meanwhile."""
     async with stage(mode="strict") as s:
         answer = s.door.ask(max_tokens=2)
         prefill, _ = await opened(s, answer)
         await s.d.die()
-        assert (await s.p.next("cancel")).leg_id == prefill
-        s.p.end(prefill, worker_pb2.LEG_CANCELLED)
-        counters = await s.door.counters()
-        assert (counters["replays_lost"], counters.get("pulls_again", 0)) == (1, 0)
+        await begins_anew(s, prefill)
 
 
 @pytest.mark.parametrize("then", ["refuses", "dies", "drains"])
@@ -180,10 +185,7 @@ async def test_a_decode_instance_is_lost_under_a_pull_and_the_other_one_is_busy(
                 await other.die()
             case "drains":
                 other.load(running=1, room_blocks=0, draining=True)
-        assert (await s.p.next("cancel")).leg_id == prefill
-        s.p.end(prefill, worker_pb2.LEG_CANCELLED)
-        counters = await s.door.counters()
-        assert (counters["replays_lost"], counters.get("pulls_again", 0)) == (1, 0)
+        await begins_anew(s, prefill)
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs up", "drains"])
