@@ -222,7 +222,9 @@ async def test_whatever_dies_the_tokens_are_those_of_an_undisturbed_run(
             assert all(tokens_of(results) == wanted[id(cases)] for results in rounds), name
             after = (await s.client.server_info()).counters
             replays = after.get("replays", 0) - before.get("replays", 0)
-            assert replays == sum(result.replays for results in rounds for result in results) >= least, name
+            assert replays == sum(result.replays for results in rounds for result in results), name
+            pulls_again = after.get("pulls_again", 0) - before.get("pulls_again", 0)  # lost under a pull: no replay
+            assert replays + pulls_again >= least, name
             assert after.get(f"replays_{cause}", 0) > before.get(f"replays_{cause}", 0), (name, dict(after))
             await s.nothing_is_held()
             report.append(f"{name}: {replays} replays")
@@ -236,7 +238,7 @@ async def test_whatever_dies_the_tokens_are_those_of_an_undisturbed_run(
             await kill(prefill[1])
 
         async def lose_decode() -> None:
-            await s.catch(decode[0], lambda stats: stats["running"] >= 3, least=3)
+            await s.catch(decode[0], lambda stats: stats["running"] - stats["open_pulls"] >= 3, least=3)
             await kill(decode[0])
 
         async def drain_decode() -> None:
