@@ -232,14 +232,20 @@ class Stage:
         return self.decode[0]
 
     async def hand_over(self, answer: Answer) -> tuple[int, int]:
-        """Prefill done, its token "A" told, handed off; returns both leg ids."""
+        """Prefill done, its token "A" told, handed off; returns both leg ids.
+
+        Until the router has seen the end of the prefill leg: it comes over another link than what the test has the
+        decode instance do next, which could overtake it.
+        """
         await answer.accepted()
         prefill = (await self.p.next("open_prefill")).leg_id
         self.p.start(prefill)
         decode = (await self.d.next("open_decode")).leg_id
         self.p.tokens(prefill, 0, b"A")
         self.d.hand_off(decode)
+        legs = (await self.door.counters())["legs"]
         self.p.end(prefill)
+        await self.door.until_counters(legs=legs - 1)
         return prefill, decode
 
 
