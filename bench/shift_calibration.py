@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from load_clock import shifted
@@ -19,6 +19,7 @@ from biphase.client.bench.arrivals import Arrival
 from biphase.client.bench.measured import Measured
 from biphase.client.bench.prompts import RandomPrompts
 from biphase.client.bench.runner import Runner
+from biphase.protos.values import Role
 
 PREFILL_HEAVY_OUTPUT, DECODE_HEAVY_INPUT = 4, 16
 PROBE_INPUT, PROBE_OUTPUT = 128, 48
@@ -69,8 +70,10 @@ async def closed_loop(client: AsyncClient, at_once: int, input_tokens: int, outp
     )
 
 
-async def choose(client: AsyncClient, rate: float, headroom: float) -> Shape:
-    """Lengths by which ``rate`` leaves so much of what the right ratio of three can do, on a deployment of 1P2D."""
+async def choose(client: AsyncClient, rate: float, headroom: Mapping[Role, float]) -> Shape:
+    """Lengths by which ``rate`` leaves so much of what the right ratio of three can do, on a deployment of 1P2D.
+
+    ``headroom``: of prompts where two instances prefill, of answers where two decode, parts of 1."""
     await burst(client, 2, 64, 8, 0.0)
     alone = [(await burst(client, 1, DECODE_HEAVY_INPUT, PROBE_OUTPUT, 0.0))[0] for _ in range(NUM_UNLOADED)]
     tpot_ms = GOAL_FACTOR * statistics.median(one.tpot_ms or 0.0 for one in alone)
@@ -82,7 +85,8 @@ async def choose(client: AsyncClient, rate: float, headroom: float) -> Shape:
     decode_rate = step.capacity(tpot_ms / 1e3)
     prompts = await closed_loop(client, PROMPTS_AT_ONCE, PROBE_INPUT, 1, LOOP_S)
     prefill_rate = prompts.requests_per_s * PROBE_INPUT
-    input_tokens, output_tokens = (length_for(of, 2, rate, headroom) for of in (prefill_rate, decode_rate))
+    input_tokens = length_for(prefill_rate, 2, rate, headroom["prefill"])
+    output_tokens = length_for(decode_rate, 2, rate, headroom["decode"])
     longest = (await client.model_info()).model.max_model_len - DECODE_HEAVY_INPUT
     if max(input_tokens, output_tokens) > longest:
         most = max(input_tokens, output_tokens)

@@ -119,6 +119,13 @@ class Deployment:
     def plan(self, role: Role) -> RolePlan:
         return self.prefill if role == "prefill" else self.decode
 
+    def device_of(self, role: Role) -> Device:
+        """A plan that says how many GPUs means it: without one an instance does not start, instead of computing elsewhere."""
+        gpus = self.plan(role).gpus
+        if gpus is None:
+            return self.device
+        return "cuda" if gpus else "cpu"
+
     @property
     def router_places(self) -> tuple[RouterPlace, ...]:
         """Of all routers, at least one."""

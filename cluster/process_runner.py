@@ -94,7 +94,7 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
         engine=EngineConfig(
             model=deployment.model,
             load_format=deployment.load_format,
-            device=_device(deployment.device, plan.gpus),
+            device=deployment.device_of(spec.kind),
             dtype=deployment.dtype,
             kv_dtype=deployment.kv_dtype,
             gpu_share=spec.gpus or 1.0,
@@ -125,13 +125,6 @@ def _worker_config(spec: ProcessSpec) -> "WorkerConfig":
         kv_overlap=deployment.kv_overlap,
         inject_faults=deployment.inject_faults,
     )
-
-
-def _device(asked: str, gpus: float | None) -> str:
-    """A plan that says how many GPUs means it: without one the instance does not start, instead of computing elsewhere."""
-    if gpus is None:
-        return asked
-    return "cuda" if gpus else "cpu"
 
 
 def _router_config(spec: ProcessSpec) -> "RouterConfig":

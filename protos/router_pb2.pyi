@@ -321,7 +321,7 @@ class Finished(google.protobuf.message.Message):
     stop_reason: builtins.str
     """the stop string or "token:ID" that ended it, else empty"""
     replays: builtins.int
-    """how often it went on elsewhere after an instance was lost"""
+    """second prefills after an instance was lost; a second pull is none"""
     @property
     def usage(self) -> Global___Usage: ...
     @property

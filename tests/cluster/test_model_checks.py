@@ -41,8 +41,8 @@ def test_kv_memory_that_holds_one_request_to_the_byte(config: ModelConfig) -> No
     [
         ({"max_model_len": 256}, NEEDED // 2),
         ({"max_model_len": 250}, NEEDED // 2),  # whole blocks of 32
-        ({"dtype": "bfloat16"}, NEEDED // 2),
-        ({"kv_dtype": "float8_e4m3fn"}, NEEDED // 4),
+        ({"dtype": "bfloat16", "device": "auto"}, NEEDED // 2),
+        ({"kv_dtype": "float8_e4m3fn", "device": "auto"}, NEEDED // 4),
         ({"device": "cuda"}, NEEDED // 2),
         ({"device": "auto"}, NEEDED // 2),
     ],
@@ -57,6 +57,21 @@ def test_what_a_pool_takes_less_by(config: ModelConfig, values: dict[str, Any], 
 def test_a_host_without_gpus_leaves_no_doubt(config: ModelConfig) -> None:
     with pytest.raises(SetupError, match=f"needs {NEEDED}:"):
         check_model(deployment(kv_memory_bytes=NEEDED // 2, device="auto"), config, may_have_gpus=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"dtype": "bfloat16"}, "prefill: dtype 'bfloat16' is not supported on cpu; there is: float32"),
+        ({"kv_dtype": "float8_e4m3fn", "device": "auto"}, "prefill: kv_dtype 'float8_e4m3fn' is not supported on cpu"),
+        ({"kv_dtype": "float16", "dtype": "bfloat16", "device": "cuda"}, "prefill: kv_dtype is 'float16', with dtype"),
+        ({"prefill": RolePlan(block_size=48), "device": "cuda"}, "prefill: block_size is 48, on a GPU it is one of"),
+    ],
+    ids=repr,
+)
+def test_types_that_no_instance_could_compute_in(config: ModelConfig, values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SetupError, match=reason):
+        check_model(deployment(**values), config, may_have_gpus=False)
 
 
 def test_ranks_share_what_a_request_takes(config: ModelConfig) -> None:

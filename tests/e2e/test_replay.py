@@ -294,7 +294,11 @@ async def test_a_router_dies_and_its_work_ends_while_the_others_goes_on(served: 
             died_s = time.monotonic()
             ends = await asyncio.wait_for(asyncio.gather(*reading[1:], return_exceptions=True), 3.0)
             assert [type(end).__name__ for end in ends] == ["Unavailable", "Unavailable"]
-            await asyncio.wait_for(s.until(deployment.decode[-1], lambda stats: stats["legs"] == 1), WITHIN_S)
+
+            def only_the_other_is_left(stats: dict[str, int]) -> bool:
+                return stats["legs"] <= (0 if reading[0].done() else 1)  # a busy machine may see its end first
+
+            await asyncio.wait_for(s.until(deployment.decode[-1], only_the_other_is_left), WITHIN_S)
             assert time.monotonic() - died_s < 5.0
             await reading[0]
             assert seen[0] == LONGEST
