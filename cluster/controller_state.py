@@ -26,6 +26,7 @@ class SlotState:
     next_generation: str | None = None
     next_kind: Kind | None = None
     held: bool = False
+    resumes: bool = False
     ending: Ending = ""
     flip: FlipTo | None = None
     grace_s: float = 0.0

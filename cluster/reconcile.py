@@ -89,6 +89,7 @@ class Reconciler:
                 slot.reason = announcement.detail
         if phase is not None and phase != slot.phase:
             slot.phase, slot.since_s = phase, now_s
+            slot.resumes = slot.resumes and phase != "ready"
             if phase == "ready" and slot.ready_since_s is None:
                 slot.ready_since_s, slot.down_since_s, slot.ever_ready = now_s, None, True
                 self.node_failures.started(slot.node)
@@ -315,7 +316,6 @@ class Reconciler:
             elif slot.flip is not None:
                 actions.append(TellFlip(name=name, incarnation=incarnation, to=slot.flip, grace_s=max(left_s, 0.001)))
             elif slot.resumes:
-                slot.resumes = False
                 actions.append(TellResume(name=name, incarnation=incarnation))
         if slot.ending and slot.stop_asked_s is None and slot.asked_s is not None:
             drained = slot.work is not None and slot.work.draining and slot.work.is_idle

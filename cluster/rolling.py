@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from biphase.cluster.reach import CUT_OFF
 from biphase.cluster.reconcile import Reconciler
 from biphase.cluster.slot import Slot
-from biphase.cluster.wanted_set import instances, reason_against_generations
+from biphase.cluster.wanted_set import ROLES, instances, reason_against_generations
 from biphase.protos.values import Mode, Role
 
 
@@ -48,10 +48,12 @@ class TurnFirst:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """``until_s``: when to look again though nothing has happened; None: never."""
+    """``until_s``: when to look again though nothing has happened; None: never. ``is_stuck``: nothing that is under way ends
+    it, so that people have to know."""
 
     reason: str
     until_s: float | None = None
+    is_stuck: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,23 +81,32 @@ Step = Renew | TurnFirst | Wait | Renewed | Failed | Finished
 
 def reason_against_update(core: Reconciler, mode: Mode, *, can_flip: bool) -> str | None:
     """Why an update of what is wanted now leaves a moment without service, None when it does not."""
-    counts = core.counts()
+    wanted = instances(core)
+    held = [slot.name for slot in wanted if slot.held]
+    roles = [slot.role for slot in wanted if not slot.held]
+    besides = f" besides {', '.join(held)}, drained by hand" if held else ""
     if mode == "strict":
-        for role in ("prefill", "decode"):
-            if counts[role] < 2:
-                return f"mode is strict with {counts[role]} {role} instance: while it starts anew nobody serves"
+        for role in ROLES:
+            if roles.count(role) < 2:
+                count = roles.count(role)
+                return f"mode is strict with {count} {role} instance{besides}: while it starts anew nobody serves"
         return None
-    if counts["decode"] >= 2 or (counts["prefill"] >= 1 and can_flip):
+    if roles.count("decode") >= 2 or ("decode" in roles and "prefill" in roles and can_flip):
         return None
-    return "there is 1 decode instance and no prefill instance that could take its place: while it starts anew nobody serves"
+    return (
+        f"there is {roles.count('decode')} decode instance{besides} and no prefill instance that could take its place: "
+        "while it starts anew nobody serves"
+    )
 
 
 def plan_of(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: bool) -> list[Renew | TurnFirst]:
     """What an update under which all goes well does, in its order. A ``Renew`` always has its role."""
     trial = Reconciler([], core.start_timeout_s)
     for slot in instances(core):
-        one = replace(slot, kind=slot.role, phase="ready", linked=True, announcement=None, failures=0, slow=False)
-        one.flip, one.next_kind, one.ending, one.held = None, None, "", False
+        one = replace(slot, kind=slot.role, phase="ready", linked=True, announcement=None, failures=0)
+        one.flip, one.next_kind, one.ending = None, None, ""
+        # who is down now is renewed first, and serves once it is
+        one.slow = not (slot.serves or slot.held or slot.flip is not None or slot.ending)
         trial.slots[one.name] = one
     steps: list[Renew | TurnFirst] = []
     while old := [slot for slot in trial.slots.values() if slot.generation != update.generation]:
@@ -108,7 +119,7 @@ def plan_of(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: bo
         slot = trial.slots[name]
         if isinstance(step, Renew) and step.role is not None:
             slot.kind, update = step.role, replace(update, turned="")
-        slot.generation = update.generation
+        slot.generation, slot.slow = update.generation, False
         steps.append(Renew(name=name, role="prefill" if slot.kind == "prefill" else "decode"))
     return steps
 
@@ -137,6 +148,8 @@ def next_step(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: 
     if not free:
         return Wait(reason=f"{old[0].name} is to start anew already")
     victim = _next_of(free)
+    if victim.is_unheard:  # its link is being made: it may serve
+        return Wait(reason=f"{victim.name} has not been heard yet")
     others = [each for each in instances(core) if each.serves and each is not victim]
     if _serve(mode, others) or not victim.serves or update.allow_downtime:
         return Renew(name=victim.name, role=_swapped(core, update, victim))
@@ -144,7 +157,9 @@ def next_step(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: 
         stand_ins = [each for each in others if each.kind == "prefill" and each.generation == update.generation]
         if stand_ins:
             return TurnFirst(name=stand_ins[0].name)
-    return Wait(reason=f"nobody would serve without {victim.name}")
+    away = [each for each in instances(core) if not each.serves]
+    why = ", ".join(f"{each.name} is {'drained by hand' if each.held else each.phase}" for each in away)
+    return Wait(reason=f"nobody would serve without {victim.name}" + (f": {why}" if why else ""), is_stuck=True)
 
 
 def _reason_of_failure(core: Reconciler, update: RollingUpdate, slot: Slot, now_s: float) -> str:
@@ -163,7 +178,11 @@ def _reason_of_failure(core: Reconciler, update: RollingUpdate, slot: Slot, now_
 
 
 def _next_of(old: list[Slot]) -> Slot:
-    """Prefill and decode in turns, so that pairs of one generation exist for as long as there can be any."""
+    """Who serves nobody first. Then prefill and decode in turns, so that pairs of one generation exist for as long as there
+    can be any."""
+    down = [slot for slot in old if not slot.serves]
+    if down:
+        return down[0]
     prefill = [slot for slot in old if slot.kind == "prefill"]
     decode = [slot for slot in old if slot.kind == "decode"]
     return prefill[0] if len(prefill) >= max(1, len(decode)) else decode[0] if decode else prefill[0]

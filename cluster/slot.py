@@ -119,7 +119,7 @@ class Slot:
     held: bool = False
     """Drained by hand: it stays, and takes no work."""
     resumes: bool = False
-    """Is to be told that its drain is over."""
+    """Is to be told that its drain is over, over every link until it takes work again."""
     slow: bool = False
     """Out for being slow: routers give it nothing new."""
     silent: bool = False
@@ -223,7 +223,7 @@ class Slot:
         self.moves, self.unreached, self.address = False, False, ""
         if self.ready_since_s is not None or self.down_since_s is None:
             self.down_since_s = now_s
-        self.adopted = self.silent = False
+        self.adopted = self.silent = self.resumes = False
         self.linked, self.killed_s, self.ready_since_s, self.announcement = False, None, None, None
         self.work, self.asked_s, self.told, self.stop_asked_s, self.slow = None, None, False, None, False
         if self.next_kind is not None:

@@ -162,14 +162,18 @@ class Updating:
             self._drives = False
 
     async def _drive(self) -> None:
-        controller = self._controller
+        controller, said = self._controller, ""
+        await controller.settled.wait()  # who is not heard yet would be taken for one that is down
         while (update := self.state) is not None and not update.paused:
             can_flip, now_s = controller.admin.can_flip, controller.now_s()
             step = rolling.next_step(
                 controller.core, update, controller.deployment.mode, can_flip=can_flip, now_s=now_s
             )
             match step:
-                case rolling.Wait(until_s=until_s):
+                case rolling.Wait(reason=reason, until_s=until_s, is_stuck=is_stuck):
+                    if is_stuck and reason != said:
+                        said = reason
+                        self._say(f"update waits: {reason}", "")
                     with contextlib.suppress(TimeoutError):
                         left_s = None if until_s is None else max(0.0, until_s - now_s)
                         await asyncio.wait_for(controller.status.wait(), left_s)

@@ -12,7 +12,7 @@ from biphase.planner.autoscaler_state import AutoscalerState, Decision, Hold, Re
 from biphase.planner.capacity import Setup, prior_of
 from biphase.planner.fleet import Fleet
 from biphase.planner.moves import Moves
-from biphase.planner.policy import ROLES, Policy
+from biphase.planner.policy import ROLES, Policy, other
 from biphase.planner.ratio import Outlook, Ratio, choose, nearest, outside
 from biphase.planner.reports import JointHistogram
 from biphase.planner.schedules import in_force
@@ -139,10 +139,8 @@ def _target(
         counts[role] = min(max(counts[role], bounds.min_replicas), bounds.max_replicas)
         wishes[role] = max(counts[role], min((item.ideal.of(role) for item in ups), default=0))
     missing = fleet.missing(policy)
-    if missing is not None:  # a role that nobody serves is repaired at once
-        counts = {role: now.of(role) for role in ROLES}
-        if missing == "decode" and now.gpus(signals.setup) > here_gpus and not signals.setup.strict:
-            counts = {"prefill": max(0, current.prefill - 1), "decode": 1}  # which can prefill too
+    if missing is not None:
+        counts = _repaired(policy, signals.setup, current, missing, here_gpus)
         wishes = {role: max(counts[role], wishes[role]) for role in ROLES}
     target = Ratio(prefill=counts["prefill"], decode=counts["decode"])
     kept = _vetoed(policy, signals, outlook, current, target)
@@ -153,6 +151,22 @@ def _target(
         moves.say("veto", f"{names}: only {both:.0%} of {requests} requests met their goals{more}")
         target = Ratio(**{role: current.of(role) if role in kept else target.of(role) for role in ROLES})
     return target, Ratio(prefill=wishes["prefill"], decode=wishes["decode"])
+
+
+def _repaired(policy: Policy, setup: Setup, current: Ratio, missing: Role, most_gpus: float) -> dict[Role, int]:
+    """At once: its minimum of the role that nobody serves, and of the other one what that leaves. More waits as ever."""
+    kept = other(missing)
+    counts: dict[Role, int] = {missing: policy.bounds(missing).min_replicas, kept: current.of(kept)}
+    counts[kept] = min(counts[kept], policy.bounds(kept).max_replicas)
+
+    def fits() -> bool:
+        return Ratio(prefill=counts["prefill"], decode=counts["decode"]).gpus(setup) <= most_gpus + 1e-9
+
+    while not fits() and counts[kept] > policy.bounds(kept).min_replicas:
+        counts[kept] -= 1
+    if missing == "decode" and not fits() and not setup.strict:
+        return {"prefill": max(0, current.prefill - 1), "decode": 1}  # which can prefill too
+    return counts
 
 
 def _vetoed(policy: Policy, signals: ClusterSignals, outlook: Outlook, current: Ratio, target: Ratio) -> list[Role]:

@@ -116,10 +116,11 @@ class Moves:
         self.state = replace(self.state, recommendations=(*kept, found))
 
     def agreeing(self, direction: Direction) -> list[Recommendation]:
-        """Those of a direction's stabilization time; none while it is not covered."""
+        """Those of a direction's stabilization time; none while it is not covered, up to now: what was last recommended
+        before a pause says nothing of what came since."""
         span_s = self._policy.rule(direction).stabilization_s
         kept = self.state.recommendations
-        if not kept or kept[0].at_s > self._now_s - span_s + 1e-6:
+        if not kept or kept[-1].at_s < self._now_s or kept[0].at_s > self._now_s - span_s + 1e-6:
             return []
         begin_s = max(item.at_s for item in kept if item.at_s <= self._now_s - span_s + 1e-6)
         return [item for item in kept if item.at_s >= begin_s]

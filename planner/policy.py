@@ -35,6 +35,22 @@ class RoleBounds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetChange:
+    """What a schedule sets of the budget. None: as it is."""
+
+    min: float | None = None
+    max: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundsChange:
+    """What a schedule sets of a role's bounds. None: as it is."""
+
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
     """The goals of a request, and how many must meet them."""
 
@@ -70,15 +86,15 @@ class RoleFlip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Bounds for ``duration_s`` from each time that ``cron`` (five fields, in ``time_zone``) names. None: as they are."""
+    """Bounds for ``duration_s`` from each time that ``cron`` (five fields, in ``time_zone``) names."""
 
     cron: str
     duration_s: float
     time_zone: str = "UTC"
     name: str = ""
-    gpu_budget: GpuBudget | None = None
-    prefill: RoleBounds | None = None
-    decode: RoleBounds | None = None
+    gpu_budget: BudgetChange = field(default_factory=BudgetChange)
+    prefill: BoundsChange = field(default_factory=BoundsChange)
+    decode: BoundsChange = field(default_factory=BoundsChange)
 
     @property
     def label(self) -> str:
@@ -116,9 +132,9 @@ class Policy:
         """The bounds that a schedule gives, over these."""
         return replace(
             self,
-            gpu_budget=schedule.gpu_budget or self.gpu_budget,
-            prefill=schedule.prefill or self.prefill,
-            decode=schedule.decode or self.decode,
+            gpu_budget=replace(self.gpu_budget, **_given(schedule.gpu_budget)),
+            prefill=replace(self.prefill, **_given(schedule.prefill)),
+            decode=replace(self.decode, **_given(schedule.decode)),
         )
 
     def to_json(self) -> str:
@@ -131,19 +147,26 @@ class Policy:
         return Policy(
             **{
                 **values,
-                **_bounds_of(values),
+                "gpu_budget": GpuBudget(**values["gpu_budget"]),
+                "prefill": RoleBounds(**values["prefill"]),
+                "decode": RoleBounds(**values["decode"]),
                 "targets": Targets(**values["targets"]),
                 "scale_up": ScaleRule(**values["scale_up"]),
                 "scale_down": ScaleRule(**values["scale_down"]),
                 "role_flip": RoleFlip(**values["role_flip"]),
-                "schedules": tuple(Schedule(**{**item, **_bounds_of(item)}) for item in values["schedules"]),
+                "schedules": tuple(schedule_from(item) for item in values["schedules"]),
             }
         )
 
 
-def _bounds_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    kinds: dict[str, Any] = {"gpu_budget": GpuBudget, "prefill": RoleBounds, "decode": RoleBounds}
-    return {key: None if values[key] is None else kind(**values[key]) for key, kind in kinds.items()}
+def schedule_from(values: Mapping[str, Any]) -> Schedule:
+    """From plain values, the bounds as mappings. TypeError for other keys."""
+    kinds: dict[str, Any] = {"gpu_budget": BudgetChange, "prefill": BoundsChange, "decode": BoundsChange}
+    return Schedule(**{**values, **{key: kind(**values[key]) for key, kind in kinds.items()}})
+
+
+def _given(change: BudgetChange | BoundsChange) -> dict[str, Any]:
+    return {key: value for key, value in asdict(change).items() if value is not None}
 
 
 def contradiction(

@@ -12,7 +12,16 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from biphase.planner.policy import GpuBudget, Policy, RoleBounds, RoleFlip, ScaleRule, Schedule, Targets, contradiction
+from biphase.planner.policy import (
+    GpuBudget,
+    Policy,
+    RoleBounds,
+    RoleFlip,
+    ScaleRule,
+    Targets,
+    contradiction,
+    schedule_from,
+)
 from biphase.planner.schedules import reason_against
 from biphase.protos.errors import SetupError, one_line
 
@@ -33,6 +42,16 @@ class _Budget(_Strict):
 class _Bounds(_Strict):
     min_replicas: int = Field(_POLICY.prefill.min_replicas, ge=0, le=MAX_REPLICAS)
     max_replicas: int = Field(_POLICY.prefill.max_replicas, ge=0, le=MAX_REPLICAS)
+
+
+class _BudgetChange(_Strict):
+    min: float | None = Field(None, ge=0, le=1e6)
+    max: float | None = Field(None, gt=0, le=1e6)
+
+
+class _BoundsChange(_Strict):
+    min_replicas: int | None = Field(None, ge=0, le=MAX_REPLICAS)
+    max_replicas: int | None = Field(None, ge=0, le=MAX_REPLICAS)
 
 
 class _Targets(_Strict):
@@ -65,9 +84,9 @@ class _Schedule(_Strict):
     duration_s: float = Field(gt=0, le=366 * DAY_S)
     time_zone: str = Field("UTC", min_length=1)
     name: str = ""
-    gpu_budget: _Budget | None = None
-    prefill: _Bounds | None = None
-    decode: _Bounds | None = None
+    gpu_budget: _BudgetChange = Field(default_factory=lambda: _BudgetChange.model_validate({}))
+    prefill: _BoundsChange = Field(default_factory=lambda: _BoundsChange.model_validate({}))
+    decode: _BoundsChange = Field(default_factory=lambda: _BoundsChange.model_validate({}))
 
 
 class _Policy(_Strict):
@@ -146,18 +165,17 @@ def policy_from(
 
 
 def _to_policy(values: dict[str, Any]) -> Policy:
-    def bounds(part: dict[str, Any]) -> dict[str, Any]:
-        kinds: dict[str, Any] = {"gpu_budget": GpuBudget, "prefill": RoleBounds, "decode": RoleBounds}
-        return {**part, **{key: part[key] and kind(**part[key]) for key, kind in kinds.items()}}
-
     return Policy(
         **{
-            **bounds(values),
+            **values,
+            "gpu_budget": GpuBudget(**values["gpu_budget"]),
+            "prefill": RoleBounds(**values["prefill"]),
+            "decode": RoleBounds(**values["decode"]),
             "targets": Targets(**values["targets"]),
             "scale_up": ScaleRule(**values["scale_up"]),
             "scale_down": ScaleRule(**values["scale_down"]),
             "role_flip": RoleFlip(**values["role_flip"]),
-            "schedules": tuple(Schedule(**bounds(item)) for item in values["schedules"]),
+            "schedules": tuple(schedule_from(item) for item in values["schedules"]),
         }
     )
 

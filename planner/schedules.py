@@ -32,12 +32,20 @@ def last_start_s(schedule: Schedule, unix_s: float) -> float | None:
     """When the schedule began last, None if it never did."""
     zone = ZoneInfo(schedule.time_zone)
     # the expression's own second belongs to it: look back from just after
-    before = datetime.fromtimestamp(int(unix_s), tz=UTC).astimezone(zone) + timedelta(seconds=1)
-    try:
-        found = next(CronSim(schedule.cron, before, reverse=True))
-    except StopIteration:
-        return None
-    return found.timestamp()
+    before = datetime.fromtimestamp(int(unix_s) + 1, tz=UTC).astimezone(zone)
+    if before.fold:  # the second of two equal hours: of the first one cronsim sees only what lies before, by the clock
+        before = (before.astimezone(UTC) + _repeated(before)).astimezone(zone)
+    for found in CronSim(schedule.cron, before, reverse=True):
+        if found.timestamp() <= unix_s:
+            return found.timestamp()
+    return None
+
+
+def _repeated(at: datetime) -> timedelta:
+    """How much of the clock comes twice around ``at``, mostly an hour."""
+    first, second = at.replace(fold=0).utcoffset(), at.replace(fold=1).utcoffset()
+    assert first is not None and second is not None
+    return first - second
 
 
 def is_on(schedule: Schedule, unix_s: float) -> bool:

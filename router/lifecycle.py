@@ -233,6 +233,10 @@ class Lifecycle:
             return [Requeue(refusals=self._refusals[event.role])]
         if self._gone is not None:
             return self._make_good(self._gone)
+        if (
+            self._instead is not None and self.prefill not in _LIVE
+        ):  # the lost one had pulled it all, nothing is left there
+            return self._replay(self._instead)
         return self._seek()
 
     def _lost(self, event: Lost, was: Leg) -> list[Effect]:

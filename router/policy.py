@@ -29,7 +29,10 @@ def place(request: PlaceRequest, view: ClusterView, rules: Rules) -> Placement:
     if request.generation is not None:
         if _generation_gone(request, view):
             return _without_generation(request, view, rules)
-        return _place_within(request, view.of_generation(request.generation), rules)
+        way = _place_within(request, view.of_generation(request.generation), rules)
+        if isinstance(way, Wait) and len(view.generations) > 1:  # who may go to another generation need not wait for it
+            return replace(way, alone=True)
+        return way
     generations = view.generations
     if len(generations) <= 1:
         return _place_within(request, view, rules)

@@ -21,7 +21,7 @@ from biphase.cluster.life import Life
 from biphase.cluster.rolling import RollingUpdate
 from biphase.planner.autoscaler_state import AskNode, StartInstance, WithdrawNode
 from biphase.planner.history import read_history
-from biphase.planner.policy import GpuBudget, Policy, RoleBounds, Schedule
+from biphase.planner.policy import BoundsChange, GpuBudget, Policy, RoleBounds, Schedule
 from biphase.protos import worker_pb2
 from biphase.protos.errors import InvalidRequest
 from biphase.protos.values import Role
@@ -173,7 +173,7 @@ async def test_blocks_of_another_generation_are_no_measure(tmp_path: Path) -> No
     assert controller.autoscaling._setup().decode.kv_tokens == 800
 
 
-NIGHT = Schedule(cron="* * * * *", duration_s=3600, name="night", decode=RoleBounds(min_replicas=1, max_replicas=2))
+NIGHT = Schedule(cron="* * * * *", duration_s=3600, name="night", decode=BoundsChange(min_replicas=1, max_replicas=2))
 BOUNDED = replace(
     POLICY,
     gpu_budget=GpuBudget(min=3, max=4),

@@ -192,6 +192,65 @@ def test_who_was_drained_by_hand_is_renewed_and_stays_drained() -> None:
     assert core.slots["decode-1"].generation == "new"
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode", "mode", "can_flip", "name", "reason"),
+    [
+        (2, 2, "strict", True, "decode-1", "strict with 1 decode instance besides decode-1, drained by hand"),
+        (
+            1,
+            2,
+            "auto",
+            False,
+            "decode-1",
+            "there is 1 decode instance besides decode-1, drained by hand and no prefill",
+        ),
+        (1, 1, "auto", True, "prefill-0", "there is 1 decode instance besides prefill-0, drained by hand"),
+    ],
+)
+def test_who_was_drained_by_hand_serves_nobody_meanwhile(
+    prefill: int, decode: int, mode: Mode, can_flip: bool, name: str, reason: str
+) -> None:
+    core = old(prefill, decode)
+    assert rolling.reason_against_update(core, mode, can_flip=can_flip) is None
+    wanted_set.hold(core, name, 5.0, 50.0)
+    found = rolling.reason_against_update(core, mode, can_flip=can_flip)
+    assert found is not None and reason in found
+
+
+def test_one_that_is_drained_under_an_update_is_named_as_what_it_waits_for() -> None:
+    core = old(0, 2)
+    wanted_set.hold(core, "decode-0", 5.0, 50.0)
+    core.slots["decode-0"].generation = "new"
+    step = rolling.next_step(core, NEW, "auto", can_flip=True, now_s=60.0)
+    reason = "nobody would serve without decode-1: decode-0 is drained by hand"
+    assert step == rolling.Wait(reason=reason, is_stuck=True)
+    wanted_set.resume(core, "decode-0", 61.0)
+    assert rolling.next_step(core, NEW, "auto", can_flip=True, now_s=62.0) == rolling.Renew(name="decode-1")
+
+
+@pytest.mark.parametrize(("prefill", "mode"), [(2, "strict"), (0, "auto")])
+def test_who_serves_nobody_is_renewed_first(prefill: int, mode: Mode) -> None:
+    """What is to be applied may be what brings it up."""
+    core = old(prefill, 2)
+    core.gone("decode-1", 1, "out of memory", 50.0)
+    assert planned(core, mode)[0] == "decode-1"
+    step = rolling.next_step(core, NEW, mode, can_flip=True, now_s=60.0)
+    assert step == rolling.Renew(name="decode-1")
+    wanted_set.renew(core, "decode-1", 5.0, 60.0, generation="new", role=None)
+    core.decide(60.0)
+    up(core, "decode-1", 61.0)
+    carry_out(core, mode)
+    assert {slot.generation for slot in core.slots.values() if slot.is_instance} == {"new"}
+
+
+def test_who_is_not_heard_yet_is_not_taken_for_one_that_is_down() -> None:
+    core = old(2, 2)
+    for slot in core.slots.values():
+        slot.linked = False
+    step = rolling.next_step(core, NEW, "auto", can_flip=True, now_s=51.0)
+    assert isinstance(step, rolling.Wait) and "has not been heard yet" in step.reason
+
+
 def test_who_is_rebuilt_for_another_role_meanwhile_is_waited_for_and_renewed_after() -> None:
     core = old(2, 3)
     wanted_set.renew(core, "decode-2", 5.0, 50.0, generation=None, role="prefill")

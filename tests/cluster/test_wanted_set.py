@@ -116,6 +116,32 @@ def test_a_drain_by_hand_stays_and_is_taken_back() -> None:
     assert not core.members[-1].draining
 
 
+def test_the_end_of_a_drain_is_told_until_it_is_obeyed() -> None:
+    """The word may be lost with its link, or with the controller's life."""
+    core = made()
+    wanted_set.hold(core, "decode-1", 30.0, 10.0)
+    core.decide(10.0)
+    say(core, "decode-1", "draining", 10.1)
+    wanted_set.resume(core, "decode-1", 20.0)
+    told = [TellResume(name="decode-1", incarnation=1)]
+    assert core.decide(20.0) == told
+    assert core.decide(21.0) == []
+    core.linked("decode-1", 1, 22.0)
+    assert core.decide(22.0) == told
+    text = ControllerState(epoch=1, slots=slots_of(core), was_ready=True).to_json()
+    again = Reconciler([], 100.0)
+    restore(again, ControllerState.from_json(text))
+    for name in again.slots:
+        again.adopt(name, 1, 30.0)
+        say(again, name, "draining" if name == "decode-1" else "ready", 30.0)
+        again.linked(name, 1, 30.0)
+    assert again.decide(30.0) == told
+    say(again, "decode-1", "ready", 31.0)
+    again.linked("decode-1", 1, 32.0)
+    assert again.decide(32.0) == []
+    assert again.all_up
+
+
 def test_a_link_that_comes_again_is_told_again_with_the_grace_that_is_left() -> None:
     core = made()
     wanted_set.hold(core, "decode-1", 30.0, 10.0)

@@ -26,8 +26,8 @@ from biphase.planner.autoscaler_state import (
     StopInstance,
     WithdrawNode,
 )
-from biphase.planner.capacity import RoleShape, Setup
-from biphase.planner.policy import GpuBudget, Policy, RoleBounds, RoleFlip, Schedule
+from biphase.planner.capacity import OfferedLoad, RoleShape, Setup
+from biphase.planner.policy import BoundsChange, GpuBudget, Policy, RoleBounds, RoleFlip, ScaleRule, Schedule
 from biphase.planner.ratio import Ratio
 from biphase.planner.reports import JointHistogram, Member, Room
 
@@ -61,6 +61,18 @@ def test_a_short_peak_moves_nothing() -> None:
     cluster.run(QUIET, 60)
     assert actions(cluster, PROMPTS, 10) == []
     assert actions(cluster, QUIET, 100) == []
+
+
+@pytest.mark.parametrize("pause_s", [10, 1200])
+def test_a_peak_before_a_pause_moves_nothing_after_it(pause_s: int) -> None:
+    """Under half of the instances report, or the controller was away: the newest recommendation is an old one then."""
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1))
+    cluster.run(QUIET, 60)
+    assert cluster.tick(PROMPTS).actions == ()
+    cluster.now_s += pause_s
+    early = replace(make_signals(QUIET, cluster.members), watched_s=0.0)
+    assert decide(POLICY, early, cluster.state, cluster.now_s).actions == ()
+    assert actions(cluster, QUIET, 30) == []
 
 
 def test_no_arrivals_is_data() -> None:
@@ -333,7 +345,7 @@ def test_who_may_pin_what() -> None:
     assert against(2, 2, total=False) is None, "a flip keeps the total"
     assert against(3, 1, roles=("decode",), total=False) is None, "what somebody does not name stays"
     night = Schedule(
-        cron="* * * * *", duration_s=3600, name="night", prefill=RoleBounds(min_replicas=1, max_replicas=1)
+        cron="* * * * *", duration_s=3600, name="night", prefill=BoundsChange(min_replicas=1, max_replicas=1)
     )
     asleep = replace(tight, schedules=(night,))
     assert reason_against(Ratio(prefill=2, decode=1), asleep, Setup(), START_S) == (
@@ -342,7 +354,9 @@ def test_who_may_pin_what() -> None:
 
 
 def test_schedules_set_bounds() -> None:
-    always = Schedule(cron="* * * * *", duration_s=3600, name="big", prefill=RoleBounds(min_replicas=3, max_replicas=6))
+    always = Schedule(
+        cron="* * * * *", duration_s=3600, name="big", prefill=BoundsChange(min_replicas=3, max_replicas=6)
+    )
     cluster = Cluster(replace(POLICY, schedules=(always,)), Ratio(prefill=1, decode=1))
     decision = cluster.tick(QUIET)
     assert decision.actions == (StartInstance(role="prefill"),) * 2
@@ -357,6 +371,23 @@ def test_all_decode_instances_gone_a_prefill_instance_takes_their_place() -> Non
         FlipInstance(name="prefill-0", role="decode")
     ]
     assert cluster.ratio == Ratio(prefill=1, decode=1)
+
+
+@pytest.mark.parametrize("load", [PROMPTS, TOKENS], ids=["prompts", "tokens"])
+def test_a_role_that_nobody_serves_gets_its_minimum_at_once_and_the_rest_waits(load: OfferedLoad) -> None:
+    """One tick of load is no reason for more, nor to take from the other role what the repair does not need."""
+    careful = replace(FIXED, scale_up=ScaleRule(stabilization_s=30.0, cooldown_s=60.0, max_step=2))
+    cluster = Cluster(replace(careful, gpu_budget=GpuBudget(max=5)), Ratio(prefill=1, decode=4), gpus=5)
+    cluster.set_phase("prefill-0", phase="lost", age_s=0.0)
+    started = [action for action in cluster.tick(load).actions if not isinstance(action, StopInstance)]
+    assert started == [StartInstance(role="prefill")]
+    assert cluster.ratio == Ratio(prefill=1, decode=4)
+
+    full = Cluster(careful, Ratio(prefill=1, decode=4), gpus=4)
+    full.set_phase("prefill-0", phase="lost", age_s=0.0)
+    flips = [action for action in full.tick(load).actions if isinstance(action, FlipInstance)]
+    assert [flip.role for flip in flips] == ["prefill"]
+    assert full.ratio == Ratio(prefill=1, decode=3)
 
 
 @pytest.mark.parametrize("strict", [False, True])

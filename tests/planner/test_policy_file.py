@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.sources import ROOT
 
-from biphase.planner.policy import Policy, RoleBounds, Schedule, contradiction
+from biphase.planner.policy import BoundsChange, Policy, RoleBounds, Schedule, contradiction
 from biphase.planner.policy_file import load_policy, policy_from, policy_from_text
 from biphase.protos.errors import SetupError
 
@@ -53,7 +53,7 @@ dry_run: true
     assert policy.targets.percentile == 95.0
     assert policy.rule("down").stabilization_s == 6.0
     (schedule,) = policy.schedules
-    assert (schedule.label, schedule.prefill) == ("day", RoleBounds(min_replicas=2, max_replicas=2))
+    assert (schedule.label, schedule.prefill) == ("day", BoundsChange(min_replicas=2, max_replicas=2))
     assert policy.with_schedule(schedule).bounds("prefill").min_replicas == 2
 
 
@@ -141,5 +141,5 @@ def test_contradictions_with_the_deployment() -> None:
 
 
 def test_a_policy_survives_json() -> None:
-    policy = Policy(schedules=(Schedule(cron="0 0 * * *", duration_s=5, decode=RoleBounds(min_replicas=2)),))
+    policy = Policy(schedules=(Schedule(cron="0 0 * * *", duration_s=5, decode=BoundsChange(min_replicas=2)),))
     assert Policy.from_json(policy.to_json()) == policy

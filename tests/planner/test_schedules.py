@@ -5,7 +5,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from biphase.planner.policy import GpuBudget, Policy, RoleBounds, Schedule
+from biphase.planner.policy import BoundsChange, BudgetChange, GpuBudget, Policy, RoleBounds, Schedule
 from biphase.planner.schedules import in_force, is_on, last_start_s
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -20,7 +20,7 @@ WORKING = Schedule(
     cron="0 8 * * mon-fri",
     duration_s=10 * 3600,
     time_zone="Europe/Berlin",
-    prefill=RoleBounds(min_replicas=2, max_replicas=6),
+    prefill=BoundsChange(min_replicas=2, max_replicas=6),
 )
 
 
@@ -46,13 +46,35 @@ def test_an_hour_that_the_clock_leaves_out_is_not_lost_and_one_that_comes_twice_
     assert last_start_s(nightly, at(2026, 10, 25, 12, 0)) == first
 
 
+def test_what_began_in_the_hour_that_comes_twice_stays_on_through_it() -> None:
+    nightly = Schedule(cron="30 2 * * *", duration_s=7200, time_zone="Europe/Berlin")
+    first = datetime(2026, 10, 25, 2, 30, tzinfo=BERLIN).timestamp()
+    on = [is_on(nightly, first + minutes * 60) for minutes in (-1, 0, 29, 30, 59, 60, 119, 120)]
+    assert on == [False, True, True, True, True, True, True, False]
+    hourly = Schedule(cron="0 * * * *", duration_s=60, time_zone="Europe/Berlin")
+    assert all(is_on(hourly, first + 1800 + hours * 3600) for hours in range(-3, 4))
+
+
+def test_what_a_schedule_does_not_give_stays() -> None:
+    part = Schedule(
+        cron="* * * * *", duration_s=60, gpu_budget=BudgetChange(min=4), decode=BoundsChange(max_replicas=3)
+    )
+    after = Schedule(cron="* * * * *", duration_s=60, decode=BoundsChange(min_replicas=1))
+    bounds = RoleBounds(min_replicas=2, max_replicas=2)
+    policy = Policy(gpu_budget=GpuBudget(min=0, max=4), decode=bounds, prefill=bounds, schedules=(part, after))
+    found, _ = in_force(policy, at(2026, 5, 4, 12, 0))
+    assert found.gpu_budget == GpuBudget(min=4, max=4)
+    assert found.decode == RoleBounds(min_replicas=1, max_replicas=3)
+    assert found.prefill == bounds
+
+
 def test_bounds_in_force_and_later_ones_win() -> None:
     evening = Schedule(
         cron="0 17 * * *",
         duration_s=3600,
         time_zone="Europe/Berlin",
-        gpu_budget=GpuBudget(max=4),
-        prefill=RoleBounds(min_replicas=1, max_replicas=1),
+        gpu_budget=BudgetChange(max=4),
+        prefill=BoundsChange(min_replicas=1, max_replicas=1),
     )
     policy = Policy(schedules=(WORKING, evening))
     night, labels = in_force(policy, at(2026, 5, 4, 3, 0))

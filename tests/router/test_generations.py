@@ -39,7 +39,9 @@ class Stage:
         decode = (await self.old_d.next("open_decode")).leg_id
         self.old_p.tokens(prefill, 0, b"A")
         self.old_d.hand_off(decode)
+        legs = (await self.door.counters())["legs"]
         self.old_p.end(prefill)
+        await self.door.until_counters(legs=legs - 1)
         await answer.text_is("A")
         return answer, decode
 
@@ -99,6 +101,26 @@ async def test_a_request_goes_on_on_another_instance_of_its_generation(stage: St
         second.end(decode)
         await answer.finished()
         assert answer.text == "ABC"
+
+
+async def test_what_waits_for_its_generation_does_not_keep_others_from_the_new_one(stage: Stage) -> None:
+    s = stage
+    _, decode = await s.begin()
+    s.members(s.old_p, s.old_d, s.new_p, s.new_d)
+    await s.door.until_states("ready", "ready", "ready", "ready")
+    s.old_d.load(running=1, room_blocks=0)
+    await s.door.until(lambda info: any(one.running == 1 for one in info.instances))
+    s.old_d.end(decode, worker_pb2.LEG_DRAINED, "it has to go on elsewhere")
+    await s.door.until_counters(replays_drained=1, queued_requests=1)
+    fresh = s.door.ask("other", max_tokens=1)
+    leg = (await s.new_p.next("open_prefill")).leg_id
+    s.new_p.start(leg, ticket=False)
+    s.new_p.tokens(leg, 0, b"B", LENGTH)
+    s.new_p.end(leg)
+    await fresh.finished()
+    assert s.old_p.commands.empty()
+    s.old_d.load()
+    await s.old_p.next("open_prefill")
 
 
 async def test_where_its_generation_is_gone_it_ends_aborted(stage: Stage) -> None:

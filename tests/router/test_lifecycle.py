@@ -301,6 +301,15 @@ def test_decode_gone_under_a_pull_and_the_next_one_refuses() -> None:
     assert machine.begin_anew()[-1] == replay("decode-0 was lost")
 
 
+def test_decode_gone_with_all_of_the_kv_and_the_next_one_is_busy() -> None:
+    """Nothing is left to pull: it does not seek on for that."""
+    machine = pulling()
+    machine.handle(lost("decode"))
+    machine.opened_decode()
+    machine.handle(ended("prefill"))
+    assert machine.handle(busy("decode")) == [replay("decode-0 was lost")]
+
+
 @pytest.mark.parametrize("found", [True, False])
 def test_decode_gone_once_it_had_released_the_ticket(found: bool) -> None:
     """The word that it had everything was still on its way: nobody will find anything to pull."""

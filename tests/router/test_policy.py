@@ -255,6 +255,9 @@ def test_a_request_goes_on_on_its_own_generation_where_there_is_some_of_it() -> 
     cluster = view(p("p0", generation="new"), d("d0", generation="new"), d("d1", generation="old", requests=3))
     assert place(request(generation="old"), cluster, AUTO) == Local(decode=InstanceKey("d1"), reason="no_prefill_alive")
     assert choose_decode(request(generation="old"), cluster) == "d1"
+    full = view(p("p0", generation="new"), d("d0", generation="new"), d("d1", generation="old", full=True))
+    assert place(request(generation="old"), full, AUTO) == Wait(reason="decode_busy", alone=True)
+    assert place(request(generation="old"), full, STRICT) == Wait(reason="no_prefill_alive", until_s=103.0, alone=True)
     lost = view(p("p0", generation="old"), d("d1", generation="old", state="lost"))
     assert place(request(generation="old"), lost, AUTO) == Wait(reason="no_decode_alive", until_s=130.0)
 
