@@ -31,12 +31,17 @@ def address_of(arguments: argparse.Namespace) -> str:
     """Where the meant deployment's controller listens. Raises SetupError."""
     given: str | None = arguments.controller or os.environ.get(CONTROLLER_VARIABLE)
     if given and not arguments.name:
-        if not re.fullmatch(r".+:\d+", given):
-            raise SetupError(f"controller is {given!r}: give HOST:PORT")
-        return given
+        return controller_address(given)
     from biphase.cluster.status_command import chosen
 
     return chosen(arguments.name)[1].controller_address
+
+
+def controller_address(given: str) -> str:
+    """As given. Raises SetupError where it is no HOST:PORT."""
+    if not re.fullmatch(r".+:\d+", given):
+        raise SetupError(f"controller is {given!r}: give HOST:PORT")
+    return given
 
 
 @contextlib.contextmanager

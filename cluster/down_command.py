@@ -42,7 +42,8 @@ class ClusterFile:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise SetupError(f"cannot read cluster file {path}: {one_line(error)}") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+            raise SetupError(f"cannot read cluster file {path}: {reason}") from error
         except yaml.YAMLError as error:
             raise SetupError(f"{path}: not valid YAML: {one_line(error)}") from error
         try:
@@ -91,7 +92,7 @@ def down(arguments: argparse.Namespace) -> int:
         )
     for problem in problems:
         _say(problem)
-    if ended.returncode == 0:
+    if not problems:
         print(f"down: {cluster.name}", flush=True)
     return 1 if problems else 0
 

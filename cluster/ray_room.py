@@ -73,4 +73,4 @@ def refusal(specs: Sequence[ProcessSpec], asked: Sequence[Room], free: Sequence[
     hosts = f" on {len(free)} hosts" if len(free) > 1 else ""
     if largest > most and wanted <= there:
         hosts += f", where a stage asks for {largest / WHOLE:g} on one host and the most on one is {most / WHOLE:g}"
-    return f"{who} Ray for {wanted / WHOLE:g} {unit}, {there / WHOLE:g} are free{hosts}: lower {key} ({hint}){plans} or replicas"
+    return f"{who} Ray for {wanted / WHOLE:g} {unit}, {there / WHOLE:g} are free{hosts}: lower {key} in deploy.yaml ({hint}){plans} or replicas"

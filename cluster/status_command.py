@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from biphase.cluster.controller_call import CONTROLLER_VARIABLE
+from biphase.cluster.controller_call import CONTROLLER_VARIABLE, controller_address
 from biphase.cluster.events_command import as_json
 from biphase.cluster.run_dir import CUT_SIGNAL, RunDir, ServeRecord, served, started_ticks
 from biphase.cluster.status_table import print_status
@@ -42,6 +42,7 @@ def chosen(name: str | None) -> tuple[RunDir, ServeRecord]:
 
 def status(arguments: argparse.Namespace) -> int:
     given = arguments.controller or (os.environ.get(CONTROLLER_VARIABLE) if arguments.name is None else None)
+    given = controller_address(given) if given else None
     run_dir, record = (None, None) if given else chosen(arguments.name)
     address = given or (record.controller_address if record is not None else "")
     if arguments.watch:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +26,14 @@ def update(arguments: argparse.Namespace) -> int:
         grace_s=arguments.grace_s or 0.0,
     )
     done = False
-    with controller_of(arguments) as controller:
-        for reply in controller.Update(request, timeout=None):
-            print(reply.text, flush=True)
-            done = reply.done
+    try:
+        with controller_of(arguments) as controller:
+            for reply in controller.Update(request, timeout=None):
+                print(reply.text, flush=True)
+                done = reply.done
+    except KeyboardInterrupt:
+        print("an update that has begun goes on; `biphase events --follow` shows how", file=sys.stderr)
+        raise
     return 0 if done else 1
 
 

@@ -57,7 +57,9 @@ def read_history(lines: Iterable[str], *, source: str) -> tuple[Setup, Iterator[
     try:
         setup = _setup(json.loads(first)["setup"])
     except (ValueError, KeyError, TypeError) as error:
-        raise SetupError(f"{source}:{number}: the first line is {{'setup': ...}}: {one_line(error)}") from error
+        raise SetupError(
+            f"{source}:{number}: this is no history of signals, whose first line is {{'setup': ...}} ({one_line(error)})"
+        ) from error
     return setup, _moments(numbered, source)
 
 

@@ -31,7 +31,7 @@ def bench(settings: Settings) -> int:
             raise SetupError(f"cannot write {path}: there is no folder {path.absolute().parent}")
     served, runner, interrupted = asyncio.run(_run(settings, recording))
     summary = summarize(runner.measured, settings.goals)
-    print("\n".join(report.lines(summary, settings.goals)))
+    print("\n".join([*report.lines(summary, settings.goals), *report.phase_lines(settings, runner.measured)]))
     if settings.json_file is not None:
         document = report.document(settings, runner.measured, served.model.name)
         _write(settings.json_file, json.dumps(document, indent=1) + "\n")

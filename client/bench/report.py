@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from biphase.client.bench.arrivals import Phase
 from biphase.client.bench.goals import Goals
 from biphase.client.bench.measured import Measured
 from biphase.client.bench.settings import Settings
@@ -18,7 +19,7 @@ def lines(summary: Summary, goals: Goals) -> list[str]:
     failed = summary.offered - summary.done
     found = [
         f"requests       {summary.offered} offered, {summary.done} done, {failed} not, in {summary.seconds:.1f} s",
-        f"rate           {per_second(summary.offered):.2f} requests/s offered, {per_second(summary.done):.2f} done",
+        f"rate           {summary.offered_per_second:.2f} requests/s offered, {per_second(summary.done):.2f} done",
         f"tokens         {per_second(summary.input_tokens):.1f}/s in, {per_second(summary.output_tokens):.1f}/s out",
     ]
     head = f"{'ms':<14}" + "".join(f"{column:>10}" for column in ("mean", *(f"p{p}" for p in PERCENTILES), "max"))
@@ -44,20 +45,44 @@ def lines(summary: Summary, goals: Goals) -> list[str]:
     return found
 
 
+def phase_lines(settings: Settings, measured: Sequence[Measured]) -> list[str]:
+    """A row for each phase, by when its requests were due; none where there is one phase alone."""
+    if len(settings.phases) == 1:
+        return []
+    head = f"{'phase':<20}{'requests/s':>12}{'done':>12}{'TTFT p50':>10}{'p90':>8}{'TPOT p50':>10}{'p90':>8}"
+    rows = [head + (f"{'attainment':>12}" if settings.goals else "")]
+    for phase, summary in by_phase(settings, measured):
+        row = f"{phase.name[:19]:<20}{summary.offered / phase.seconds:>12.2f}{f'{summary.done}/{summary.offered}':>12}"
+        for spread in (summary.spreads.get("ttft"), summary.spreads.get("tpot")):
+            median, high = ("-", "-") if spread is None else (f"{spread.percentiles[p]:.1f}" for p in (50, 90))
+            row += f"{median:>10}{high:>8}"
+        if summary.attainment is not None:
+            row += f"{100 * summary.attainment:>10.1f} %"
+        rows.append(row)
+    return ["", *rows]
+
+
+def by_phase(settings: Settings, measured: Sequence[Measured]) -> list[tuple[Phase, Summary]]:
+    found, began_s = [], 0.0
+    for index, phase in enumerate(settings.phases):
+        mine = [one for one in measured if one.phase == index]
+        found.append((phase, summarize(mine, settings.goals, began_s)))
+        began_s += phase.seconds
+    return found
+
+
 def document(settings: Settings, measured: Sequence[Measured], model: str) -> dict[str, Any]:
     """Everything, every request too, as JSON takes it."""
     ordered = sorted(measured, key=lambda one: one.index)
-    parts, began_s = [], 0.0
-    for index, phase in enumerate(settings.phases):
-        mine = [one for one in ordered if one.phase == index]
+    parts = []
+    for phase, summary in by_phase(settings, ordered):
         part = {
             "name": phase.name,
             "seconds": _finite(phase.seconds),
             "rate": [_finite(phase.rate), _finite(phase.rate_end)],
         }
         part |= {"input_len": str(phase.input_tokens), "output_len": str(phase.output_tokens)}
-        parts.append({**part, **summary_values(summarize(mine, settings.goals, began_s))})
-        began_s += phase.seconds
+        parts.append({**part, **summary_values(summary)})
     return {
         "bench": "load",
         "model": model,

@@ -24,9 +24,11 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """``seconds``: from the start of the load, or of the part of it, to its last end. Rates are over these."""
+    """``seconds``: from the start of the load, or of the part of it, to its last end. Rates are over these, but for the
+    offered one, which is over ``due_s``: to the last arrival."""
 
     seconds: float
+    due_s: float
     offered: int
     done: int
     errors: Mapping[str, int]
@@ -55,6 +57,11 @@ class Summary:
     def goodput(self) -> float | None:
         """Requests/s that met the goals."""
         return None if self.met is None else self.per_second(self.met)
+
+    @property
+    def offered_per_second(self) -> float:
+        """Infinite for a load that comes all at once."""
+        return self.offered / self.due_s if self.due_s else math.inf if self.offered else 0.0
 
     def per_second(self, count: float) -> float:
         return count / self.seconds if self.seconds else 0.0
@@ -87,6 +94,7 @@ def summarize(measured: Sequence[Measured], goals: Goals, began_s: float = 0.0) 
     spreads = {metric: spread_of(_values(measured, metric)) for metric in get_args(Metric)}
     return Summary(
         seconds=max((one.ended_s for one in measured), default=began_s) - began_s,
+        due_s=max((one.due_s for one in measured), default=began_s) - began_s,
         offered=len(measured),
         done=sum(one.done for one in measured),
         errors=dict(errors.most_common()),

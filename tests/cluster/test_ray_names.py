@@ -61,8 +61,8 @@ def test_what_does_not_fit_is_one_line_with_both_numbers() -> None:
     specs = [spec("prefill-0", "prefill", cpus=1), spec("decode-0", "decode", tp=4, pp=1, cpus=1), spec("r", "router")]
     asked = rooms_asked(specs, {})
     assert refusal(specs, asked, [Room(0, 3 * ONE)]) == (
-        "2 instances of 5 ranks ask Ray for 5 CPUs, 3 are free: lower cpus (0 is allowed), tensor_parallel_size, "
-        "pipeline_parallel_size or replicas"
+        "2 instances of 5 ranks ask Ray for 5 CPUs, 3 are free: lower cpus in deploy.yaml (0 is allowed), "
+        "tensor_parallel_size, pipeline_parallel_size or replicas"
     )
     assert "5 CPUs, 6 are free on 2 hosts, where a stage asks for 4 on one host and the most on one is 3: " in refusal(
         specs, asked, [Room(0, 3 * ONE), Room(0, 3 * ONE)]

@@ -95,7 +95,10 @@ def test_phases_change_rate_and_lengths(served: Deployment, tmp_path: Path) -> N
     phases = "phases:\n- {name: a, seconds: 1, rate: 10, input_len: 4, output_len: 2}\n"
     (tmp_path / "p.yaml").write_text(phases + "- {name: b, seconds: 1, rate: [10, 30], input_len: 9, output_len: 3}\n")
     flags = ("--phases", str(tmp_path / "p.yaml"), "--burstiness", "inf", "--json", str(tmp_path / "out.json"))
-    assert bench("--address", served.address, *flags).returncode == 0
+    done = bench("--address", served.address, *flags)
+    assert done.returncode == 0
+    rows = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert [row[:3] for row in rows] == [["a", "9.00", "9/9"], ["b", "20.00", "20/20"]]
     found = json.loads((tmp_path / "out.json").read_text())
     first, second = found["phases"]
     assert (first["name"], first["offered"], first["input_tokens"]) == ("a", 9, 9 * 4)
@@ -210,5 +213,7 @@ def test_ctrl_c_ends_it_with_the_figures_of_what_was_sent(served: Deployment, tm
     requests = json.loads((tmp_path / "out.json").read_text())["requests"]
     kinds = {request["kind"] for request in requests}
     assert len(requests) > 10
-    assert kinds <= {"DONE", "CANCELLED"} and "DONE" in kinds
-    assert ("CANCELLED" in kinds) == (times == 2)
+    if times == 1:
+        assert kinds == {"DONE"}
+    else:  # a busy machine may have done none of them by then
+        assert kinds <= {"DONE", "CANCELLED"} and "CANCELLED" in kinds
