@@ -13,7 +13,7 @@ import pytest
 from support.fake_backend import FakeBackend, controller_over
 from support.wanted import idle, up
 
-from biphase.cluster import rolling
+from biphase.cluster import rolling, wanted_set
 from biphase.cluster.backend import ProcessSpec
 from biphase.cluster.deployment import Deployment, RolePlan
 from biphase.cluster.generation import generation_of
@@ -71,6 +71,7 @@ class World:
             slot.generation = self.controller.generation
             up(self.core, slot.name, 0.0)
         self.core.decide(0.0)
+        self.controller.settled.set()
         self.lines: list[str] = []
 
     async def update(self, wanted: Deployment, **options: Any) -> list[str]:
@@ -281,3 +282,40 @@ async def test_an_update_is_driven_once_at_a_time() -> None:
     await world.follow()
     await asyncio.wait_for(first, 10.0)
     await asyncio.wait_for(it.updating.drive(), 10.0)  # nothing is under way
+
+
+async def test_the_next_life_goes_on_with_it_once_it_has_heard_who_runs() -> None:
+    """Whose link is still being made serves; it is not renewed for being down."""
+    world = World()
+    it = world.controller
+    it.settled.clear()
+    it.take("new", NEW)
+    it.update_state = asdict(rolling.RollingUpdate(generation="new", previous="old", grace_s=1.0))
+    driving = asyncio.create_task(it.updating.drive())
+    await world.follow()
+    assert [slot.name for slot in world.core.slots.values() if slot.ending] == []
+    it.settled.set()
+    await world.follow()
+    assert [slot.name for slot in world.core.slots.values() if slot.ending] == ["prefill-0"]
+    it.update_state = {}
+    await world.follow()
+    await asyncio.wait_for(driving, 10.0)
+
+
+async def test_what_it_waits_for_without_end_is_said_once() -> None:
+    none = RolePlan(replicas=0)
+    world = World(replace(OLD, prefill=none))
+    updating = asyncio.create_task(world.update(replace(NEW, prefill=none)))
+    await world.follow()
+    await world.end_life("decode-0")
+    wanted_set.hold(world.core, "decode-0", 5.0, world.controller.now_s())
+    up(world.core, "decode-0", world.controller.now_s())
+    for _ in range(3):
+        await world.follow()
+    waits = [line for line in world.lines if line.startswith("update waits")]
+    assert waits == ["update waits: nobody would serve without decode-1: decode-0 is drained by hand"]
+    wanted_set.resume(world.core, "decode-0", world.controller.now_s())
+    await world.follow()
+    assert await world.renew() == "decode-1"
+    await asyncio.wait_for(updating, 10.0)
+    assert world.lines[-1].startswith("update is done")
