@@ -106,7 +106,8 @@ def plan_of(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: bo
         one = replace(slot, kind=slot.role, phase="ready", linked=True, announcement=None, failures=0)
         one.flip, one.next_kind, one.ending = None, None, ""
         # who is down now is renewed first, and serves once it is
-        one.slow = not (slot.serves or slot.held or slot.flip is not None or slot.ending)
+        is_down = not (slot.serves or slot.held or slot.flip is not None or slot.ending or _comes_back(slot))
+        one.slow = is_down and slot.generation != update.generation
         trial.slots[one.name] = one
     steps: list[Renew | TurnFirst] = []
     while old := [slot for slot in trial.slots.values() if slot.generation != update.generation]:
@@ -148,18 +149,20 @@ def next_step(core: Reconciler, update: RollingUpdate, mode: Mode, *, can_flip: 
     if not free:
         return Wait(reason=f"{old[0].name} is to start anew already")
     victim = _next_of(free)
-    if victim.is_unheard:  # its link is being made: it may serve
-        return Wait(reason=f"{victim.name} has not been heard yet")
+    if victim.is_unheard or _comes_back(victim):  # whom else to renew is plain once it is there
+        return Wait(reason=f"{victim.name} is {_away(victim)}")
     others = [each for each in instances(core) if each.serves and each is not victim]
-    if _serve(mode, others) or not victim.serves or update.allow_downtime:
+    away = [each for each in instances(core) if not each.serves]
+    is_stuck = not any(each.is_unheard or _comes_back(each) for each in away)
+    nobody_does = is_stuck and not _serve(mode, [*others, victim])  # it costs nothing that it leaves
+    if _serve(mode, others) or not victim.serves or nobody_does or update.allow_downtime:
         return Renew(name=victim.name, role=_swapped(core, update, victim))
     if mode == "auto" and victim.kind == "decode" and can_flip:
         stand_ins = [each for each in others if each.kind == "prefill" and each.generation == update.generation]
         if stand_ins:
             return TurnFirst(name=stand_ins[0].name)
-    away = [each for each in instances(core) if not each.serves]
-    why = ", ".join(f"{each.name} is {'drained by hand' if each.held else each.phase}" for each in away)
-    return Wait(reason=f"nobody would serve without {victim.name}" + (f": {why}" if why else ""), is_stuck=True)
+    why = ", ".join(f"{each.name} is {_away(each)}" for each in away)
+    return Wait(reason=f"nobody would serve without {victim.name}" + (f": {why}" if why else ""), is_stuck=is_stuck)
 
 
 def _reason_of_failure(core: Reconciler, update: RollingUpdate, slot: Slot, now_s: float) -> str:
@@ -178,14 +181,29 @@ def _reason_of_failure(core: Reconciler, update: RollingUpdate, slot: Slot, now_
 
 
 def _next_of(old: list[Slot]) -> Slot:
-    """Who serves nobody first. Then prefill and decode in turns, so that pairs of one generation exist for as long as there
-    can be any."""
-    down = [slot for slot in old if not slot.serves]
+    """Who serves nobody, nor soon will, first. Then prefill and decode in turns, so that pairs of one generation exist for as
+    long as there can be any."""
+    down = [slot for slot in old if not (slot.serves or slot.is_unheard or _comes_back(slot))]
     if down:
         return down[0]
     prefill = [slot for slot in old if slot.kind == "prefill"]
     decode = [slot for slot in old if slot.kind == "decode"]
     return prefill[0] if len(prefill) >= max(1, len(decode)) else decode[0] if decode else prefill[0]
+
+
+def _comes_back(slot: Slot) -> bool:
+    """Whether it has served before and is on its way up again, after one failed start at most."""
+    on_its_way = slot.phase in ("waiting", "starting", "loading", "lost") and not slot.no_room
+    return on_its_way and slot.ever_ready and slot.failures <= 1
+
+
+def _away(slot: Slot) -> str:
+    """Why it does not serve."""
+    if slot.held:
+        return "drained by hand"
+    if slot.is_unheard:
+        return "not heard yet"
+    return "out for being slow" if slot.slow else slot.phase
 
 
 def _swapped(core: Reconciler, update: RollingUpdate, victim: Slot) -> Role | None:

@@ -179,6 +179,7 @@ class Updating:
                         await asyncio.wait_for(controller.status.wait(), left_s)
                     continue
                 case rolling.Renew(name=name, role=role):
+                    said = ""
                     previous, generation = controller.core.slots[name].generation, update.generation
                     turned = "" if role is not None else update.turned  # they have swapped
                     controller.update_state = asdict(replace(update, current=name, previous=previous, turned=turned))

@@ -140,7 +140,7 @@ def _target(
         wishes[role] = max(counts[role], min((item.ideal.of(role) for item in ups), default=0))
     missing = fleet.missing(policy)
     if missing is not None:
-        counts = _repaired(policy, signals.setup, current, missing, here_gpus)
+        counts = _repaired(policy, signals.setup, current, missing, min(here_gpus, policy.gpu_budget.max))
         wishes = {role: max(counts[role], wishes[role]) for role in ROLES}
     target = Ratio(prefill=counts["prefill"], decode=counts["decode"])
     kept = _vetoed(policy, signals, outlook, current, target)

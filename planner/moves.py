@@ -266,6 +266,9 @@ class Moves:
                 self.say(f"ask {role}", f"ask for a node: {self._words(role)}, {lacking} more would fit the budget")
 
     def _still_wanted(self, role: Role, ideal: Ratio) -> bool:
+        kept = self.state.recommendations
+        if not self._pinned and (not kept or kept[-1].at_s < self._now_s):
+            return True  # nothing says otherwise yet
         recent = [] if self._pinned else [item.ideal.of(role) for item in self.agreeing("down")]
         return max([ideal.of(role), *recent]) > self._fleet.ratio.of(role) + self._changes[role]
 

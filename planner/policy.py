@@ -96,6 +96,9 @@ class Schedule:
     prefill: BoundsChange = field(default_factory=BoundsChange)
     decode: BoundsChange = field(default_factory=BoundsChange)
 
+    def bounds(self, role: Role) -> BoundsChange:
+        return self.prefill if role == "prefill" else self.decode
+
     @property
     def label(self) -> str:
         return self.name or self.cron
@@ -162,7 +165,7 @@ class Policy:
 def schedule_from(values: Mapping[str, Any]) -> Schedule:
     """From plain values, the bounds as mappings. TypeError for other keys."""
     kinds: dict[str, Any] = {"gpu_budget": BudgetChange, "prefill": BoundsChange, "decode": BoundsChange}
-    return Schedule(**{**values, **{key: kind(**values[key]) for key, kind in kinds.items()}})
+    return Schedule(**{**values, **{key: kind(**(values[key] or {})) for key, kind in kinds.items()}})
 
 
 def _given(change: BudgetChange | BoundsChange) -> dict[str, Any]:

@@ -84,9 +84,9 @@ class _Schedule(_Strict):
     duration_s: float = Field(gt=0, le=366 * DAY_S)
     time_zone: str = Field("UTC", min_length=1)
     name: str = ""
-    gpu_budget: _BudgetChange = Field(default_factory=lambda: _BudgetChange.model_validate({}))
-    prefill: _BoundsChange = Field(default_factory=lambda: _BoundsChange.model_validate({}))
-    decode: _BoundsChange = Field(default_factory=lambda: _BoundsChange.model_validate({}))
+    gpu_budget: _BudgetChange | None = None
+    prefill: _BoundsChange | None = None
+    decode: _BoundsChange | None = None
 
 
 class _Policy(_Strict):

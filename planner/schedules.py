@@ -2,12 +2,13 @@
 included. Pure: the time is an argument, seconds since 1970.
 """
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 
-from biphase.planner.policy import Policy, Schedule
+from biphase.planner.policy import ROLES, GpuBudget, Policy, RoleBounds, Schedule
 
 
 def reason_against(schedule: Schedule) -> tuple[str, str] | None:
@@ -53,9 +54,24 @@ def is_on(schedule: Schedule, unix_s: float) -> bool:
     return began_s is not None and unix_s < began_s + schedule.duration_s
 
 
+def _consistent(policy: Policy, newest: Schedule) -> Policy:
+    """Of two schedules each may be sound and both not: the bound that the later one gives takes the other one along."""
+    budget, change = policy.gpu_budget, newest.gpu_budget
+    if budget.min > budget.max:
+        most = budget.max if change.max is not None else budget.min
+        policy = replace(policy, gpu_budget=GpuBudget(min=most, max=most))
+    for role in ROLES:
+        bounds, given = policy.bounds(role), newest.bounds(role)
+        if bounds.min_replicas > bounds.max_replicas:
+            count = bounds.max_replicas if given.max_replicas is not None else bounds.min_replicas
+            both = RoleBounds(min_replicas=count, max_replicas=count)
+            policy = replace(policy, prefill=both) if role == "prefill" else replace(policy, decode=both)
+    return policy
+
+
 def in_force(policy: Policy, unix_s: float) -> tuple[Policy, tuple[str, ...]]:
     """The policy with the bounds of the schedules that are on, later ones over earlier, and their labels."""
     on = [schedule for schedule in policy.schedules if is_on(schedule, unix_s)]
     for schedule in on:
-        policy = policy.with_schedule(schedule)
+        policy = _consistent(policy.with_schedule(schedule), schedule)
     return policy, tuple(schedule.label for schedule in on)

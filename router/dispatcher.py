@@ -3,6 +3,7 @@
 import asyncio
 import bisect
 import logging
+from collections.abc import Set as AbstractSet
 
 from biphase.protos.errors import Aborted, BiphaseError, Overloaded, Unavailable
 from biphase.router.config import RequestLimits
@@ -160,25 +161,28 @@ class Dispatcher:
     def _pump_queue(self) -> list[float]:
         """Serve the queues from their heads, replays first, until a head has to wait."""
         untils: list[float] = []
+        off: set[str] = set()
         for request in list(self._replays):
             capacity = self._capacity_tokens()
             if not self._budget.allows(request.place.prompt_tokens, capacity):
                 break  # what is new goes on beside those that run
-            waits = self._serve(request, self._replays)
+            waits = self._serve(request, self._replays, off)
             if waits is None:
                 continue
-            if not waits.alone:
-                return untils + self._pump_waiting()
             if waits.until_s is not None:
                 untils.append(waits.until_s)
+            if not waits.alone:
+                return untils + self._pump_waiting()
+            if request.place.generation is not None:
+                off.add(request.place.generation)
         while self._queue:
-            if self._serve(self._queue[0], self._queue) is not None:
+            if self._serve(self._queue[0], self._queue, off) is not None:
                 return untils + self._pump_waiting()
         return untils
 
-    def _serve(self, request: Request, queue: list[Request]) -> Wait | None:
-        """Send it where the policy says, or end it; what it has to wait for, if it has to."""
-        placement = place(request.place, self._fleet.view(), self._rules)
+    def _serve(self, request: Request, queue: list[Request], off: AbstractSet[str]) -> Wait | None:
+        """Send it where the policy says, or end it; what it has to wait for, if it has to. ``off``: as for ``place``."""
+        placement = place(request.place, self._fleet.view(), self._rules, off=off)
         match placement:
             case Wait():
                 return placement

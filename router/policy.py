@@ -4,6 +4,7 @@ Least loaded first, by name among equals. A prompt goes to a prefill instance on
 it beyond what is promised, so that finished prompts do not pile up where nobody can take them.
 """
 
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from biphase.router.view import (
@@ -24,9 +25,12 @@ DEADLINE_MARGIN_S = 0.1
 """A request that waits for a decode instance is refused this long before its deadline, so that its client hears why."""
 
 
-def place(request: PlaceRequest, view: ClusterView, rules: Rules) -> Placement:
-    """Where ``request`` goes now. Generations of the weights never mix: prefill and decode are of one."""
+def place(request: PlaceRequest, view: ClusterView, rules: Rules, *, off: AbstractSet[str] = frozenset()) -> Placement:
+    """Where ``request`` goes now. Generations of the weights never mix: prefill and decode are of one. ``off``: those that
+    somebody waits for who came before it and can go to no other."""
     if request.generation is not None:
+        if request.generation in off:
+            return Wait(reason="replay_first", alone=True)
         if _generation_gone(request, view):
             return _without_generation(request, view, rules)
         way = _place_within(request, view.of_generation(request.generation), rules)
@@ -36,8 +40,13 @@ def place(request: PlaceRequest, view: ClusterView, rules: Rules) -> Placement:
     generations = view.generations
     if len(generations) <= 1:
         return _place_within(request, view, rules)
-    ways = [_place_within(request, view.of_generation(generation), rules) for generation in generations]
-    return min(ways, key=lambda way: _preference(way, view))
+    ways = [_place_within(request, view.of_generation(one), rules) for one in generations if one not in off]
+    best = min(ways, key=lambda way: _preference(way, view), default=None)
+    if off.isdisjoint(generations) and best is not None:
+        return best
+    if isinstance(best, Disaggregated | Local):
+        return best
+    return Wait(reason="replay_first", until_s=best.until_s if isinstance(best, Wait) else None)
 
 
 def _preference(way: Placement, view: ClusterView) -> tuple[int, float, str]:

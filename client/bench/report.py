@@ -52,7 +52,7 @@ def phase_lines(settings: Settings, measured: Sequence[Measured]) -> list[str]:
     head = f"{'phase':<20}{'requests/s':>12}{'done':>12}{'TTFT p50':>10}{'p90':>8}{'TPOT p50':>10}{'p90':>8}"
     rows = [head + (f"{'attainment':>12}" if settings.goals else "")]
     for phase, summary in by_phase(settings, measured):
-        row = f"{phase.name[:19]:<20}{summary.offered / phase.seconds:>12.2f}{f'{summary.done}/{summary.offered}':>12}"
+        row = f"{phase.name[:19]:<20}{summary.offered_per_second:>12.2f}{f'{summary.done}/{summary.offered}':>12}"
         for spread in (summary.spreads.get("ttft"), summary.spreads.get("tpot")):
             median, high = ("-", "-") if spread is None else (f"{spread.percentiles[p]:.1f}" for p in (50, 90))
             row += f"{median:>10}{high:>8}"
@@ -105,6 +105,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         "examples": dict(summary.examples),
         "input_tokens": summary.input_tokens,
         "output_tokens": summary.output_tokens,
+        "offered_per_s": _finite(summary.offered_per_second),
         "requests_per_s": summary.per_second(summary.done),
         "output_tokens_per_s": summary.per_second(summary.output_tokens),
         "attainment": summary.attainment,

@@ -228,11 +228,19 @@ def test_one_that_is_drained_under_an_update_is_named_as_what_it_waits_for() -> 
     assert rolling.next_step(core, NEW, "auto", can_flip=True, now_s=62.0) == rolling.Renew(name="decode-1")
 
 
+def crash_on(core: Reconciler, name: str) -> None:
+    """It has died, and then twice at its start."""
+    for now_s in (50.0, 60.0, 70.0):
+        core.gone(name, core.slots[name].life, "out of memory", now_s)
+        core.decide(now_s + 5.0)
+    core.gone(name, core.slots[name].life, "out of memory", 80.0)
+
+
 @pytest.mark.parametrize(("prefill", "mode"), [(2, "strict"), (0, "auto")])
 def test_who_serves_nobody_is_renewed_first(prefill: int, mode: Mode) -> None:
     """What is to be applied may be what brings it up."""
     core = old(prefill, 2)
-    core.gone("decode-1", 1, "out of memory", 50.0)
+    crash_on(core, "decode-1")
     assert planned(core, mode)[0] == "decode-1"
     step = rolling.next_step(core, NEW, mode, can_flip=True, now_s=60.0)
     assert step == rolling.Renew(name="decode-1")
@@ -243,12 +251,47 @@ def test_who_serves_nobody_is_renewed_first(prefill: int, mode: Mode) -> None:
     assert {slot.generation for slot in core.slots.values() if slot.is_instance} == {"new"}
 
 
+def test_a_role_that_is_down_as_a_whole_is_brought_up_by_the_update() -> None:
+    """Then the new ones of it have nobody to work with, and the old ones of the other role neither."""
+    core = old(2, 2)
+    for name in ("prefill-0", "prefill-1"):
+        crash_on(core, name)
+    words, now_s = [], 100.0
+    update = NEW
+    while not isinstance(
+        step := rolling.next_step(core, update, "strict", can_flip=True, now_s=now_s), rolling.Finished
+    ):
+        assert isinstance(step, rolling.Renew | rolling.Renewed), step
+        now_s += 1.0
+        update = replace(update, current=step.name if isinstance(step, rolling.Renew) else "")
+        if isinstance(step, rolling.Renew):
+            words.append(step.name)
+            wanted_set.renew(core, step.name, 5.0, now_s, generation="new", role=None)
+            core.decide(now_s)
+            core.decide(now_s + 10.0)
+            core.gone(step.name, core.slots[step.name].life, "ended", now_s + 11.0)
+            core.decide(now_s + 12.0)
+            up(core, step.name, now_s + 13.0)
+    assert words == ["prefill-0", "prefill-1", "decode-0", "decode-1"]
+
+
+def test_one_that_is_on_its_way_up_is_waited_for() -> None:
+    core = old(2, 2)
+    core.gone("prefill-0", 1, "killed by SIGKILL", 50.0)
+    core.decide(50.0)
+    assert rolling.next_step(core, NEW, "strict", can_flip=True, now_s=51.0) == rolling.Wait(
+        reason="prefill-0 is starting"
+    )
+    up(core, "prefill-0", 52.0)
+    assert carry_out(core, "strict") == ["prefill-0", "decode-0", "prefill-1", "decode-1"]
+
+
 def test_who_is_not_heard_yet_is_not_taken_for_one_that_is_down() -> None:
     core = old(2, 2)
     for slot in core.slots.values():
         slot.linked = False
     step = rolling.next_step(core, NEW, "auto", can_flip=True, now_s=51.0)
-    assert isinstance(step, rolling.Wait) and "has not been heard yet" in step.reason
+    assert isinstance(step, rolling.Wait) and "not heard yet" in step.reason
 
 
 def test_who_is_rebuilt_for_another_role_meanwhile_is_waited_for_and_renewed_after() -> None:

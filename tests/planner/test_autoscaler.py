@@ -383,7 +383,7 @@ def test_a_role_that_nobody_serves_gets_its_minimum_at_once_and_the_rest_waits(l
     assert started == [StartInstance(role="prefill")]
     assert cluster.ratio == Ratio(prefill=1, decode=4)
 
-    full = Cluster(careful, Ratio(prefill=1, decode=4), gpus=4)
+    full = Cluster(careful, Ratio(prefill=1, decode=4), gpus=8)  # idle ones that are beyond the budget of 4
     full.set_phase("prefill-0", phase="lost", age_s=0.0)
     flips = [action for action in full.tick(load).actions if isinstance(action, FlipInstance)]
     assert [flip.role for flip in flips] == ["prefill"]

@@ -83,7 +83,7 @@ def test_another_setup_in_the_middle_is_obeyed_from_there_on() -> None:
     ("lines", "message"),
     [
         ([], "x: an empty file holds no history"),
-        (["{}"], "x:1: the first line is {'setup': ...}: 'setup'"),
+        (["{}"], "x:1: this is no history of signals, whose first line is {'setup': ...}"),
         ([make_history()[0], '{"setup": {}}'], "x:2: not a moment of a history: 'prefill'"),
         ([make_history()[0], "{"], "x:2: not a moment of a history: Expecting property name"),
         ([make_history()[0], '{"unix_s": 1, "members": [], "reports": [{"kind": "cat"}]}'], "x:2: not a moment.*'cat'"),

@@ -55,6 +55,19 @@ def test_what_began_in_the_hour_that_comes_twice_stays_on_through_it() -> None:
     assert all(is_on(hourly, first + 1800 + hours * 3600) for hours in range(-3, 4))
 
 
+def test_of_two_that_cannot_both_be_kept_the_later_one_is() -> None:
+    least = Schedule(
+        cron="* * * * *", duration_s=60, prefill=BoundsChange(min_replicas=4), gpu_budget=BudgetChange(min=6)
+    )
+    most = Schedule(
+        cron="* * * * *", duration_s=60, prefill=BoundsChange(max_replicas=2), gpu_budget=BudgetChange(max=4)
+    )
+    found, _ = in_force(Policy(schedules=(least, most)), at(2026, 5, 4, 12, 0))
+    assert (found.prefill, found.gpu_budget) == (RoleBounds(min_replicas=2, max_replicas=2), GpuBudget(min=4, max=4))
+    found, _ = in_force(Policy(schedules=(most, least)), at(2026, 5, 4, 12, 0))
+    assert (found.prefill, found.gpu_budget) == (RoleBounds(min_replicas=4, max_replicas=4), GpuBudget(min=6, max=6))
+
+
 def test_what_a_schedule_does_not_give_stays() -> None:
     part = Schedule(
         cron="* * * * *", duration_s=60, gpu_budget=BudgetChange(min=4), decode=BoundsChange(max_replicas=3)

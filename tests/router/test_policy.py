@@ -258,6 +258,17 @@ def test_a_request_goes_on_on_its_own_generation_where_there_is_some_of_it() -> 
     full = view(p("p0", generation="new"), d("d0", generation="new"), d("d1", generation="old", full=True))
     assert place(request(generation="old"), full, AUTO) == Wait(reason="decode_busy", alone=True)
     assert place(request(generation="old"), full, STRICT) == Wait(reason="no_prefill_alive", until_s=103.0, alone=True)
+
+
+def test_what_waits_for_its_generation_comes_before_those_that_may_go_to_another() -> None:
+    new = (p("p1", generation="new"), d("d1", generation="new"))
+    both = view(p("p0", generation="old"), d("d0", generation="old"), *new)
+    assert place(request(), both, AUTO) == Disaggregated(prefill="p0", decode="d0", reason="prefill_ready")
+    assert place(request(), both, AUTO, off={"old"}) == Disaggregated(prefill="p1", decode="d1", reason="prefill_ready")
+    assert place(request(generation="old"), both, AUTO, off={"old"}) == Wait(reason="replay_first", alone=True)
+    busy = view(p("p0", generation="old"), d("d0", generation="old"), d("d1", generation="new", full=True))
+    assert place(request(), busy, AUTO, off={"old"}) == Wait(reason="replay_first")
+    assert place(request(), busy, AUTO, off={"old", "new"}) == Wait(reason="replay_first")
     lost = view(p("p0", generation="old"), d("d1", generation="old", state="lost"))
     assert place(request(generation="old"), lost, AUTO) == Wait(reason="no_decode_alive", until_s=130.0)
 
