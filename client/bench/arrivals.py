@@ -57,7 +57,7 @@ class Arrival:
 
 def arrivals(phases: Sequence[Phase], draws: Draws, max_requests: int | None = None) -> Iterator[Arrival]:
     """Every request in order of time, until the phases or ``max_requests`` are over; the same for the same draws."""
-    began_s, expected_before, at = 0.0, 0.0, 0.0
+    began_s, expected_before, at, at_s = 0.0, 0.0, 0.0, 0.0
     phase_index = 0
     for index in itertools.count() if max_requests is None else range(max_requests):
         burstiness = phases[phase_index].burstiness
@@ -69,9 +69,10 @@ def arrivals(phases: Sequence[Phase], draws: Draws, max_requests: int | None = N
             if phase_index == len(phases):
                 return
         phase = phases[phase_index]
+        at_s = max(at_s, began_s + phase.seconds_at(at - expected_before))  # of nearly equal ones the root may fall
         yield Arrival(
             index=index,
-            at_s=began_s + phase.seconds_at(at - expected_before),
+            at_s=at_s,
             phase=phase_index,
             input_tokens=phase.input_tokens.draw(draws),
             output_tokens=phase.output_tokens.draw(draws),

@@ -41,6 +41,7 @@ phases = st.lists(
 )
 
 
+@example(phases=[phase(0.0, seconds=12.52734375, rate_end=17.6875, burstiness=0.2)], seed=223)
 @given(phases=phases, seed=st.integers(0, 1000))
 def test_arrivals_are_in_order_and_inside_their_phase(phases: list[Phase], seed: int) -> None:
     found = drawn(*phases, seed=seed)
