@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Sequence
 
 from biphase.cluster.backend import CONTROLLER, STATE, Backend, Handle
@@ -11,6 +12,7 @@ from biphase.cluster.deployment import Deployment
 from biphase.cluster.survivors import SERVED, Plan, plan
 
 CONTROLLER_END_S = 5.0
+PORT_FREE_S = 2.0
 logger = logging.getLogger("biphase.cluster.supervisor")
 
 
@@ -53,6 +55,16 @@ def is_free(address: str) -> bool:
             probe.bind((host, int(port)))
             return True
     return False
+
+
+async def comes_free(address: str, within_s: float = PORT_FREE_S) -> bool:
+    """Whether a controller can listen there by then: one that was killed is seen gone a moment before its port is free."""
+    begun_s = time.monotonic()
+    while not is_free(address):
+        if time.monotonic() - begun_s >= within_s:
+            return False
+        await asyncio.sleep(0.02)
+    return True
 
 
 def _probe(host: str) -> socket.socket:

@@ -24,7 +24,7 @@ import grpc.aio
 from biphase.cluster.backend import CONTROLLER, Backend, Handle, ProcessSpec
 from biphase.cluster.controller_lives import ControllerLives
 from biphase.cluster.controller_state import AbandonedLife, ControllerState, first_state
-from biphase.cluster.look_back import CONTROLLER_END_S, free_port, is_free, kill, look_back
+from biphase.cluster.look_back import CONTROLLER_END_S, comes_free, free_port, kill, look_back
 from biphase.cluster.make_backend import make_backend
 from biphase.cluster.process_main import SUPERVISOR_VARIABLE
 from biphase.cluster.run_dir import CUT_SIGNAL, ProcessLine, RunDir, ServeRecord, started_ticks
@@ -153,7 +153,7 @@ class Supervisor:
         self._stage("ray up" if self._deployment.backend == "ray" else "backend up")
         former = await look_back(self._backend, self._deployment)
         left = await kill(self._backend, former.to_kill, self._backend.kill_patience_s)
-        self._reach(host, former.controller_address)
+        await self._reach(host, former.controller_address)
         if former.goes_on:
             await self._go_on(former)
         else:
@@ -220,13 +220,15 @@ class Supervisor:
             follow.cancel()
         return await controller.ended(), was_up, failed
 
-    def _reach(self, host: str, former: str) -> None:
+    async def _reach(self, host: str, former: str) -> None:
         """From here on the controller is where other hosts of the cluster reach it, if there are any; where it was
         (``former``), if it can be: routers that outlived it look for it there."""
         if self._backend.hosts_may_join:
-            address = f"{host}:{self._deployment.controller_port or free_port(host)}"
-            if not self._deployment.controller_port and former.rpartition(":")[0] == host and is_free(former):
+            given = self._deployment.controller_port
+            if not given and former.rpartition(":")[0] == host and await comes_free(former):
                 address = former
+            else:
+                address = f"{host}:{given or free_port(host)}"
             self._base = replace(self._base, controller_address=address, env=_biphase_variables())
             self._say(controller_address=address)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,19 @@ async def test_what_survived_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert (controller.incarnation, controller.controller_address) == (7, address)
         assert ControllerState.from_json(backend.kept[STATE]) == KEPT
         assert Served.from_json(backend.kept[SERVED]).controller_incarnation == 7
+
+
+async def test_the_port_of_a_controller_that_was_just_killed_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Scripted()
+    served_before(backend, DEPLOYMENT)
+    address = json.loads(backend.kept[SERVED])["controller_address"]
+    with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))) as dying:
+        asyncio.get_running_loop().call_later(0.2, dying.close)
+        async with supervised(backend, tmp_path, monkeypatch):
+            await asyncio.wait_for(backend.stays.wait(), WITHIN_S)
+            assert [started.controller_address for started in backend.started] == [address]
 
 
 async def test_routers_that_cannot_find_the_controller_start_anew(
