@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from load_clock import shifted
-from shift_shape import Shape, decode_step, first_tokens_between, length_for, tokens_between
+from shift_shape import Shape, decode_step, first_tokens_per_s, length_for, tokens_between
 
 from biphase.client import AsyncClient
 from biphase.client.bench.arrivals import Arrival
@@ -64,7 +64,7 @@ async def closed_loop(client: AsyncClient, at_once: int, input_tokens: int, outp
     begin_s = seconds / 2
     late = [one.tpot_ms for one in found if begin_s <= one.ended_s and one.tpot_ms is not None]
     return Loop(
-        requests_per_s=first_tokens_between(found, begin_s, seconds) / (seconds - begin_s),
+        requests_per_s=first_tokens_per_s(found, begin_s, seconds),
         tokens_per_s=tokens_between(found, begin_s, seconds) / (seconds - begin_s),
         tpot_s=statistics.median(late) / 1e3 if late else float("nan"),
     )

@@ -59,6 +59,13 @@ def tokens_between(measured: Sequence[Measured], begin_s: float, end_s: float) -
     return sum(sum(begin_s <= at_s < end_s for at_s in one.token_at_s) for one in measured)
 
 
-def first_tokens_between(measured: Sequence[Measured], begin_s: float, end_s: float) -> int:
-    """Requests whose first token came from ``begin_s`` to before ``end_s``."""
-    return sum(begin_s <= one.token_at_s[0] < end_s for one in measured if one.token_at_s)
+TOGETHER_S = 0.1
+"""First tokens of one step come within this."""
+
+
+def first_tokens_per_s(measured: Sequence[Measured], begin_s: float, end_s: float) -> float:
+    """By those from ``begin_s`` to before ``end_s``: what came after the first step's, over the time from there to the last.
+    Prompts end by steps of several, of which a part of the time more would be counted for a moment more of it."""
+    times = sorted(one.token_at_s[0] for one in measured if one.token_at_s and begin_s <= one.token_at_s[0] < end_s)
+    later = [at_s for at_s in times if at_s > times[0] + TOGETHER_S]
+    return len(later) / (later[-1] - times[0]) if later else len(times) / (end_s - begin_s)

@@ -19,7 +19,7 @@ from shift_judge import (
     settled_ratios,
     turn_of,
 )
-from shift_shape import decode_step, first_tokens_between, length_for, tokens_between
+from shift_shape import decode_step, first_tokens_per_s, length_for, tokens_between
 
 from biphase.client.bench.arrivals import Arrival, Phase
 from biphase.client.bench.lengths import fixed
@@ -232,4 +232,15 @@ def stream(*token_at_s: float) -> Measured:
 def test_tokens_count_when_they_came() -> None:
     some = [stream(1.0, 2.0, 3.0), stream(2.5, 3.5), stream()]
     assert tokens_between(some, 2.0, 3.0) == 2
-    assert first_tokens_between(some, 2.0, 3.0) == 1
+
+
+@pytest.mark.parametrize("phase_s", [0.0, 0.5, 1.0, 2.0])
+def test_prompts_that_end_by_fours_are_counted_by_whole_steps(phase_s: float) -> None:
+    """Four every 2.5 s are 1.6 per second, whether three or four such steps end in the time that is looked at."""
+    some = [stream(phase_s + 2.5 * step + 0.01 * one) for step in range(9) for one in range(4)]
+    assert first_tokens_per_s(some, 8.0, 16.0) == pytest.approx(1.6, rel=0.01)
+
+
+def test_one_step_alone_is_counted_over_all_of_the_time() -> None:
+    assert first_tokens_per_s([stream(9.0), stream(9.05), stream()], 8.0, 16.0) == 0.25
+    assert first_tokens_per_s([], 8.0, 16.0) == 0.0
