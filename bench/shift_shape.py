@@ -64,8 +64,8 @@ TOGETHER_S = 0.1
 
 
 def first_tokens_per_s(measured: Sequence[Measured], begin_s: float, end_s: float) -> float:
-    """By those from ``begin_s`` to before ``end_s``: what came after the first step's, over the time from there to the last.
-    Prompts end by steps of several, of which a part of the time more would be counted for a moment more of it."""
+    """Of those from ``begin_s`` to before ``end_s``. Prompts end by steps of several, so that three or four steps may fall into
+    it: the first step's only begin the time, which ends with the last one."""
     times = sorted(one.token_at_s[0] for one in measured if one.token_at_s and begin_s <= one.token_at_s[0] < end_s)
     later = [at_s for at_s in times if at_s > times[0] + TOGETHER_S]
     return len(later) / (later[-1] - times[0]) if later else len(times) / (end_s - begin_s)

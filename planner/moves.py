@@ -115,12 +115,18 @@ class Moves:
         kept = tuple(item for item in kept if found.at_s - span_s <= item.at_s < found.at_s)
         self.state = replace(self.state, recommendations=(*kept, found))
 
+    @property
+    def _has_recommended(self) -> bool:
+        """Now, not at an earlier tick alone."""
+        kept = self.state.recommendations
+        return bool(kept) and kept[-1].at_s >= self._now_s
+
     def agreeing(self, direction: Direction) -> list[Recommendation]:
         """Those of a direction's stabilization time; none while it is not covered, up to now: what was last recommended
         before a pause says nothing of what came since."""
         span_s = self._policy.rule(direction).stabilization_s
         kept = self.state.recommendations
-        if not kept or kept[-1].at_s < self._now_s or kept[0].at_s > self._now_s - span_s + 1e-6:
+        if not self._has_recommended or kept[0].at_s > self._now_s - span_s + 1e-6:
             return []
         begin_s = max(item.at_s for item in kept if item.at_s <= self._now_s - span_s + 1e-6)
         return [item for item in kept if item.at_s >= begin_s]
@@ -266,8 +272,7 @@ class Moves:
                 self.say(f"ask {role}", f"ask for a node: {self._words(role)}, {lacking} more would fit the budget")
 
     def _still_wanted(self, role: Role, ideal: Ratio) -> bool:
-        kept = self.state.recommendations
-        if not self._pinned and (not kept or kept[-1].at_s < self._now_s):
+        if not (self._pinned or self._has_recommended):
             return True  # nothing says otherwise yet
         recent = [] if self._pinned else [item.ideal.of(role) for item in self.agreeing("down")]
         return max([ideal.of(role), *recent]) > self._fleet.ratio.of(role) + self._changes[role]

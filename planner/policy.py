@@ -4,7 +4,6 @@ Defaults live here, once. GPUs are counted as ranks use them: an instance of tp 
 the CPU a rank counts as one.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -140,13 +139,9 @@ class Policy:
             decode=replace(self.decode, **_given(schedule.decode)),
         )
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
     @staticmethod
-    def from_json(text: str) -> "Policy":
-        """The inverse of to_json; raises ValueError, KeyError or TypeError for anything else."""
-        values: dict[str, Any] = json.loads(text)
+    def from_values(values: Mapping[str, Any]) -> "Policy":
+        """From plain values, every key given, the parts as mappings. KeyError or TypeError for others."""
         return Policy(
             **{
                 **values,
@@ -157,13 +152,12 @@ class Policy:
                 "scale_up": ScaleRule(**values["scale_up"]),
                 "scale_down": ScaleRule(**values["scale_down"]),
                 "role_flip": RoleFlip(**values["role_flip"]),
-                "schedules": tuple(schedule_from(item) for item in values["schedules"]),
+                "schedules": tuple(_schedule_from(item) for item in values["schedules"]),
             }
         )
 
 
-def schedule_from(values: Mapping[str, Any]) -> Schedule:
-    """From plain values, the bounds as mappings. TypeError for other keys."""
+def _schedule_from(values: Mapping[str, Any]) -> Schedule:
     kinds: dict[str, Any] = {"gpu_budget": BudgetChange, "prefill": BoundsChange, "decode": BoundsChange}
     return Schedule(**{**values, **{key: kind(**(values[key] or {})) for key, kind in kinds.items()}})
 

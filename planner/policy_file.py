@@ -12,16 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from biphase.planner.policy import (
-    GpuBudget,
-    Policy,
-    RoleBounds,
-    RoleFlip,
-    ScaleRule,
-    Targets,
-    contradiction,
-    schedule_from,
-)
+from biphase.planner.policy import Policy, contradiction
 from biphase.planner.schedules import reason_against
 from biphase.protos.errors import SetupError, one_line
 
@@ -145,7 +136,7 @@ def policy_from(
 ) -> Policy:
     """Check ``values`` as a policy file's content; ``lines`` maps a key's path to its line, for the message."""
     try:
-        policy = _to_policy(_Policy.model_validate(values).model_dump())
+        policy = Policy.from_values(_Policy.model_validate(values).model_dump())
     except ValidationError as error:
         errors = error.errors(include_url=False)
         # a misspelt key before the missing one that it was meant to be
@@ -162,22 +153,6 @@ def policy_from(
     if problem is not None:
         raise SetupError(_where(source, tuple(problem.split(" ")[0].split(".")), lines) + problem)
     return policy
-
-
-def _to_policy(values: dict[str, Any]) -> Policy:
-    return Policy(
-        **{
-            **values,
-            "gpu_budget": GpuBudget(**values["gpu_budget"]),
-            "prefill": RoleBounds(**values["prefill"]),
-            "decode": RoleBounds(**values["decode"]),
-            "targets": Targets(**values["targets"]),
-            "scale_up": ScaleRule(**values["scale_up"]),
-            "scale_down": ScaleRule(**values["scale_down"]),
-            "role_flip": RoleFlip(**values["role_flip"]),
-            "schedules": tuple(schedule_from(item) for item in values["schedules"]),
-        }
-    )
 
 
 def _explain(path: tuple[str, ...], error: dict[str, Any]) -> str:

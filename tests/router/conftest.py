@@ -165,6 +165,13 @@ class Door:
         info = await self.until(lambda info: all(info.counters[name] == value for name, value in wanted.items()))
         return dict(info.counters)
 
+    @contextlib.asynccontextmanager
+    async def a_leg_ends(self) -> AsyncIterator[None]:
+        """Inside, an instance says so; until the router has seen it."""
+        legs = (await self.counters())["legs"]
+        yield
+        await self.until_counters(legs=legs - 1)
+
     async def until_idle(self) -> dict[str, int]:
         return await self.until_counters(live_requests=0, queued_requests=0, queued_tokens=0, legs=0)
 
@@ -243,9 +250,8 @@ class Stage:
         decode = (await self.d.next("open_decode")).leg_id
         self.p.tokens(prefill, 0, b"A")
         self.d.hand_off(decode)
-        legs = (await self.door.counters())["legs"]
-        self.p.end(prefill)
-        await self.door.until_counters(legs=legs - 1)
+        async with self.door.a_leg_ends():
+            self.p.end(prefill)
         return prefill, decode
 
 

@@ -39,9 +39,8 @@ class Stage:
         decode = (await self.old_d.next("open_decode")).leg_id
         self.old_p.tokens(prefill, 0, b"A")
         self.old_d.hand_off(decode)
-        legs = (await self.door.counters())["legs"]
-        self.old_p.end(prefill)
-        await self.door.until_counters(legs=legs - 1)
+        async with self.door.a_leg_ends():
+            self.old_p.end(prefill)
         await answer.text_is("A")
         return answer, decode
 
