@@ -299,7 +299,9 @@ outside biphase down -y "$base/cluster.yaml" >"$base/down.log" 2>&1 || [ -z "$qu
 step "\`biphase down\`"
 for number in 1 2 3; do
   [ -f "$base/h$number/pid" ] || continue
-  running=$(on $number 'ps -eo args --no-headers | grep -v -e sshd -e "^ps " -e "^bash -c" -e "^grep" || true')
+  # sieved on this side: a grep over there may be listed as [grep], its arguments not yet set
+  running=$(on $number 'ps -eo args --no-headers') || die "host $number cannot be asked what it runs"
+  running=$(grep -v -e sshd -e "^ps " -e "^bash -c" <<<"$running" || true)
   [ -z "$running" ] || die "after \`biphase down\` host $number still runs: $running"
 done
 step "no process of biphase or Ray is left on the hosts"
