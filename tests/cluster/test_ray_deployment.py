@@ -47,6 +47,17 @@ def served(environment: dict[str, str]) -> Iterator[Served]:
         process.communicate(timeout=60)
 
 
+def _decode_pids(status: controller_pb2.ClusterStatus) -> list[int]:
+    return [pid for process in status.processes if process.name == "decode-0" for pid in process.rank_pids]
+
+
+def _is_all_known(status: controller_pb2.ClusterStatus) -> bool:
+    """All is ready, and every rank of decode-0 has said its pid: rank 0 may call all ready before the words of the others have
+    come. Until then they have pid 0, and a signal to 0 is one to all that runs these tests."""
+    pids = _decode_pids(status)
+    return status.state == "ready" and len(set(pids)) == 3 and 0 not in pids
+
+
 def test_status_names_every_process(served: Served, environment: dict[str, str]) -> None:
     table = run_biphase(environment, "status").stdout
     for word in ("prefill-0", "decode-0", "router-0", "controller", "ray"):
@@ -61,11 +72,10 @@ def test_a_killed_instance_lives_again(served: Served) -> None:
 
 
 def test_a_killed_rank_takes_its_instance_along_stopped_ones_too(served: Served) -> None:
-    status = served.wait_for(lambda status: status.state == "ready")
+    status = served.wait_for(_is_all_known)
     (decode,) = [process for process in status.processes if process.name == "decode-0"]
     assert decode.plan == "tp 3 x pp 1"
-    pids = list(decode.rank_pids)
-    assert len(set(pids)) == 3
+    pids = _decode_pids(status)
     os.kill(pids[1], signal.SIGSTOP)
     os.kill(pids[2], signal.SIGKILL)
     after = served.wait_for(is_ready("decode-0", decode.incarnation + 1), PATIENCE_S)
@@ -81,17 +91,15 @@ def test_a_stopped_instance_is_replaced(served: Served) -> None:
 
 
 def test_the_controller_lives_again_and_adopts(served: Served) -> None:
-    before = served.wait_for(lambda status: status.state == "ready")
+    before = served.wait_for(_is_all_known)
     os.kill(pid_of(before, "controller"), signal.SIGKILL)
     after = served.wait_for(
-        lambda status: status.state == "ready" and pid_of(status, "controller") != pid_of(before, "controller")
+        lambda status: _is_all_known(status) and pid_of(status, "controller") != pid_of(before, "controller")
     )
     for name in ("prefill-0", "decode-0", "router-0"):
         assert pid_of(after, name) == pid_of(before, name)
     lives = {process.name: process for process in after.processes}
-    assert list(lives["decode-0"].rank_pids) == [
-        pid for process in before.processes if process.name == "decode-0" for pid in process.rank_pids
-    ]
+    assert _decode_pids(after) == _decode_pids(before)
     groups = {f"biphase-biphase/{name}#{lives[name].incarnation}" for name in ("prefill-0", "decode-0")}
     assert _placement_groups(served) == groups, "those of former lives are given back"
 
