@@ -176,7 +176,7 @@ def _process_status(controller: "Controller", slot: Slot) -> controller_pb2.Proc
         status.state = "draining"
     if life is not None and life.handle.end is None:
         status.pid = life.handle.pid
-        if len(life.handle.pids) > 1:
+        if len(life.handle.pids) > 1 and all(life.handle.pids):  # 0: an actor that has not spoken yet
             status.rank_pids.extend(life.handle.pids)
         if life.welcome is not None:
             status.num_blocks = life.welcome.num_blocks

@@ -83,6 +83,11 @@ class Sequence:
         return len(self.token_ids) + self.drawing - self.scheduled
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has output already; of a prompt that nothing was drawn for yet, that it is a replay."""
+        return len(self.token_ids) > self.num_prompt_tokens
+
+    @property
     def next_index(self) -> int:
         """Output index of the token that is drawn next."""
         return self.num_tokens - self.num_prompt_tokens

@@ -1,10 +1,10 @@
 """Which prompts a prefill instance computes next. Pure: no clock, no gRPC, no torch, no threads.
 
-First come, first served, packed and chunked: each step takes up to max_num_batched_tokens tokens of the oldest
-prompts. A prompt's blocks are reserved whole before its first chunk, so a prompt that has started never waits for
+Packed and chunked: each step takes up to max_num_batched_tokens tokens of the prompts that started first. They start
+in the order of prompt_queue.py: as they came, replays first within bounds. A prompt's blocks are reserved whole before its first chunk, so a prompt that has started never waits for
 memory. The queue is short, the long one is the router's: an offer is refused when the queued tokens would pass
 max_queued_tokens or when the blocks that are not promised yet do not suffice. A prompt refused three times gets a
-place all the same; the queue is in order and its blocks count as promised, so none younger starts before it.
+place all the same, and its blocks count as promised, so that none younger takes what it waits for.
 
 Exported blocks are held by their tickets as well: a full pool of prompts that nobody has pulled starts no new ones.
 
@@ -12,7 +12,6 @@ The next step may be scheduled while those before it run: the next chunk of a pr
 are booked in order, and a prompt's blocks are freed only after the last step that has it.
 """
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,10 +19,13 @@ from biphase.engine.block_pool import BlockPool
 from biphase.engine.limits import Limits
 from biphase.engine.sequence import Refusal, SeqEnded, Sequence, TokenOut
 from biphase.engine.step import SeqStep, StepPlan, StepResult
+from biphase.prefill_worker.prompt_queue import PromptQueue
 from biphase.protos.ids import BlockId, SeqId
 from biphase.protos.values import LegOutcome, LegStats, Load, Sampling
 
 PLACE_AFTER_REFUSALS = 3
+PASSING_SHARE = 0.5
+"""Of max_queued_tokens: what may pass a prompt that waits for its first token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,7 @@ class PrefillScheduler:
         self.max_queued_tokens = 2 * max_num_batched_tokens if max_queued_tokens is None else max_queued_tokens
         self.draining = False
         self.superfluous_tokens = 0
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = PromptQueue(passing_tokens=int(PASSING_SHARE * self.max_queued_tokens))
         self._running: list[Sequence] = []
         self._by_id: dict[SeqId, Sequence] = {}
         self._queued_tokens = 0
@@ -127,7 +129,7 @@ class PrefillScheduler:
             sampling=request.sampling,
             arrived_s=now_s,
         )
-        self._waiting.append(sequence)
+        self._waiting.join(sequence, has_room=self._blocks_of(sequence) <= self._room())
         self._by_id[sequence.seq_id] = sequence
         self._queued_tokens += sequence.remaining
         self._promised_blocks += self._blocks_of(sequence)
@@ -160,11 +162,11 @@ class PrefillScheduler:
             steps.append(sequence.step(chunk, self.limits))
             budget -= chunk
         while budget and self._waiting and len(steps) < self.max_num_seqs:
-            sequence = self._waiting[0]
+            sequence = self._waiting.first
             blocks = self.pool.allocate(self._blocks_of(sequence))
             if blocks is None:
                 break
-            self._waiting.popleft()
+            self._waiting.start_first()
             self._promised_blocks -= len(blocks)
             sequence.blocks = blocks
             sequence.started_s = now_s

@@ -364,7 +364,7 @@ class ProcessStatus(google.protobuf.message.Message):
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     @property
     def rank_pids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """of an instance of several ranks, in their order"""
+        """of an instance of several ranks, in their order; none until all are known"""
 
     @property
     def transports(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:

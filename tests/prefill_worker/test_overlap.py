@@ -177,10 +177,10 @@ def test_every_depth_draws_the_same_tokens_and_frees_no_block_under_a_step(
         return True
 
     for n in range(60):
-        prompt = rng.randint(1, 40)
+        prompt, forced = rng.randint(1, 40), rng.choice([0, 0, 1, 3])
         request = PrefillRequest(
             seq_id=SeqId(n),
-            token_ids=[rng.randint(50, 60) for _ in range(prompt)],
+            token_ids=[rng.randint(50, 60) for _ in range(prompt + forced)],
             num_prompt_tokens=prompt,
             sampling=Sampling(max_tokens=rng.randint(1, 4), min_tokens=rng.choice([0, 2])),
             refusals=rng.choice([0, 3]),

@@ -107,7 +107,7 @@ def test_blocks_are_reserved_whole_before_the_first_chunk() -> None:
     assert repr(scheduler.pool) == "<BlockPool [5 used, 3 free]>"
 
 
-def test_after_three_refusals_a_prompt_gets_a_place_and_none_younger_starts_before_it() -> None:
+def test_after_three_refusals_a_prompt_gets_a_place_and_none_younger_takes_its_blocks() -> None:
     scheduler = make_scheduler(num_blocks=8, max_queued_tokens=99)
     assert scheduler.offer(make_request(1, 20), 0.0) is None
     assert scheduler.offer(make_request(2, 16, refusals=2), 0.0) is not None
@@ -123,6 +123,48 @@ def test_after_three_refusals_a_prompt_gets_a_place_and_none_younger_starts_befo
         [(2, 8, 8)],
         [(4, 0, 1)],
     ]
+
+
+def test_a_replay_starts_before_prompts_that_wait_for_their_first_token_not_before_what_has_started() -> None:
+    scheduler = make_scheduler(num_blocks=16, max_num_batched_tokens=4, max_queued_tokens=64)
+    assert scheduler.offer(make_request(1, 5), 0.0) is None
+    assert parts(step(scheduler)[0]) == [(1, 0, 4)]
+    for seq_id, forced in ((2, 0), (3, 1), (4, 2), (5, 0)):
+        assert scheduler.offer(make_request(seq_id, 5, forced=forced, max_tokens=8), 0.0) is None
+    served = [part for _ in range(6) for part in parts(step(scheduler)[0])]
+    assert list(dict.fromkeys(seq_id for seq_id, _, _ in served)) == [1, 3, 4, 2, 5]
+    assert scheduler.queued_tokens == 0
+
+
+def test_half_a_queue_of_replayed_tokens_passes_a_prompt() -> None:
+    scheduler = make_scheduler(num_blocks=32, max_num_batched_tokens=6, max_queued_tokens=60)
+    assert scheduler.offer(make_request(1, 6), 0.0) is None
+    for seq_id in range(2, 10):  # six tokens each: five are half of sixty
+        assert scheduler.offer(make_request(seq_id, 5, forced=1, max_tokens=8), 0.0) is None
+    served = [parts(step(scheduler)[0]) for _ in range(9)]
+    assert [seq_id for ((seq_id, _, _),) in served] == [2, 3, 4, 5, 6, 1, 7, 8, 9]
+
+
+def test_a_replay_takes_no_block_that_a_prompt_before_it_waits_for() -> None:
+    scheduler = make_scheduler(num_blocks=8, max_queued_tokens=99)
+    assert scheduler.offer(make_request(1, 20), 0.0) is None
+    assert scheduler.offer(make_request(2, 16, refusals=3), 0.0) is None
+    replay = scheduler.offer(make_request(3, 3, forced=1), 0.0)
+    assert replay is not None and replay.detail == "the prompt needs 1 blocks, 0 are not promised yet"
+    assert scheduler.offer(make_request(3, 3, forced=1, refusals=3), 0.0) is None
+    served = [part for _ in range(6) for part in parts(step(scheduler)[0])]
+    assert list(dict.fromkeys(seq_id for seq_id, _, _ in served)) == [1, 2, 3]
+    assert scheduler.load().room_blocks == scheduler.pool.num_free == 8
+
+
+def test_a_replay_that_is_cancelled_in_the_queue_keeps_nothing_promised() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_queued_tokens=16)
+    assert scheduler.offer(make_request(1, 8), 0.0) is None
+    assert scheduler.offer(make_request(2, 7, forced=1), 0.0) is None
+    assert [type(effect) for effect in scheduler.cancel(SeqId(2), 0.0)] == [SeqEnded]
+    assert (scheduler.queued_tokens, scheduler.load().room_blocks) == (8, 2)
+    assert scheduler.offer(make_request(3, 7, forced=1), 0.0) is None
+    assert parts(step(scheduler)[0]) == [(3, 0, 8)]
 
 
 def test_a_pool_full_of_unpulled_prompts_starts_nothing_until_a_ticket_ends() -> None:
@@ -146,8 +188,8 @@ def test_no_ticket_when_the_first_token_is_the_last() -> None:
     _, effects = step(scheduler)
     assert [effect.handoff for effect in effects if isinstance(effect, PrefillStarted)] == [False, False]
     assert [effect for effect in effects if isinstance(effect, TokenOut)] == [
-        TokenOut(seq_id=SeqId(1), index=0, token_id=500, finish=FinishReason.LENGTH),
         TokenOut(seq_id=SeqId(2), index=1, token_id=500, finish=FinishReason.LENGTH),
+        TokenOut(seq_id=SeqId(1), index=0, token_id=500, finish=FinishReason.LENGTH),
     ]
 
 
