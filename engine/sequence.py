@@ -84,7 +84,7 @@ class Sequence:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has output already; of a prompt that nothing was drawn for yet, that it is a replay."""
+        """Whether output is among its known tokens. In a prefill queue, where nothing is drawn yet: it is a replay."""
         return len(self.token_ids) > self.num_prompt_tokens
 
     @property

@@ -1,10 +1,11 @@
 """Which prompts a prefill instance computes next. Pure: no clock, no gRPC, no torch, no threads.
 
 Packed and chunked: each step takes up to max_num_batched_tokens tokens of the prompts that started first. They start
-in the order of prompt_queue.py: as they came, replays first within bounds. A prompt's blocks are reserved whole before its first chunk, so a prompt that has started never waits for
-memory. The queue is short, the long one is the router's: an offer is refused when the queued tokens would pass
-max_queued_tokens or when the blocks that are not promised yet do not suffice. A prompt refused three times gets a
-place all the same, and its blocks count as promised, so that none younger takes what it waits for.
+in the order of prompt_queue.py: as they came, but answers that have begun go first, within bounds. A prompt's blocks are
+reserved whole before its first chunk, so a prompt that has started never waits for memory. The queue is short, the long
+one is the router's: an offer is refused when the queued tokens would pass max_queued_tokens or when the blocks that are
+not promised yet do not suffice. A prompt refused three times gets a place all the same, and its blocks count as promised,
+so that none younger takes what it waits for.
 
 Exported blocks are held by their tickets as well: a full pool of prompts that nobody has pulled starts no new ones.
 

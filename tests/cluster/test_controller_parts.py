@@ -17,7 +17,7 @@ from biphase.cluster import controller as controller_module
 from biphase.cluster import reconcile
 from biphase.cluster.backend import STATE, ProcessSpec
 from biphase.cluster.controller import Controller
-from biphase.cluster.controller_messages import warnings_of
+from biphase.cluster.controller_messages import status_of, warnings_of
 from biphase.cluster.controller_state import AbandonedLife, ControllerState, SlotState
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.keeping import Keeping
@@ -195,6 +195,23 @@ async def test_a_host_that_takes_no_files_is_no_room(tmp_path: Path, monkeypatch
     async with running(controller) as run:
         await until(controller, "end", "cannot be started")
         assert not run.done()
+
+
+async def test_status_lists_the_pids_of_ranks_once_all_have_said_theirs(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    controller = made(backend, tmp_path)
+    async with running(controller):
+        async with asyncio.timeout(WITHIN_S):
+            while "decode-0" not in controller.lives:
+                await asyncio.sleep(0)
+
+        def pids_of(*pids: int) -> list[int]:
+            cast("FakeHandle", controller.lives["decode-0"].handle).pids = pids
+            return [pid for process in status_of(controller).processes for pid in process.rank_pids]
+
+        assert pids_of(5, 0, 7) == []
+        assert pids_of(5, 6, 7) == [5, 6, 7]
+        assert pids_of(5) == [], "its only one is the process itself"
 
 
 # -- what earlier lives left ------------------------------------------------------------------------------------------

@@ -53,9 +53,9 @@ def _decode_pids(status: controller_pb2.ClusterStatus) -> list[int]:
 
 def _is_all_known(status: controller_pb2.ClusterStatus) -> bool:
     """All is ready, and every rank of decode-0 has said its pid: rank 0 may call all ready before the words of the others have
-    come. Until then they have pid 0, and a signal to 0 is one to all that runs these tests."""
+    come. None may be 0: a signal to 0 is one to all that runs these tests."""
     pids = _decode_pids(status)
-    return status.state == "ready" and len(set(pids)) == 3
+    return status.state == "ready" and len(set(pids)) == 3 and 0 not in pids
 
 
 def test_status_names_every_process(served: Served, environment: dict[str, str]) -> None:

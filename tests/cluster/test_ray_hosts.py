@@ -12,6 +12,7 @@ from support.dummy_directory import write_dummy_directory
 from support.served import BIPHASE, LIGHT, Served, is_ready
 
 from biphase.cluster.run_dir import started_ticks
+from biphase.protos import controller_pb2
 
 pytestmark = [pytest.mark.ray, pytest.mark.model, pytest.mark.long]
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
@@ -43,6 +44,10 @@ def address() -> Iterator[str]:
     process.communicate(timeout=60)
 
 
+def _decode(status: controller_pb2.ClusterStatus) -> controller_pb2.ProcessStatus:
+    return next(process for process in status.processes if process.name == "decode-0")
+
+
 def test_stages_spread_over_hosts_and_places_stay_together(address: str, tmp_path: Path) -> None:
     environment = {
         **os.environ,
@@ -57,7 +62,8 @@ def test_stages_spread_over_hosts_and_places_stay_together(address: str, tmp_pat
     served = Served(tmp_path, process)
     try:
         served.wait_ready(120.0)
-        (decode,) = [one for one in served.wait_for(is_ready("decode-0", 1)).processes if one.name == "decode-0"]
+        known = served.wait_for(lambda status: is_ready("decode-0", 1)(status) and len(_decode(status).rank_pids) == 6)
+        decode = _decode(known)
         on_second = [_is_on_second(pid) for pid in decode.rank_pids]
         assert on_second in ([False] * 3 + [True] * 3, [True] * 3 + [False] * 3), "1.8 CPUs a stage: one on each host"
         host, _, _ = decode.address.rpartition(":")

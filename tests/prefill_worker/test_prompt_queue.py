@@ -93,6 +93,7 @@ def test_any_traffic_keeps_the_bound_and_the_order_of_its_kind(
     queue = PromptQueue(passing_tokens=passing)
     waiting: dict[int, Sequence] = {}
     passed: dict[int, list[int]] = {}
+    has_room_of: dict[int, bool] = {}
     last_started = {True: -1, False: -1}
 
     def start() -> None:
@@ -103,12 +104,13 @@ def test_any_traffic_keeps_the_bound_and_the_order_of_its_kind(
         last_started[sequence.has_begun] = sequence.seq_id
         for other in waiting.values():
             if other.seq_id < sequence.seq_id:
-                assert sequence.has_begun and not other.has_begun
+                assert sequence.has_begun and not other.has_begun and has_room_of[sequence.seq_id]
                 passed.setdefault(other.seq_id, []).append(len(sequence.token_ids))
                 lengths = passed[other.seq_id]
                 assert len(lengths) == 1 or sum(lengths) <= passing
 
     for seq_id, (tokens, is_replay, has_room, then) in enumerate(arrivals):
+        has_room_of[seq_id] = has_room
         waiting[seq_id] = make_sequence(seq_id, tokens, forced=int(is_replay))
         queue.join(waiting[seq_id], has_room=has_room)
         if then == "start":

@@ -19,7 +19,8 @@ class FakeHandle:
     def __init__(self, name: str, kind: Kind, incarnation: int, *, obeys: bool = True) -> None:
         self.name, self.kind, self.incarnation, self.obeys = name, kind, incarnation, obeys
         self.end: str | None = None
-        self.pid, self.pids = 1, (1,)
+        self.pid = 1
+        self.pids: tuple[int, ...] = (1,)
         self.kills = 0
         self._gone = asyncio.Event()
 
