@@ -3,8 +3,9 @@
 The slots are the wanted set: one per process, added, removed, flipped and drained by ``wanted_set``. A life
 whose link is lost is killed first, and the next one starts when the old process is seen gone, or, where its host cannot
 be reached, once that is plain. Death drops an instance from the membership at once. Repeated deaths wait longer and
-longer; until the deployment has been ready once, a bad set-up or the third crash of a process that has never been ready
-ends it with the reason.
+longer, and are counted by host, too: what fails to start there, or dies by itself within ``STABLE_S`` of being ready
+(``start_failures``). Until the deployment has been ready once, a bad set-up or the third crash of a process that has never
+been ready ends it with the reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,6 @@ class Reconciler:
             slot.resumes = slot.resumes and phase != "ready"
             if phase == "ready" and slot.ready_since_s is None:
                 slot.ready_since_s, slot.down_since_s, slot.ever_ready = now_s, None, True
-                self.node_failures.started(slot.node)
                 self.notes.append(("ready", slot.name, f"{slot.name}#{slot.incarnation} is ready as {slot.kind}"))
         self._refresh(now_s)
 
@@ -203,11 +203,8 @@ class Reconciler:
             self.notes.append(("end", slot.name, f"{slot.name}#{slot.incarnation} has ended, as asked"))
         else:
             self.notes.append(("end", slot.name, f"{slot.name}#{slot.incarnation} is gone: {slot.reason}"))
-        if ready_since_s is None and not (by_wish or slot.moves) and slot.is_instance:
-            problem = self.node_failures.failed(slot.node, slot.kind, away=self.unreachable)
-            if problem:
-                self.notes.append(("node", slot.node, problem))
         stable = by_wish or (ready_since_s is not None and now_s - ready_since_s >= STABLE_S)
+        self._blame_node(slot, now_s, stable=stable)
         blameless = slot.moves or (host_lost and ready_since_s is not None)
         if by_wish or not blameless:  # what follows our wish begins without the failures before it
             slot.failures = 0 if stable else slot.failures + 1
@@ -226,6 +223,27 @@ class Reconciler:
                 slot.generation, slot.next_generation = slot.next_generation, None
         self._refresh(now_s)
 
+    def _blame_node(self, slot: Slot, now_s: float, *, stable: bool) -> None:
+        """Count the end of a life against its host: of one that was never ready, or died by itself before it was stable. Who
+        we killed, or is about to leave or turn, says nothing of the host, nor does one that has turned: it ran before."""
+        self._clear_nodes(now_s)
+        was_ready = slot.ready_since_s is not None
+        excused = was_ready and (slot.killed or slot.is_leaving or slot.incarnation != slot.life)
+        if stable or slot.moves or excused or not slot.is_instance:
+            return
+        problem = self.node_failures.failed(
+            slot.node, slot.kind, name=slot.name, at_s=now_s, was_ready=was_ready, away=self.unreachable
+        )
+        if problem:
+            self.notes.append(("node", slot.node, problem))
+
+    def _clear_nodes(self, now_s: float) -> None:
+        """Forget the failures on hosts where a life has become stable since. Looked at when the next life ends is early
+        enough, nobody asks before."""
+        for slot in self.slots.values():
+            if slot.is_instance and slot.ready_since_s is not None and slot.ready_since_s + STABLE_S <= now_s:
+                self.node_failures.steady(slot.node, slot.ready_since_s + STABLE_S)
+
     def forget(self, slot: Slot) -> None:
         """Drop a slot whose process is wanted no more and gone. Its incarnations are used no second time."""
         self.former[slot.name] = slot.flip.incarnation if slot.flip is not None else slot.incarnation
@@ -233,6 +251,7 @@ class Reconciler:
 
     def _turned(self, slot: Slot, now_s: float) -> None:
         assert slot.flip is not None
+        self._clear_nodes(now_s)  # how long it was ready before is not known afterwards
         self.notes.append(
             (
                 "flip",

@@ -65,9 +65,7 @@ def instance_report(
     )
 
 
-def setup_of(
-    deployment: Deployment, *, flip_s: float = 1.0, rebuild_s: float = 60.0, gpus: Mapping[Role, float] | None = None
-) -> Setup:
+def setup_of(deployment: Deployment, *, gpus: Mapping[Role, float] | None = None) -> Setup:
     """What a decision must know of a deployment. ``gpus``: of one rank of each role, where they are known better.
 
     On the CPU, and where the deployment gives no number, a rank counts as one GPU.
@@ -78,7 +76,8 @@ def setup_of(
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             step_time=plan.step_time,
-            plan=str(plan.parallel),
+            # as ``admin.cut_alike`` compares: an instance whose ranks' GPUs differ starts anew, too
+            plan=str(plan.parallel) + (f", {float(plan.gpus)!r} GPUs each" if plan.gpus is not None else ""),
         )
         for role in ROLES
         for plan in [deployment.plan(role)]
@@ -88,8 +87,6 @@ def setup_of(
         decode=shapes["decode"],
         strict=deployment.mode == "strict",
         colocated=deployment.prefill.replicas == 0,
-        flip_s=flip_s,
-        rebuild_s=rebuild_s,
     )
 
 

@@ -38,11 +38,13 @@ class RoleShape:
     step_time: StepTime = field(default_factory=StepTime)
     """From deploy.yaml, until one is fitted; unknown: ``prior_of`` guesses from the limits."""
     plan: str = "tp 1 x pp 1"
+    """How an instance is cut, GPUs of a rank included: it turns in place only where both roles' are the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a decision must know of the deployment. ``flip_s``: a flip in place; ``rebuild_s``: ranks made anew."""
+    """What a decision must know of the deployment. ``flip_s``: a flip in place; ``rebuild_s``: ranks made anew. Both are
+    assumed, nobody measures them."""
 
     prefill: RoleShape = field(default_factory=RoleShape)
     decode: RoleShape = field(default_factory=RoleShape)

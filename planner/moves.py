@@ -26,6 +26,9 @@ from biphase.protos.values import Role
 MAX_BACKOFFS = 6
 """A failed start doubles the wait for the next one, at most so often."""
 
+NO_NODES = "no nodes"
+"""The key of the reason that no node can be asked for."""
+
 
 class Moves:
     """One decision in the making; the owner of its state, actions and reasons."""
@@ -47,6 +50,8 @@ class Moves:
         self._actions: list[Action] = []
         self._reasons: list[str] = []
         self._keys: list[str] = []
+        self._standing = {NO_NODES} & set(state.said)
+        """Keys of what was said and holds until it is seen to have ended, also over ticks that do not look at it."""
         self._changes: dict[Role, int] = {"prefill": 0, "decode": 0}
         self._dropped: dict[Role, int] = {"prefill": 0, "decode": 0}
         self._idle: dict[Role, int] = {role: signals.room.idle(role) for role in ROLES}
@@ -60,6 +65,12 @@ class Moves:
         self._keys.append(key)
         self._reasons.append(text)
 
+    def _say_once(self, key: str, text: str) -> None:
+        """A reason that lasts: other news at a later tick does not repeat it."""
+        if key not in self.state.said:
+            self._reasons.append(text)
+        self._standing.add(key)
+
     def decision(self, before: AutoscalerState, target: Ratio, extra: tuple[Action, ...] = ()) -> Decision:
         dry = self._policy.dry_run
         actions = (*self._actions, *extra)
@@ -71,7 +82,7 @@ class Moves:
                 state = state.having(role, changed_s=self._now_s)
         if self._flipped and not dry:
             state = replace(state, flipped_s=self._now_s)
-        keys = tuple(sorted({*self._keys, *(repr(action) for action in self._actions)}))
+        keys = tuple(sorted({*self._keys, *self._standing, *(repr(action) for action in self._actions)}))
         return Decision(
             actions=actions,
             reasons=tuple(self._reasons),
@@ -247,6 +258,8 @@ class Moves:
         more_gpus = ideal.gpus(setup) > fleet.gpus + fleet.idle_gpus + 1e-9
         # a request that is made now could take the room that a start of now was meant for
         starts = any(isinstance(item, StartInstance) for item in self._actions)
+        if self._signals.room.can_grow or not more_gpus:
+            self._standing.discard(NO_NODES)
         for role in ROLES:
             seen = self.state.of(role)
             lacking = ideal.of(role) - self._fleet.ratio.of(role) - self._changes[role]
@@ -264,7 +277,7 @@ class Moves:
             if self._budget_left() < setup.shape(role).gpus - 1e-9:
                 continue
             if not self._signals.room.can_grow:
-                self.say("no nodes", f"{role} lacks {lacking}: no GPU is idle, and the cluster has no autoscaler")
+                self._say_once(NO_NODES, f"{role} lacks {lacking}: no GPU is idle, and the cluster has no autoscaler")
             elif seen.ask_after_s <= self._now_s:
                 self._actions.append(AskNode(role=role))
                 if not policy.dry_run:

@@ -173,8 +173,9 @@ clean_up() {
   if [ -n "$left" ]; then
     say "try_ray_up.sh: left behind: $left"
     status=1
+  else
+    step "cleaned up: no process, namespace, mount$([ -n "$keep" ] || echo " or file") is left"
   fi
-  step "cleaned up: no process, namespace, mount$([ -n "$keep" ] || echo " or file") is left"
   printf '%6s s  in all, exit code %s\n' "$(seconds_since "$began")" "$status"
   exit $status
 }

@@ -67,8 +67,10 @@ def test_a_head_that_takes_nothing_and_hosts_that_are_gone_or_refused_are_no_oth
     watch.look([head, last, gone, refused, small])
     watch.look([head, last, refused, small])
     for _ in range(2 * MAX_FAILED_STARTS):
-        assert failures.failed("last", "decode") is None, "nothing else takes a decode instance"
-    assert "last is cordoned" in str(failures.failed("last", "prefill")), "small takes prefill instances"
+        told = failures.failed("last", "decode", name="decode-0", at_s=0.0)
+        assert told is None, "nothing else takes a decode instance"
+    told = failures.failed("last", "prefill", name="prefill-0", at_s=0.0)
+    assert "last is cordoned" in str(told), "small takes prefill instances"
 
 
 def test_a_host_that_has_joined_anew_is_avoided_no_more() -> None:

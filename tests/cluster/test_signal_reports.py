@@ -1,5 +1,8 @@
 """From messages and deployments to the planner's values."""
 
+import pytest
+
+from biphase.cluster.admin import cut_alike
 from biphase.cluster.deployment import Deployment, RolePlan
 from biphase.cluster.signal_reports import instance_report, router_report, setup_of
 from biphase.planner.reports import Histogram, JointHistogram, RouterReport
@@ -58,3 +61,21 @@ def test_what_a_decision_knows_of_a_deployment() -> None:
     assert (setup.prefill.max_num_batched_tokens, setup.decode.max_num_seqs) == (1024, 8)
     assert setup.turn_s == setup.rebuild_s
     assert setup_of(Deployment(model="m", prefill=RolePlan(replicas=0))).colocated
+
+
+@pytest.mark.parametrize(
+    ("decode", "in_place"),
+    [
+        (RolePlan(), False),
+        (RolePlan(gpus=0.5), True),
+        (RolePlan(gpus=0.5, max_num_seqs=3), True),
+        (RolePlan(gpus=1.0), False),
+        (RolePlan(gpus=0.5, tensor_parallel_size=2), False),
+        (RolePlan(gpus=0.25, tensor_parallel_size=2), False),  # as many GPUs of the instance
+    ],
+)
+def test_a_flip_costs_a_start_wherever_it_is_one(decode: RolePlan, in_place: bool) -> None:
+    deployment = Deployment(model="m", prefill=RolePlan(gpus=0.5), decode=decode)
+    setup = setup_of(deployment)
+    assert cut_alike(deployment) is in_place
+    assert setup.turn_s == (setup.flip_s if in_place else setup.rebuild_s)

@@ -7,7 +7,7 @@ from biphase.cluster import wanted_set
 from biphase.cluster.actions import Abandon, AskToStop, Kill, Start, TellDrain, TellFlip, TellResume
 from biphase.cluster.controller_state import ControllerState, restore, slots_of
 from biphase.cluster.planner_view import members_of
-from biphase.cluster.reconcile import LAST_WORDS_S, STOP_S, Reconciler
+from biphase.cluster.reconcile import LAST_WORDS_S, STABLE_S, STOP_S, Reconciler
 from biphase.cluster.slot import FlipTo, Wanted, Work
 from biphase.cluster.start_failures import MAX_FAILED_STARTS
 from biphase.protos.errors import InvalidRequest
@@ -250,6 +250,125 @@ def test_a_host_where_starts_fail_is_cordoned_and_named() -> None:
     core.gone("decode-1", core.slots["decode-1"].life, "boom", now_s)
     assert "3 starts failed" in core.node_failures.cordoned["bad"]
     assert next(note for note in core.notes if note[0] == "node")[1] == "bad"
+
+
+def die_on(core: Reconciler, name: str, node: str, now_s: float, *, ready_s: float) -> None:
+    """Its next life starts on ``node``, is ready for so long and dies by itself; it began some time before ``now_s``."""
+    core.slots[name].not_before_s = 0.0
+    core.decide(now_s - ready_s)
+    up(core, name, now_s - ready_s, node=node)
+    core.gone(name, core.slots[name].life, "boom", now_s)
+
+
+def dead(*names: str) -> Reconciler:
+    """All are up, but for these, which had been ready for long."""
+    core = made(1, 3)
+    for name in names:
+        core.gone(name, 1, "boom", 100.0)
+    core.notes.clear()
+    return core
+
+
+def test_a_host_where_several_instances_die_soon_after_they_are_ready_is_cordoned_and_named() -> None:
+    core = dead("decode-0", "decode-1")
+    die_on(core, "decode-0", "bad", 110.0, ready_s=2.0)
+    die_on(core, "decode-1", "bad", 120.0, ready_s=2.0)
+    die_on(core, "decode-0", "bad", 130.0, ready_s=2.0)
+    assert core.node_failures.cordoned == {}, "the other one has died once"
+    die_on(core, "decode-1", "bad", 140.0, ready_s=STABLE_S - 0.1)
+    assert core.node_failures.cordoned == {"bad": "4 starts failed there in a row, 4 of them soon after being ready"}
+    assert [note[1:] for note in core.notes if note[0] == "node"] == [
+        ("bad", f"bad is cordoned: {core.node_failures.cordoned['bad']}; `biphase cordon bad --undo` takes it back")
+    ]
+
+
+def test_deaths_soon_after_ready_count_with_starts_that_failed() -> None:
+    core = dead("decode-0")
+    for now_s in (110.0, 120.0):
+        core.slots["decode-0"].not_before_s = 0.0
+        core.decide(now_s)
+        say(core, "decode-0", "loading", now_s, node="bad")
+        core.gone("decode-0", core.slots["decode-0"].life, "boom", now_s)
+    die_on(core, "decode-0", "bad", 130.0, ready_s=2.0)
+    assert core.node_failures.cordoned == {"bad": "3 starts failed there in a row, 1 of them soon after being ready"}
+
+
+def test_an_instance_in_a_crash_loop_alone_cordons_no_host() -> None:
+    core = dead("decode-0", "decode-1")
+    for count in range(20):
+        die_on(core, "decode-0", "bad", 110.0 + 5 * count, ready_s=2.0)
+    die_on(core, "decode-1", "bad", 210.0, ready_s=2.0)
+    assert core.node_failures.cordoned == {}
+
+
+@pytest.mark.parametrize("steady", ["decode-0", "decode-1", "decode-2", ""])
+def test_a_host_where_an_instance_has_been_ready_for_long_is_forgiven(steady: str) -> None:
+    core = dead("decode-0", "decode-1", "decode-2")
+    if steady == "decode-2":  # another one, which lives on
+        core.decide(112.0)
+        up(core, "decode-2", 112.0, node="bad")
+    die_on(core, "decode-0", "bad", 110.0, ready_s=2.0)
+    die_on(core, "decode-1", "bad", 112.0, ready_s=2.0)
+    if steady in ("decode-0", "decode-1"):  # one of them, which dies later
+        die_on(core, steady, "bad", 130.0, ready_s=STABLE_S)
+    die_on(core, "decode-0", "bad", 135.0, ready_s=2.0)
+    die_on(core, "decode-1", "bad", 140.0, ready_s=2.0)
+    assert set(core.node_failures.cordoned) == (set() if steady else {"bad"})
+    die_on(core, "decode-0", "bad", 145.0, ready_s=2.0)
+    assert set(core.node_failures.cordoned) == (set() if steady else {"bad"}), (
+        "the end of who ran for long is no failure"
+    )
+    die_on(core, "decode-1", "bad", 150.0, ready_s=2.0)
+    assert set(core.node_failures.cordoned) == {"bad"}, "forgiven once, not for what comes after"
+
+
+def test_who_has_turned_since_had_been_ready_for_long_all_the_same() -> None:
+    core = dead("decode-0", "decode-1", "decode-2")
+    core.decide(110.0)
+    up(core, "decode-2", 110.0, node="bad")
+    die_on(core, "decode-0", "bad", 115.0, ready_s=2.0)
+    die_on(core, "decode-1", "bad", 117.0, ready_s=2.0)
+    wanted_set.flip(core, "decode-2", "prefill", 30.0, 121.0)
+    core.linked("decode-2", 3, 121.0)
+    die_on(core, "decode-0", "bad", 125.0, ready_s=2.0)
+    die_on(core, "decode-1", "bad", 127.0, ready_s=2.0)
+    assert core.slots["decode-2"].kind == "prefill" and core.node_failures.cordoned == {}
+
+
+@pytest.mark.parametrize("how", ["asked", "drained", "killed", "flips", "turned", "host lost", "by itself"])
+def test_an_end_that_is_no_fault_of_the_host_does_not_count(how: str) -> None:
+    core = dead()
+    core.kill_patience_s = 2.0
+    now_s = 0.0
+    for name in ("decode-0", "decode-1", "decode-0", "decode-1"):
+        now_s += 200.0
+        core.gone(name, core.slots[name].life, "boom", now_s)  # elsewhere
+        core.slots[name].not_before_s = 0.0
+        core.decide(now_s)
+        up(core, name, now_s, node="bad")
+        slot, now_s = core.slots[name], now_s + 1.0
+        match how:
+            case "asked":
+                wanted_set.renew(core, name, 30.0, now_s, generation="", role=None)
+            case "drained":
+                wanted_set.hold(core, name, 30.0, now_s)
+            case "flips":
+                wanted_set.flip(core, name, "prefill", 30.0, now_s)
+            case "turned":
+                wanted_set.flip(core, name, "prefill", 30.0, now_s)
+                assert slot.flip is not None
+                core.linked(name, slot.flip.incarnation, now_s)
+            case "killed":
+                core.lost(name, slot.incarnation, "link lost", now_s)
+                core.decide(now_s)
+            case "host lost":
+                core.lost(name, slot.incarnation, "link lost", now_s, unreached=True)
+                core.decide(now_s)
+                core.decide(now_s + 2.0)
+        core.gone(name, slot.life, "boom", now_s + 2.5)
+        slot.kind, slot.held = "decode", False
+        up(core, name, now_s + 2.5, node="good")
+    assert set(core.node_failures.cordoned) == ({"bad"} if how == "by itself" else set())
 
 
 def test_the_last_host_is_never_cordoned() -> None:

@@ -20,6 +20,7 @@ from biphase.planner.autoscaler import decide, reason_against
 from biphase.planner.autoscaler_state import (
     AskNode,
     AutoscalerState,
+    Decision,
     FlipInstance,
     Hold,
     StartInstance,
@@ -268,12 +269,43 @@ def test_a_node_that_is_needed_no_more_is_withdrawn() -> None:
     assert actions(cluster, QUIET, 40) == [WithdrawNode(role="prefill")]
 
 
+def told(found: list[Decision]) -> list[str]:
+    """The reasons that no node can be had."""
+    return [reason for decision in found for reason in decision.reasons if "the cluster has no autoscaler" in reason]
+
+
 def test_without_an_autoscaler_of_nodes_that_is_said_once() -> None:
     cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
     found = cluster.run(PROMPTS, 60)
     assert [a for d in found for a in d.actions] == []
-    news = [decision for decision in found if decision.is_news]
-    assert sum("the cluster has no autoscaler" in " ".join(decision.reasons) for decision in news) == 1
+    assert told(found) == ["prefill lacks 2: no GPU is idle, and the cluster has no autoscaler"]
+    assert not any(decision.is_news for decision in found[-3:])
+
+
+def test_other_news_does_not_repeat_that_there_is_no_autoscaler_of_nodes_until_nodes_have_not_been_lacked() -> None:
+    cluster = Cluster(POLICY, Ratio(prefill=1, decode=1), gpus=2)
+    assert len(told(cluster.run(PROMPTS, 60))) == 1
+    ready = [member.name for member in cluster.members]
+    found = [cluster.tick(PROMPTS, silent=ready), *cluster.run(PROMPTS, 15)]
+    assert [reason.split(":")[0] for decision in found for reason in decision.reasons] == ["hold"]
+    slow = replace(POLICY, targets=replace(POLICY.targets, ttft_ms=1.0))
+    found = []
+    for load, policy in ((make_load(11.0, prompt=450, output=10), POLICY), (PROMPTS, slow), (PROMPTS, POLICY)):
+        cluster.policy = policy
+        found += cluster.run(load, 30)
+    assert any(decision.is_news and decision.reasons for decision in found)
+    assert told(found) == []
+    cluster.gpus = 3
+    found = cluster.run(PROMPTS, 60)
+    assert [action for decision in found for action in decision.actions] == [StartInstance(role="prefill")]
+    assert told(found) == [], "one more has room, another one is lacked still"
+    assert told(cluster.run(QUIET, 60)) == []
+    cluster.gpus = 2
+    assert len(told(cluster.run(PROMPTS, 60))) == 1, "anew, for it had ended"
+    cluster.can_grow = True
+    assert actions(cluster, PROMPTS, 10) == [AskNode(role="prefill")]
+    cluster.can_grow = False
+    assert len(told(cluster.run(PROMPTS, 300))) == 1, "an autoscaler that has gone again"
 
 
 def test_a_dry_run_does_nothing_and_follows_what_really_happens() -> None:
