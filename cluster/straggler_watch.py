@@ -1,16 +1,20 @@
 """Slow and stopped instances: the shell around ``planner.stragglers``. Out: routers give them nothing new; stopped: replaced."""
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from biphase.cluster.planner_view import role_of
 from biphase.cluster.signal_reports import instance_report
 from biphase.planner.stragglers import Heard, Rules, StragglerState, judge
+from biphase.protos.step_time import RecentSteps
 
 if TYPE_CHECKING:
     from biphase.cluster.controller import Controller
 
 LOOK_S = 1.0
+RECENT_S = 10.0
+"""Of so long back are the steps that an instance tells of. One that is idle says nothing more, and has none after that."""
 
 
 class StragglerWatch:
@@ -38,17 +42,21 @@ class StragglerWatch:
             if slot is None or not slot.is_up or slot.phase != "ready" or slot.is_leaving or life.signals is None:
                 continue
             incarnation, at_s, message = life.signals
+            if incarnation != slot.incarnation:
+                continue
+            report = instance_report(name, role_of(slot), incarnation, message)
             if life.is_silent_as_idle:
+                if now_s - at_s >= RECENT_S:
+                    report = replace(report, recent=RecentSteps())
                 at_s = now_s  # its link stands, which says enough of one that has nothing to tell
-            if incarnation == slot.incarnation:
-                heard.append(Heard(report=instance_report(name, role_of(slot), incarnation, message), at_s=at_s))
+            heard.append(Heard(report=report, at_s=at_s))
         rules = Rules(replace_after_s=controller.deployment.replace_after_s)
         verdict, self._state = judge(heard, self._state, now_s, rules)
         changed = bool(verdict.reasons)
         for slot in core.slots.values():
-            out = slot.name in verdict.out
-            changed = changed or out != slot.slow
-            slot.slow, slot.health = out, verdict.health.get(slot.name, "")
+            found = slot.name in verdict.out, verdict.health.get(slot.name, "")
+            changed = changed or found != (slot.slow, slot.health)
+            slot.slow, slot.health = found
         for reason in verdict.reasons:
             controller.events.add("warning", reason.split(" ")[0], reason)
         for name in verdict.kill:

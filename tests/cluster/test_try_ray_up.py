@@ -28,7 +28,9 @@ def test_three_hosts_serve_lose_one_under_load_and_nothing_is_left() -> None:
     assert re.search(r"P is on (\S+), D on (?!\1)", done.stdout)
     assert "gets the tokens of the local run" in done.stdout
     assert "`ray submit` of a client script" in done.stdout
-    assert "`ray job submit` of a client script" in done.stdout, "the dev dependencies have ray[default], which it needs"
+    assert "`ray job submit` of a client script" in done.stdout, (
+        "the dev dependencies have ray[default], which it needs"
+    )
     assert "all of them ended as in the local run" in done.stdout
     assert "D serves again" in done.stdout
     assert "no process, namespace, mount or file is left" in done.stdout
