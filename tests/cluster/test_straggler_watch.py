@@ -147,6 +147,12 @@ async def test_who_went_idle_after_a_slow_moment_stays_in(fleet: Fleet) -> None:
     assert (fleet.out, fleet.said) == ([], [])
 
 
+async def test_who_idles_between_its_slow_steps_is_slow(fleet: Fleet) -> None:
+    fleet.doing["decode-2"].factor, fleet.doing["decode-2"].running = 4.0, 0
+    await fleet.pass_s(11)
+    await until(lambda: fleet.out == ["decode-2#1"])
+
+
 async def test_who_has_no_work_on_trial_is_on_trial_until_there_is_some(fleet: Fleet) -> None:
     slow = fleet.doing["decode-2"]
     slow.factor = 4.0
