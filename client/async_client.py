@@ -113,7 +113,9 @@ class AsyncClient:
     def __init__(self, address: str | Sequence[str] | None = None) -> None:
         self._routers = Routers(resolve_addresses(address))
         self.address = ",".join(self._routers.addresses)
-        self._channels = [grpc.aio.insecure_channel(one, channel_options()) for one in self._routers.addresses]
+        self._channels = [
+            grpc.aio.insecure_channel(one, channel_options(of_client=True)) for one in self._routers.addresses
+        ]
         self._stubs: list[Any] = [RouterStub(channel) for channel in self._channels]
 
     def generate(

@@ -104,7 +104,9 @@ class Client:
     def __init__(self, address: str | Sequence[str] | None = None) -> None:
         self._routers = Routers(resolve_addresses(address))
         self.address = ",".join(self._routers.addresses)
-        self._channels = [grpc.insecure_channel(one, channel_options()) for one in self._routers.addresses]
+        self._channels = [
+            grpc.insecure_channel(one, channel_options(of_client=True)) for one in self._routers.addresses
+        ]
         self._stubs: list[Any] = [RouterStub(channel) for channel in self._channels]
 
     def generate(

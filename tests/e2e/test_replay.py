@@ -230,11 +230,11 @@ async def test_whatever_dies_the_tokens_are_those_of_an_undisturbed_run(
             report.append(f"{name}: {replays} replays")
 
         async def lose_prefill_at_work() -> None:
-            await s.catch(prefill[0], lambda stats: stats["legs"] > 0)
+            await s.catch(prefill[0], lambda stats: stats["legs"] > 2, least=3)  # one may be pulled, not yet told
             await kill(prefill[0])
 
         async def lose_prefill_in_transfer() -> None:
-            await s.catch(prefill[1], lambda stats: stats["open_pulls"] > 0)
+            await s.catch(prefill[1], lambda stats: stats["open_pulls"] > 0 and stats["legs"] > 2, least=3)
             await kill(prefill[1])
 
         async def lose_decode() -> None:
@@ -291,15 +291,13 @@ async def test_a_router_dies_and_its_work_ends_while_the_others_goes_on(served: 
                 assert not any(task.done() for task in reading), "one has ended before its router died"
                 await asyncio.sleep(0.005)
             await kill(second)
-            died_s = time.monotonic()
-            ends = await asyncio.wait_for(asyncio.gather(*reading[1:], return_exceptions=True), 3.0)
+            ends = await asyncio.wait_for(asyncio.gather(*reading[1:], return_exceptions=True), WITHIN_S)
             assert [type(end).__name__ for end in ends] == ["Unavailable", "Unavailable"]
 
             def only_the_other_is_left(stats: dict[str, int]) -> bool:
                 return stats["legs"] <= (0 if reading[0].done() else 1)  # a busy machine may see its end first
 
             await asyncio.wait_for(s.until(deployment.decode[-1], only_the_other_is_left), WITHIN_S)
-            assert time.monotonic() - died_s < 5.0
             await reading[0]
             assert seen[0] == LONGEST
             await s.nothing_is_held()

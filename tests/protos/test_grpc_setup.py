@@ -151,10 +151,44 @@ async def silent_peer(options: list[tuple[str, Any]]) -> AsyncIterator[asyncio.S
         await server.stop(grace=None)
 
 
+async def test_a_peer_that_speaks_is_not_given_up_for_a_late_answer_to_a_ping() -> None:
+    async with talking_peer() as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}", channel_options()) as channel:
+        began_s, num_messages = time.monotonic(), 0
+        async for _ in channel.unary_stream("/biphase.v1.Router/Generate")(b""):
+            num_messages += 1
+            if time.monotonic() - began_s > 3.0:
+                break
+        assert num_messages > 1
+
+
+@contextlib.asynccontextmanager
+async def talking_peer() -> AsyncIterator[int]:
+    """The port of a server that sends empty messages without end, ten a second, and answers no ping."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        settings, acknowledged = b"\0\0\0\4\0\0\0\0\0", b"\0\0\0\4\1\0\0\0\0"
+        status_200, content_type = b"\x88", b"\x0f\x10\x10application/grpc"
+        headers = b"\0\0\x14\1\4\0\0\0\1" + status_200 + content_type
+        empty_message = b"\0\0\5\0\0\0\0\0\1" + bytes(5)
+        writer.write(settings + acknowledged)
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):  # cancelled: the test is over
+            await reader.readuntil(b"Generate")  # the request's stream is open
+            writer.write(headers)
+            while not writer.is_closing() and not reader.at_eof():
+                writer.write(empty_message)
+                await asyncio.sleep(0.1)
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
 def test_how_soon_a_lost_peer_is_noticed_on_each_side() -> None:
     names = ("grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
     for options, answer_ms in (
-        (channel_options(), 1000),  # of clients too: they are to hear of a dead router within 3 s
+        (channel_options(), 1000),
+        (channel_options(of_client=True), 1500),  # asked after a second of silence: a dead router is told within 3 s
         (channel_options(bulk=True), 1000),
         (server_options(), 1000),
         (server_options(of_clients=True), 10_000),
