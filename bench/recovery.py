@@ -54,9 +54,10 @@ INSTANCES = {"prefill": 1, "decode": 2}
 VICTIMS = ("prefill", "decode", CONTROLLER, "router")
 KINDS: tuple[Kind, ...] = ("kill", "stop", "partition")
 RECORDED = Path(__file__).resolve().parent.parent / "tests" / "reference" / "smollm2_recorded.jsonl"
-DISPLACED_LEN, BURST_LEN, EVEN_LEN = "uniform:96:128", "uniform:32:64", "uniform:16:32"
-"""Answers of the burst where streams of a decode instance are to be displaced, of the burst elsewhere, of the even stream:
-short, for a case lasts until its last answer has ended."""
+LONG_LEN, BURST_LEN, EVEN_LEN = "uniform:96:128", "uniform:32:64", "uniform:16:32"
+"""Answers of the burst where streams of a decode instance are to be displaced or a router is to have some (half of the burst: the
+first must not end before the last has begun), of the burst elsewhere, of the even stream: short, for a case lasts until its
+last answer has ended."""
 LONGEST_S = 150.0
 EVEN_SHARE = 0.25
 """Of the capacity, for the even stream: the burst is the rest of the load."""
@@ -117,8 +118,8 @@ def requests(
 
 
 def requests_for(fault: Fault, rate: float, seed: int) -> list[Arrival]:
-    """The load of a case: streams that are to be displaced last longer."""
-    burst = DISPLACED_LEN if fault.role == "decode" and fault.kind != "pair" else BURST_LEN
+    """The load of a case: streams that are to be cut off last longer."""
+    burst = LONG_LEN if fault.role in ("decode", "router") and fault.kind != "pair" else BURST_LEN
     return requests(rate, seed, lengths_of(burst), lengths_of(EVEN_LEN))
 
 

@@ -248,7 +248,7 @@ def test_a_router_without_streams_shows_nothing() -> None:
 # -- the load of a case
 
 
-def test_streams_that_are_to_be_displaced_outlast_the_others() -> None:
+def test_streams_that_are_to_be_cut_off_outlast_the_others() -> None:
     def longest(kind: str, victim: str) -> tuple[int, int]:
         fault = Fault(kind=kind, victim=victim, other="prefill-0")  # type: ignore[arg-type]
         due = requests_for(fault, 0.3, 1)
@@ -256,8 +256,9 @@ def test_streams_that_are_to_be_displaced_outlast_the_others() -> None:
         assert len(burst) == 10 and len(even) > 30
         return max(burst), max(even)
 
-    assert 96 < longest("kill", "decode-0")[0] <= 256
-    for kind, victim in (("kill", "prefill-0"), ("stop", "router-0"), ("pair", "decode-0")):
+    for kind, victim in (("kill", "decode-0"), ("stop", "router-0")):
+        assert 96 < longest(kind, victim)[0] <= 256
+    for kind, victim in (("kill", "prefill-0"), ("pair", "decode-0")):
         burst, even = longest(kind, victim)
         assert 32 < burst <= 64 and 16 < even <= 32
 
