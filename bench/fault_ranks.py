@@ -87,6 +87,11 @@ async def _one_fault(
     running: Cluster, client: AsyncClient, rank: int, number: signal.Signals, alone: list[int] | None, seen: Seen
 ) -> tuple[float, float, int]:
     """(ms until the last rank was gone, s until the instance serves again, streams that ended with it)."""
+
+    async def all_are_known() -> bool:  # under Ray each rank says its own in its own time
+        return len((await asyncio.to_thread(running.processes))["decode-0"]["rank_pids"]) == RANKS
+
+    await until(seconds=60, check=all_are_known)
     before = await asyncio.to_thread(running.processes)
     _, incarnation, _ = await instance(client, "decode-0")
     pids = before["decode-0"]["rank_pids"]

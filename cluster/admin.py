@@ -41,7 +41,7 @@ class Admin:
     @property
     def can_flip(self) -> bool:
         """Whether an instance can turn in place: both roles are cut alike. Else a change of role starts it anew."""
-        return cut_alike(self._controller.deployment)
+        return self._controller.deployment.turns_in_place
 
     # -- counts and roles -------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class Admin:
     ) -> ScalePlan:
         """What ``take_counts`` would do for instances of ``deployment``; nothing changes. ``renewed``: the instances that
         start anew before, in their order."""
-        plan = self._plan(wanted, can_flip=cut_alike(deployment)) if wanted else ScalePlan()
+        plan = self._plan(wanted, can_flip=deployment.turns_in_place) if wanted else ScalePlan()
         await self._check_fits(plan, deployment, renewed)
         return plan
 
@@ -358,11 +358,6 @@ class Admin:
         controller.events.add(kind, subject, text)
         await controller.save()
         controller.changed()
-
-
-def cut_alike(deployment: Deployment) -> bool:
-    prefill, decode = deployment.prefill, deployment.decode
-    return prefill.parallel == decode.parallel and prefill.gpus == decode.gpus
 
 
 def _for(for_s: float) -> str:

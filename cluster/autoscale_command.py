@@ -27,7 +27,7 @@ def replay(arguments: argparse.Namespace) -> int:
     )
     if problem is not None:
         raise SetupError(f"{arguments.policy}: {problem}")
-    run = Replay(policy, setup, start_s=arguments.start_s, flip_s=setup.flip_s, follow=not arguments.as_recorded)
+    run = Replay(policy, setup, start_s=arguments.start_s, follow=not arguments.as_recorded)
     done = run.run(history)
     if arguments.json:
         for item in done:

@@ -61,6 +61,12 @@ class RolePlan:
     def parallel(self) -> ParallelPlan:
         return ParallelPlan(tp=self.tensor_parallel_size, pp=self.pipeline_parallel_size)
 
+    @property
+    def cut(self) -> str:
+        """How an instance is cut into ranks, their GPUs included. Where both roles' are the same, one turns in place; else the
+        turn is a rebuild."""
+        return str(self.parallel) + (f", {float(self.gpus)!r} GPUs each" if self.gpus is not None else "")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
@@ -125,6 +131,11 @@ class Deployment:
         if gpus is None:
             return self.device
         return "cuda" if gpus else "cpu"
+
+    @property
+    def turns_in_place(self) -> bool:
+        """Whether an instance takes the other role with its weights loaded; else it is rebuilt."""
+        return self.prefill.cut == self.decode.cut
 
     @property
     def router_places(self) -> tuple[RouterPlace, ...]:

@@ -68,9 +68,8 @@ class Life:
             if slot is not None and slot.stop_asked_s is None:
                 logger.warning("%s#%d is lost: %s", name, slot.incarnation, reason)
                 unreached = not link.refused and reach.is_silent(link.address)
-                controller.core.lost(
-                    name, slot.incarnation, f"link lost: {reason}", controller.now_s(), unreached=unreached
-                )
+                why, now_s = f"link lost: {reason}", controller.now_s()
+                controller.core.lost(name, slot.incarnation, why, now_s, by_itself=True, unreached=unreached)
                 controller.changed()
 
     @property

@@ -64,7 +64,7 @@ class Reconciler:
         if slot.life != incarnation or not slot.incarnation:
             slot.incarnation = slot.life = incarnation
             slot.address = ""
-        slot.phase, slot.since_s, slot.adopted = "starting", now_s, True
+        slot.phase, slot.since_s, slot.adopted, slot.ran_before = "starting", now_s, True, True
 
     def announced(self, announcement: Announcement, now_s: float) -> None:
         slot = self.slots.get(announcement.name)
@@ -149,11 +149,21 @@ class Reconciler:
         """The host answers again: instances may start there."""
         self.unreachable.reached(node)
 
-    def lost(self, name: str, incarnation: int, reason: str, now_s: float, *, unreached: bool = False) -> None:
-        """The instance's link broke and it does not answer: to be killed. ``unreached``: nor does its host."""
+    def lost(
+        self,
+        name: str,
+        incarnation: int,
+        reason: str,
+        now_s: float,
+        *,
+        by_itself: bool = False,
+        unreached: bool = False,
+    ) -> None:
+        """To be killed. ``by_itself``: its link broke and it does not answer; ``unreached``: nor does its host."""
         slot = self._current(name, incarnation)
         if slot is not None and slot.phase not in ("lost", "waiting"):
             slot.unreached = unreached and self.kill_patience_s is not None
+            slot.died = by_itself and not slot.unreached
             slot.phase, slot.since_s, slot.linked, slot.reason = "lost", now_s, False, reason
             self._refresh(now_s)
 
@@ -204,7 +214,7 @@ class Reconciler:
         else:
             self.notes.append(("end", slot.name, f"{slot.name}#{slot.incarnation} is gone: {slot.reason}"))
         stable = by_wish or (ready_since_s is not None and now_s - ready_since_s >= STABLE_S)
-        self._blame_node(slot, now_s, stable=stable)
+        self._blame_node(slot, now_s, stable=stable, host_lost=host_lost)
         blameless = slot.moves or (host_lost and ready_since_s is not None)
         if by_wish or not blameless:  # what follows our wish begins without the failures before it
             slot.failures = 0 if stable else slot.failures + 1
@@ -223,12 +233,14 @@ class Reconciler:
                 slot.generation, slot.next_generation = slot.next_generation, None
         self._refresh(now_s)
 
-    def _blame_node(self, slot: Slot, now_s: float, *, stable: bool) -> None:
-        """Count the end of a life against its host: of one that was never ready, or died by itself before it was stable. Who
-        we killed, or is about to leave or turn, says nothing of the host, nor does one that has turned: it ran before."""
+    def _blame_node(self, slot: Slot, now_s: float, *, stable: bool, host_lost: bool) -> None:
+        """Count the end of a life against its host: of one that was never ready, or died by itself before it was stable. Whose
+        end we decided, or is about to leave or turn, says nothing of the host, nor does one that has turned or that an earlier
+        controller started: it ran before. Who is killed after its link broke had died, unless its whole host is lost."""
         self._clear_nodes(now_s)
         was_ready = slot.ready_since_s is not None
-        excused = was_ready and (slot.killed or slot.is_leaving or slot.incarnation != slot.life)
+        decided = host_lost or slot.is_leaving or (slot.killed and not slot.died)
+        excused = was_ready and (decided or slot.ran_before or slot.incarnation != slot.life)
         if stable or slot.moves or excused or not slot.is_instance:
             return
         problem = self.node_failures.failed(

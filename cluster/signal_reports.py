@@ -76,8 +76,7 @@ def setup_of(deployment: Deployment, *, gpus: Mapping[Role, float] | None = None
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             step_time=plan.step_time,
-            # as ``admin.cut_alike`` compares: an instance whose ranks' GPUs differ starts anew, too
-            plan=str(plan.parallel) + (f", {float(plan.gpus)!r} GPUs each" if plan.gpus is not None else ""),
+            plan=plan.cut,
         )
         for role in ROLES
         for plan in [deployment.plan(role)]

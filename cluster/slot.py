@@ -108,6 +108,8 @@ class Slot:
     """Is ended only to be placed anew."""
     unreached: bool = False
     """Its host answered nothing when the life was lost."""
+    died: bool = False
+    """Was lost by its own fault: its host answered."""
     linked: bool = False
     killed_s: float | None = None
     """When the current life was killed (by us); it is not yet seen gone."""
@@ -135,6 +137,8 @@ class Slot:
     stop_asked_s: float | None = None
     adopted: bool = False
     """Found running, and has not said a word yet."""
+    ran_before: bool = False
+    """An earlier controller started the life: how long it has been ready is not known."""
 
     @property
     def is_instance(self) -> bool:
@@ -220,10 +224,10 @@ class Slot:
     def end_life(self, now_s: float) -> None:
         """Nothing of the life that is over is left, but for why it ended."""
         self.phase, self.since_s, self.health = "waiting", now_s, ""
-        self.moves, self.unreached, self.address = False, False, ""
+        self.moves, self.unreached, self.died, self.address = False, False, False, ""
         if self.ready_since_s is not None or self.down_since_s is None:
             self.down_since_s = now_s
-        self.adopted = self.silent = self.resumes = False
+        self.adopted = self.ran_before = self.silent = self.resumes = False
         self.linked, self.killed_s, self.ready_since_s, self.announcement = False, None, None, None
         self.work, self.asked_s, self.told, self.stop_asked_s, self.slow = None, None, False, None, False
         if self.next_kind is not None:

@@ -45,11 +45,10 @@ class StragglerWatch:
             if incarnation != slot.incarnation:
                 continue
             report = instance_report(name, role_of(slot), incarnation, message)
-            if life.is_silent_as_idle:
-                if now_s - at_s >= RECENT_S:
-                    report = replace(report, recent=RecentSteps())
-                at_s = now_s  # its link stands, which says enough of one that has nothing to tell
-            heard.append(Heard(report=report, at_s=at_s))
+            is_idle = life.is_silent_as_idle  # its link stands, which says enough of one that has nothing to tell
+            if is_idle and now_s - at_s >= RECENT_S:
+                report = replace(report, recent=RecentSteps())
+            heard.append(Heard(report=report, at_s=at_s, is_idle=is_idle))
         rules = Rules(replace_after_s=controller.deployment.replace_after_s)
         verdict, self._state = judge(heard, self._state, now_s, rules)
         changed = bool(verdict.reasons)

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from biphase.cluster import rolling, wanted_set
-from biphase.cluster.admin import cut_alike
 from biphase.cluster.deployment import Deployment
 from biphase.cluster.generation import generation_of
 from biphase.cluster.wanted_set import ROLES
@@ -98,7 +97,7 @@ class Updating:
         steps = self._steps(wanted, update)
         if not steps and not update.counts and wanted == controller.deployment:
             return list(NOTHING)
-        reason = rolling.reason_against_update(controller.core, wanted.mode, can_flip=cut_alike(wanted))
+        reason = rolling.reason_against_update(controller.core, wanted.mode, can_flip=wanted.turns_in_place)
         if steps and reason is not None and not update.allow_downtime:
             raise InvalidRequest(f"{reason}; --allow-downtime does it all the same")
         lines = []
@@ -111,7 +110,7 @@ class Updating:
         return lines or ["no instance starts anew, the other settings are taken over"]
 
     def _steps(self, wanted: Deployment, update: rolling.RollingUpdate) -> list[rolling.Renew | rolling.TurnFirst]:
-        return rolling.plan_of(self._controller.core, update, wanted.mode, can_flip=cut_alike(wanted))
+        return rolling.plan_of(self._controller.core, update, wanted.mode, can_flip=wanted.turns_in_place)
 
     def _counts(self, wanted: Deployment) -> dict[Role, int]:
         """How many there shall be of each role that has another count now."""

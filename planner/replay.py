@@ -1,7 +1,7 @@
 """A policy run offline over a recorded history: what it would have done. Pure.
 
-The load is the recorded one; the instances follow the decisions. A start serves after ``start_s``, a flip after ``flip_s``,
-a stopped instance is gone after ``drain_s``, a node that is asked for never comes. An instance that the history does not have
+The load is the recorded one; the instances follow the decisions. A start serves after ``start_s``, a flip after the setup's
+``turn_s``, a stopped instance is gone after ``drain_s``, a node that is asked for never comes. An instance that the history does not have
 reports what a recorded one of the history says of its step times.
 """
 
@@ -44,12 +44,11 @@ class Replay:
         setup: Setup,
         *,
         start_s: float = 30.0,
-        flip_s: float = 1.0,
         drain_s: float = 5.0,
         follow: bool = True,
     ) -> None:
         self._policy = policy if follow else replace(policy, dry_run=True)
-        self._setup, self._start_s, self._flip_s, self._drain_s = setup, start_s, flip_s, drain_s
+        self._setup, self._start_s, self._drain_s = setup, start_s, drain_s
         self._follow = follow
         self._members: list[Member] | None = None
         self._window = SignalWindow()
@@ -124,7 +123,7 @@ class Replay:
             member = replace(member, age_s=member.age_s + seconds)
             if member.phase == "draining" and member.age_s >= self._drain_s:
                 continue
-            takes_s = {"starting": self._start_s, "flipping": self._flip_s}.get(member.phase)
+            takes_s = {"starting": self._start_s, "flipping": self._setup.turn_s}.get(member.phase)
             if takes_s is not None and member.age_s >= takes_s:
                 member = replace(member, phase="ready", age_s=0.0)
             kept.append(member)

@@ -85,10 +85,11 @@ class StragglerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
-    """One instance that is up: its newest report, and when that came."""
+    """One instance that is up: its newest report, and when that came. ``is_idle``: it has nothing to tell since."""
 
     report: InstanceReport
     at_s: float
+    is_idle: bool = False
 
 
 def judge(
@@ -106,6 +107,7 @@ def judge(
         }
         state = StragglerState(records=rested)
     found = sorted(heard, key=lambda item: item.report.name)
+    said_s = {item.report.name: item.at_s for item in found}
     records = {item.report.name: _seen(item, state.records.get(item.report.name), now_s, rules) for item in found}
     reasons: list[str] = []
     for role in ROLES:
@@ -113,7 +115,7 @@ def judge(
         for report in peers:
             ratio = slowness(report, [peer for peer in peers if peer.name != report.name], rules)
             record = records[report.name]
-            after = _moved(record, ratio, now_s, rules)
+            after = _moved(record, ratio, now_s, rules, said_s=said_s[report.name])
             if after.standing == "out" and record.standing != "out" and not _may_go(report.name, peers, records):
                 after = record  # asked again at the next look
             if (
@@ -162,15 +164,17 @@ def _seen(item: Heard, record: Record | None, now_s: float, rules: Rules) -> Rec
     known = report.step_expected_s > 0
     limit_s = max(rules.stopped_s, rules.slow_factor * report.step_expected_s) if known else rules.unknown_step_s
     hangs = report.step_s > limit_s
-    stepped_s = min(record.stepped_s, item.at_s - report.step_s) if hangs else max(record.stepped_s, item.at_s)
-    record = replace(record, stepped_s=stepped_s, heard_s=max(record.heard_s, item.at_s))
+    lives_s = now_s if item.is_idle else item.at_s
+    stepped_s = min(record.stepped_s, lives_s - report.step_s) if hangs else max(record.stepped_s, lives_s)
+    record = replace(record, stepped_s=stepped_s, heard_s=max(record.heard_s, lives_s))
     quiet_s = now_s - min(record.stepped_s, record.heard_s)
     if quiet_s <= rules.stopped_s:
         return replace(record, stopped_since_s=None)
     return record if record.stopped_since_s is not None else replace(record, stopped_since_s=now_s - quiet_s)
 
 
-def _moved(record: Record, ratio: float | None, now_s: float, rules: Rules) -> Record:
+def _moved(record: Record, ratio: float | None, now_s: float, rules: Rules, *, said_s: float) -> Record:
+    """``said_s``: of its newest report. Its silence since then shows no slowness."""
     slow, stopped = ratio is not None and ratio >= rules.slow_factor, record.stopped_since_s is not None
     lasted_s = now_s - record.since_s
     match record.standing:
@@ -179,7 +183,7 @@ def _moved(record: Record, ratio: float | None, now_s: float, rules: Rules) -> R
         case "suspect":
             if not (slow or stopped):
                 return replace(record, standing="in", since_s=now_s)
-            long_enough = stopped or lasted_s >= rules.slow_s
+            long_enough = stopped or said_s - record.since_s >= rules.slow_s
             return (
                 replace(record, standing="out", since_s=now_s, times_out=record.times_out + 1)
                 if long_enough

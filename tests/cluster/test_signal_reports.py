@@ -2,7 +2,6 @@
 
 import pytest
 
-from biphase.cluster.admin import cut_alike
 from biphase.cluster.deployment import Deployment, RolePlan
 from biphase.cluster.signal_reports import instance_report, router_report, setup_of
 from biphase.planner.reports import Histogram, JointHistogram, RouterReport
@@ -77,5 +76,5 @@ def test_what_a_decision_knows_of_a_deployment() -> None:
 def test_a_flip_costs_a_start_wherever_it_is_one(decode: RolePlan, in_place: bool) -> None:
     deployment = Deployment(model="m", prefill=RolePlan(gpus=0.5), decode=decode)
     setup = setup_of(deployment)
-    assert cut_alike(deployment) is in_place
+    assert deployment.turns_in_place is in_place
     assert setup.turn_s == (setup.flip_s if in_place else setup.rebuild_s)

@@ -138,10 +138,11 @@ async def test_who_has_nothing_to_do_may_say_nothing(fleet: Fleet) -> None:
     assert (fleet.out, fleet.said, fleet.killed) == ([], [], [])
 
 
-async def test_who_went_idle_after_a_slow_moment_stays_in(fleet: Fleet) -> None:
+@pytest.mark.parametrize("slow_s", [1, 3, 9])
+async def test_who_went_idle_after_a_slow_moment_stays_in(fleet: Fleet, slow_s: int) -> None:
     """Its last words are of slow steps, and it says no more while it is idle."""
     fleet.doing["decode-2"].factor, fleet.doing["decode-2"].running = 4.0, 0
-    await fleet.pass_s(1)
+    await fleet.pass_s(slow_s)
     fleet.doing["decode-2"].is_silent = True
     await fleet.pass_s(40)
     assert (fleet.out, fleet.said) == ([], [])

@@ -335,7 +335,10 @@ def test_who_has_turned_since_had_been_ready_for_long_all_the_same() -> None:
     assert core.slots["decode-2"].kind == "prefill" and core.node_failures.cordoned == {}
 
 
-@pytest.mark.parametrize("how", ["asked", "drained", "killed", "flips", "turned", "host lost", "by itself"])
+HOW = ["asked", "drained", "killed", "flips", "turned", "host lost", "adopted", "link lost", "by itself"]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_an_end_that_is_no_fault_of_the_host_does_not_count(how: str) -> None:
     core = dead()
     core.kill_patience_s = 2.0
@@ -359,16 +362,22 @@ def test_an_end_that_is_no_fault_of_the_host_does_not_count(how: str) -> None:
                 assert slot.flip is not None
                 core.linked(name, slot.flip.incarnation, now_s)
             case "killed":
-                core.lost(name, slot.incarnation, "link lost", now_s)
+                core.lost(name, slot.incarnation, "it had stopped with work aboard", now_s)
+                core.decide(now_s)
+            case "adopted":
+                core.adopt(name, slot.life, now_s)
+                up(core, name, now_s, node="bad")
+            case "link lost":
+                core.lost(name, slot.incarnation, "link lost", now_s, by_itself=True)
                 core.decide(now_s)
             case "host lost":
-                core.lost(name, slot.incarnation, "link lost", now_s, unreached=True)
+                core.lost(name, slot.incarnation, "link lost", now_s, by_itself=True, unreached=True)
                 core.decide(now_s)
                 core.decide(now_s + 2.0)
         core.gone(name, slot.life, "boom", now_s + 2.5)
         slot.kind, slot.held = "decode", False
         up(core, name, now_s + 2.5, node="good")
-    assert set(core.node_failures.cordoned) == ({"bad"} if how == "by itself" else set())
+    assert set(core.node_failures.cordoned) == ({"bad"} if how in ("link lost", "by itself") else set())
 
 
 def test_the_last_host_is_never_cordoned() -> None:

@@ -10,7 +10,7 @@ from support.scaling import DECODE_STEP, POLICY, PREFILL_STEP
 from support.sources import ROOT
 
 from biphase.cluster.cli import main
-from biphase.planner.autoscaler_state import StartInstance
+from biphase.planner.autoscaler_state import FlipInstance, StartInstance
 from biphase.planner.history import Moment, moment_line, read_history, setup_line
 from biphase.planner.policy import GpuBudget
 from biphase.planner.ratio import Ratio
@@ -131,3 +131,21 @@ def test_a_policy_for_fewer_gpus_does_less() -> None:
     setup, moments = read_history(HISTORY.read_text().splitlines(), source="x")
     small = replace(POLICY, gpu_budget=replace(POLICY.gpu_budget, max=2.0))
     assert all(item.decision.current.gpus(setup) <= 4 for item in Replay(small, setup).run(moments))
+
+
+@pytest.mark.parametrize(("plan", "looks_under_way"), [("tp 1 x pp 1", []), ("tp 1 x pp 2", [35.0, 40.0, 45.0, 50.0])])
+def test_a_turn_takes_a_flip_in_place_or_a_rebuild(plan: str, looks_under_way: list[float]) -> None:
+    model = QueueingModel(
+        lambda _: Traffic(7.0, 400, 20),
+        Ratio(prefill=1, decode=2),
+        prefill_step=PREFILL_STEP,
+        decode_step=DECODE_STEP,
+    )
+    setup, moments = read_history(model.history(150.0, unix_s=1.8e9, every_s=5.0), source="x")
+    cut = replace(setup, decode=replace(setup.decode, plan=plan), rebuild_s=25.0)
+    policy = replace(POLICY, gpu_budget=GpuBudget(max=3.0))
+    done = list(Replay(policy, cut).run(replace(moment, setup=None) for moment in moments))
+    turned_s = [item.at_s for item in done if any(isinstance(a, FlipInstance) for a in item.decision.actions)]
+    flipping_s = [item.at_s for item in done if any(member.phase == "flipping" for member in item.signals.members)]
+    assert turned_s == [30.0]
+    assert flipping_s == looks_under_way
