@@ -192,7 +192,8 @@ class Autoscaling:
             words = "; ".join(decision.reasons)
             controller.events.add("decision", "", f"dry run: {words}" if decision.dry_run else words)
             dry = " (dry run)" if policy.dry_run else ""
-            controller.policy_line = f"{name_of(controller.deployment)}{dry}: {decision.target}"
+            wants = "" if decision.target == self._pinned() else f": {decision.target}"
+            controller.policy_line = f"{name_of(controller.deployment)}{dry}{wants}"
         if not decision.dry_run:
             for action in decision.actions:
                 await self._do(action)

@@ -215,6 +215,19 @@ async def test_a_pin_outside_the_policy_is_refused_before_anything_changes(
     assert controller.pin is None and controller.core.counts() == {"prefill": 1, "decode": 2}
 
 
+async def test_status_does_not_call_a_pin_what_the_policy_wants(tmp_path: Path) -> None:
+    controller = make_controller(NotingBackend(), tmp_path, replace(DEPLOYMENT, autoscale="policy.yaml"))
+    await controller._restore()
+    controller.autoscaling.policy = POLICY
+    await controller.admin.scale({"prefill": 2, "decode": 2}, for_s=0.0)
+    await controller.autoscaling.tick()
+    assert controller.policy_line == "policy.yaml"
+    controller.pin = None
+    controller.autoscaling.policy = replace(POLICY, prefill=RoleBounds(min_replicas=3))
+    await controller.autoscaling.tick()
+    assert controller.policy_line.startswith("policy.yaml: ")
+
+
 async def test_a_flip_is_held_to_the_bounds_of_its_roles_and_to_the_budget_only_where_gpus_change(
     tmp_path: Path,
 ) -> None:
