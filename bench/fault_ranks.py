@@ -89,7 +89,8 @@ async def _one_fault(
     """(ms until the last rank was gone, s until the instance serves again, streams that ended with it)."""
 
     async def all_are_known() -> bool:  # under Ray each rank says its own in its own time
-        return len((await asyncio.to_thread(running.processes))["decode-0"]["rank_pids"]) == RANKS
+        found = await asyncio.to_thread(running.processes)
+        return all(len(found[name]["rank_pids"]) == RANKS for name in ("decode-0", "decode-1"))
 
     await until(seconds=60, check=all_are_known)
     before = await asyncio.to_thread(running.processes)

@@ -53,7 +53,7 @@ def controller_of(arguments: argparse.Namespace) -> Iterator["controller_pb2_grp
     from biphase.protos.grpc_setup import channel_options
 
     address = address_of(arguments)
-    with grpc.insecure_channel(address, options=channel_options()) as channel:
+    with grpc.insecure_channel(address, options=channel_options(of_client=True)) as channel:
         try:
             yield controller_pb2_grpc.ControllerStub(channel)
         except grpc.RpcError as error:

@@ -68,7 +68,7 @@ class Reconciler:
 
     def announced(self, announcement: Announcement, now_s: float) -> None:
         slot = self.slots.get(announcement.name)
-        if slot is None or slot.killed or slot.phase == "waiting":
+        if slot is None or slot.phase in ("waiting", "lost"):
             return
         if slot.flip is not None and announcement.incarnation == slot.flip.incarnation:
             self._turned(slot, now_s)
@@ -77,6 +77,7 @@ class Reconciler:
         if not slot.is_placed and announcement.pid:
             slot.since_s = now_s
         slot.announcement, slot.node, slot.adopted = announcement, announcement.node or slot.node, False
+        slot.ran_before = slot.ran_before and announcement.state not in ("starting", "loading")
         slot.address = announcement.address or slot.address
         self.node_failures.seen(slot.node)
         self.unreachable.reached(announcement.node)

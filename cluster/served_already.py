@@ -66,7 +66,7 @@ def _answers(record: ServeRecord) -> bool:
     from biphase.protos import controller_pb2, controller_pb2_grpc
     from biphase.protos.grpc_setup import channel_options
 
-    with grpc.insecure_channel(record.controller_address, options=channel_options()) as channel:
+    with grpc.insecure_channel(record.controller_address, options=channel_options(of_client=True)) as channel:
         with contextlib.suppress(grpc.RpcError):
             controller_pb2_grpc.ControllerStub(channel).GetStatus(controller_pb2.WatchStatusRequest(), timeout=5.0)
             return True

@@ -138,7 +138,7 @@ class Slot:
     adopted: bool = False
     """Found running, and has not said a word yet."""
     ran_before: bool = False
-    """An earlier controller started the life: how long it has been ready is not known."""
+    """Was ready when this controller found it: how long is not known."""
 
     @property
     def is_instance(self) -> bool:

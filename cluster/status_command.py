@@ -90,7 +90,10 @@ def _wait_for_change(address: str) -> None:
     from biphase.protos.grpc_setup import channel_options
 
     began_s = time.monotonic()
-    with grpc.insecure_channel(address, options=channel_options()) as channel, contextlib.suppress(grpc.RpcError):
+    with (
+        grpc.insecure_channel(address, options=channel_options(of_client=True)) as channel,
+        contextlib.suppress(grpc.RpcError),
+    ):
         watch = controller_pb2_grpc.ControllerStub(channel).WatchStatus(
             controller_pb2.WatchStatusRequest(), timeout=WATCH_S
         )
@@ -106,7 +109,7 @@ def _ask_controller(address: str) -> Any | None:
     from biphase.protos import controller_pb2, controller_pb2_grpc
     from biphase.protos.grpc_setup import channel_options
 
-    with grpc.insecure_channel(address, options=channel_options()) as channel:
+    with grpc.insecure_channel(address, options=channel_options(of_client=True)) as channel:
         with contextlib.suppress(grpc.RpcError):
             stub = controller_pb2_grpc.ControllerStub(channel)
             return stub.GetStatus(controller_pb2.WatchStatusRequest(), timeout=CALL_S)

@@ -50,6 +50,8 @@ class Record:
     stepped_s: float = 0.0
     """When it was last seen without a step that takes too long."""
     heard_s: float = 0.0
+    said_s: float = 0.0
+    """When its newest report came."""
     stopped_since_s: float | None = None
     slowness: float = 0.0
     """What was last seen of it; 0: nothing yet."""
@@ -102,12 +104,11 @@ def judge(
     rules = rules or Rules()
     if state.looked_s is not None and not 0 <= now_s - state.looked_s < rules.stopped_s:
         rested = {
-            name: replace(record, stepped_s=now_s, heard_s=now_s, stopped_since_s=None, since_s=now_s)
+            name: replace(record, stepped_s=now_s, heard_s=now_s, said_s=now_s, stopped_since_s=None, since_s=now_s)
             for name, record in state.records.items()
         }
         state = StragglerState(records=rested)
     found = sorted(heard, key=lambda item: item.report.name)
-    said_s = {item.report.name: item.at_s for item in found}
     records = {item.report.name: _seen(item, state.records.get(item.report.name), now_s, rules) for item in found}
     reasons: list[str] = []
     for role in ROLES:
@@ -115,7 +116,7 @@ def judge(
         for report in peers:
             ratio = slowness(report, [peer for peer in peers if peer.name != report.name], rules)
             record = records[report.name]
-            after = _moved(record, ratio, now_s, rules, said_s=said_s[report.name])
+            after = _moved(record, ratio, now_s, rules)
             if after.standing == "out" and record.standing != "out" and not _may_go(report.name, peers, records):
                 after = record  # asked again at the next look
             if (
@@ -160,21 +161,23 @@ def _seen(item: Heard, record: Record | None, now_s: float, rules: Rules) -> Rec
     """The record with what the newest report says of steps; another life begins with a clean one."""
     report = item.report
     if record is None or record.incarnation != report.incarnation:
-        record = Record(incarnation=report.incarnation, since_s=now_s, stepped_s=now_s)
+        record = Record(incarnation=report.incarnation, since_s=now_s, stepped_s=now_s, said_s=item.at_s)
     known = report.step_expected_s > 0
     limit_s = max(rules.stopped_s, rules.slow_factor * report.step_expected_s) if known else rules.unknown_step_s
     hangs = report.step_s > limit_s
+    gap_s = item.at_s - record.said_s
+    if record.standing == "suspect" and gap_s > rules.stopped_s:  # it had nothing to do, which is no slowness
+        record = replace(record, since_s=record.since_s + gap_s)
     lives_s = now_s if item.is_idle else item.at_s
     stepped_s = min(record.stepped_s, lives_s - report.step_s) if hangs else max(record.stepped_s, lives_s)
-    record = replace(record, stepped_s=stepped_s, heard_s=max(record.heard_s, lives_s))
+    record = replace(record, stepped_s=stepped_s, heard_s=max(record.heard_s, lives_s), said_s=item.at_s)
     quiet_s = now_s - min(record.stepped_s, record.heard_s)
     if quiet_s <= rules.stopped_s:
         return replace(record, stopped_since_s=None)
     return record if record.stopped_since_s is not None else replace(record, stopped_since_s=now_s - quiet_s)
 
 
-def _moved(record: Record, ratio: float | None, now_s: float, rules: Rules, *, said_s: float) -> Record:
-    """``said_s``: of its newest report. Its silence since then shows no slowness."""
+def _moved(record: Record, ratio: float | None, now_s: float, rules: Rules) -> Record:
     slow, stopped = ratio is not None and ratio >= rules.slow_factor, record.stopped_since_s is not None
     lasted_s = now_s - record.since_s
     match record.standing:
@@ -183,7 +186,7 @@ def _moved(record: Record, ratio: float | None, now_s: float, rules: Rules, *, s
         case "suspect":
             if not (slow or stopped):
                 return replace(record, standing="in", since_s=now_s)
-            long_enough = stopped or said_s - record.since_s >= rules.slow_s
+            long_enough = stopped or record.said_s - record.since_s >= rules.slow_s
             return (
                 replace(record, standing="out", since_s=now_s, times_out=record.times_out + 1)
                 if long_enough

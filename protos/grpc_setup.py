@@ -3,9 +3,10 @@
 Settings and their reasons (measured with grpcio 1.85):
 - ``grpc.so_reuseport=0``: a taken port is an error, not a second listener.
 - keepalive every second *and* ``grpc.http2.ping_timeout_ms``: keepalive alone never notices a stopped peer.
-- ``grpc.http2.bdp_probe=0`` but for bulk and uploads: probes of the bandwidth are pings, sent while data comes. With the ping
-  timeout a peer that speaks all the time is given up when one answer is late; without probes only one silent for a second is
-  asked. (They let windows grow, which bulk needs.)
+- ``grpc.http2.bdp_probe=0`` but for bulk and where clients upload to: probes of the bandwidth are pings, sent while data comes.
+  With the ping timeout a peer that speaks all the time is given up when one answer is late; without probes only one silent for
+  a second is asked. Probes let a window grow from 64 KiB; ``grpc.http2.lookahead_bytes`` begins with a large one (1 MiB at a
+  round trip of 40 ms: 87 ms without both, 46 ms with probes, 49 ms with the large window).
 - a server ends the connections of clients later than those of our own processes: a client's machine may be busy or far away,
   and nothing waits for the news. How soon a client notices that its router is gone is the client's own channel's.
 - bulk channels use a subchannel pool of their own, so that KV never queues before control messages.
@@ -30,14 +31,19 @@ CONNECT_MS = 1000
 an instance hard at work was called unreachable."""
 
 PING_MS = 1000
-ANSWER_MS, ROUTER_ANSWER_MS, CLIENT_ANSWER_MS = 1000, 1500, 10_000
-"""How long the other end may take to answer a ping before the connection is ended: a process of ours, a router that a client
-asks (whose streams cannot go on elsewhere; it is to hear of the router's end within 3 s), a client."""
+ANSWER_MS, SERVER_ANSWER_MS, CLIENT_ANSWER_MS = 1000, 1500, 10_000
+"""How long the other end may take to answer a ping before the connection is ended: a process of ours; one of ours that people's
+programs ask (a client's streams cannot go on elsewhere, and it is to hear of its router's end within 3 s); such a program."""
+
+
+WINDOW_BYTES = 4 * 1024 * 1024
+"""Of a stream at first, where it does not grow."""
 
 
 def _keepalive(answer_ms: int, *, probes: bool) -> list[tuple[str, Any]]:
     return [
         ("grpc.http2.bdp_probe", int(probes)),
+        *([] if probes else [("grpc.http2.lookahead_bytes", WINDOW_BYTES)]),
         ("grpc.keepalive_time_ms", PING_MS),
         ("grpc.keepalive_timeout_ms", answer_ms),
         ("grpc.http2.ping_timeout_ms", answer_ms),
@@ -65,7 +71,7 @@ def server_options(
 def channel_options(
     *, bulk: bool = False, of_client: bool = False, max_message_bytes: int = MAX_CONTROL_MESSAGE_BYTES
 ) -> list[tuple[str, Any]]:
-    """Options of every channel. ``bulk`` gives it a connection of its own; ``of_client``: a client's to a router."""
+    """Options of every channel. ``bulk`` gives it a connection of its own; ``of_client``: a client's or a command's."""
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", MAX_BULK_MESSAGE_BYTES if bulk else max_message_bytes),
         ("grpc.max_send_message_length", -1),
@@ -73,7 +79,7 @@ def channel_options(
         ("grpc.min_reconnect_backoff_ms", CONNECT_MS),
         ("grpc.max_reconnect_backoff_ms", 1000),
         ("grpc.enable_http_proxy", 0),
-        *_keepalive(ROUTER_ANSWER_MS if of_client else ANSWER_MS, probes=bulk),
+        *_keepalive(SERVER_ANSWER_MS if of_client else ANSWER_MS, probes=bulk),
     ]
     if bulk:
         options.append(("grpc.use_local_subchannel_pool", 1))

@@ -306,7 +306,7 @@ async def test_a_silent_instance_is_asked_until_others_answer_and_it_does_not(
     assert set(phases) == {"ready"}
     assert 20 + AGAIN_S <= link.attempts < 20 + AGAIN_S + 6
     assert net.core.slots["decode-0"].phase == "lost"
-    assert net.core.slots["decode-0"].unreached
+    assert net.core.slots["decode-0"].unreached and not net.core.slots["decode-0"].died
 
 
 async def test_a_silent_instance_beside_one_that_answers_is_lost_at_once(
@@ -315,13 +315,14 @@ async def test_a_silent_instance_beside_one_that_answers_is_lost_at_once(
     net.reached = {"198.51.100.1"}
     link = await held(net, lambda attempt: None, monkeypatch)
     assert (link.attempts, net.core.slots["decode-0"].reason) == (1, "link lost: silent 1")
+    assert net.core.slots["decode-0"].unreached and not net.core.slots["decode-0"].died
 
 
 async def test_who_is_refused_is_lost_whatever_the_others_do(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Link, "refused", True)
     link = await held(net, lambda attempt: None, monkeypatch)
     assert (link.attempts, net.core.slots["decode-0"].phase) == (1, "lost")
-    assert not net.core.slots["decode-0"].unreached
+    assert net.core.slots["decode-0"].died and not net.core.slots["decode-0"].unreached
 
 
 async def test_an_idle_instance_has_said_nothing_new_while_its_link_is_broken(net: Net) -> None:

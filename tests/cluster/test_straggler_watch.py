@@ -148,6 +148,15 @@ async def test_who_went_idle_after_a_slow_moment_stays_in(fleet: Fleet, slow_s: 
     assert (fleet.out, fleet.said) == ([], [])
 
 
+async def test_the_silence_between_two_slow_moments_is_no_slowness(fleet: Fleet) -> None:
+    brief = fleet.doing["decode-2"]
+    brief.factor, brief.running = 4.0, 0
+    for is_silent, seconds in ((False, 3), (True, 8), (False, 3), (True, 20)):
+        brief.is_silent = is_silent
+        await fleet.pass_s(seconds)
+    assert (fleet.out, fleet.said) == ([], [])
+
+
 async def test_who_idles_between_its_slow_steps_is_slow(fleet: Fleet) -> None:
     fleet.doing["decode-2"].factor, fleet.doing["decode-2"].running = 4.0, 0
     await fleet.pass_s(11)
