@@ -151,8 +151,10 @@ async def silent_peer(options: list[tuple[str, Any]]) -> AsyncIterator[asyncio.S
         await server.stop(grace=None)
 
 
-async def test_a_peer_that_speaks_is_not_given_up_for_a_late_answer_to_a_ping() -> None:
-    async with talking_peer() as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}", channel_options()) as channel:
+@pytest.mark.parametrize("bulk", [False, True])
+async def test_a_peer_that_speaks_is_not_given_up_for_a_late_answer_to_a_ping(bulk: bool) -> None:
+    options = channel_options(bulk=bulk)
+    async with talking_peer() as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
         began_s, num_messages = time.monotonic(), 0
         async for _ in channel.unary_stream("/biphase.v1.Router/Generate")(b""):
             num_messages += 1
