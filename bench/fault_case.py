@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from fault_outcome import Fault, Outcome, View, seen_unix_s
 from fault_work import POLL_S, at_work, prompt_burst
-from idle_counters import wait_idle
+from idle_counters import counters_at, wait_idle
 from load_clock import shifted
 from netns_cluster import NetnsCluster
 
@@ -231,11 +231,12 @@ async def _work_stopped(load: Load, fault: Fault, hit_at: float) -> float:
     async def theirs() -> int:
         return sum([(await client.server_info(timeout_s=1.0)).counters["legs"] for client in others])
 
+    instances: dict[str, str] = {}
     while time.monotonic() - hit_at < SEEN_WITHIN_S:
+        instances = instances or await load.cluster.worker_addresses()
         with contextlib.suppress(BiphaseError):
             before = await theirs()
-            counters = await load.cluster.worker_counters()
-            held = [of.get("legs", math.inf) for of in counters.values()]
+            held = [(await counters_at(address)).get("legs", math.inf) for address in instances.values()]
             if held and sum(held) <= min(before, await theirs()):
                 return time.monotonic() - hit_at
         await asyncio.sleep(0.05)

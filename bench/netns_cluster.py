@@ -188,14 +188,18 @@ class NetnsCluster:
             except grpc.aio.AioRpcError:
                 return None
 
+    async def worker_addresses(self) -> dict[str, str]:
+        """Of every instance that the controller calls ready. It asks all routers for its answer: a stopped one costs a second."""
+        status = await self.status()
+        return {
+            process.name: process.address
+            for process in (status.processes if status else ())
+            if process.kind in ("prefill", "decode") and process.state == "ready"
+        }
+
     async def worker_counters(self) -> dict[str, dict[str, int]]:
         """Of every instance that the controller calls ready; one that does not answer has none."""
-        status = await self.status()
-        found: dict[str, dict[str, int]] = {}
-        for process in status.processes if status else ():
-            if process.kind in ("prefill", "decode") and process.state == "ready":
-                found[process.name] = await counters_at(process.address)
-        return found
+        return {name: await counters_at(address) for name, address in (await self.worker_addresses()).items()}
 
 
 def hosts_for(num_instances: int, num_routers: int, spares: int) -> list[str]:
